@@ -80,6 +80,33 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainSequence:
+    """One completion with all that its loss needs; every weight is per completion token and final (no later division).
+
+    `policy_weight` and `advantage` drive the clipped policy loss, `target_weight` the distillation (or imitation) of
+    this completion. The teacher of a distilled completion is the same completion after `teacher_prompt_ids`.
+    `old_logprobs` None means that the policy has not moved since the rollout (ratio exactly 1).
+    """
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    advantage: float = 0.0
+    policy_weight: float = 0.0
+    target_weight: float = 0.0
+    teacher_prompt_ids: tuple[int, ...] | None = None
+    old_logprobs: tuple[float, ...] | None = None
+
+    @property
+    def is_live(self) -> bool:
+        return self.target_weight != 0.0 or (self.policy_weight != 0.0 and self.advantage != 0.0)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer of its contexts."""
+        return max(len(self.prompt_ids), len(self.teacher_prompt_ids or ())) + len(self.completion_ids)
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """A reward and how it came about. `status` is "ok", "no_answer", "too_long", "timeout" or "error"."""
 

@@ -1,0 +1,277 @@
+"""Every knob of a run, its default and its range, in one place. Loads without torch.
+
+A run is one YAML file plus `--section.key value` on the command line. Unknown keys, values out of range and pairs that
+cannot work together are refused with one sentence before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sgpo.schema import SgpoError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    name: str = Field("run", pattern=r"^[\w.-]+$", description="name of the run, also its folder")
+    output_dir: str = Field("runs", description="parent folder of the run folder")
+    seed: int = Field(0, ge=0, description="decides data order and every sampled token")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: go on from the last good checkpoint; never: set an earlier run folder aside"
+    )
+    timeout_s: float = Field(1800, gt=0, description="limit of one collective or one stage between processes")
+
+    @property
+    def dir(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+
+class ModelConfig(Section):
+    path: str = Field(description='a Hugging Face folder, or "builtin" for the quickstart model')
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the weights; masters are always fp32")
+    attn_implementation: str = "sdpa"
+    gradient_checkpointing: bool = False
+
+
+class DataConfig(Section):
+    train: str = Field(description='a JSONL file, "hf:NAME[:SPLIT]", a datasets folder, or "builtin"')
+    eval: str | None = Field(None, description="held-out problems, same forms")
+    train_limit: int | None = Field(None, ge=1, description="use only the first rows")
+    eval_limit: int | None = Field(None, ge=1)
+    template: str | None = Field(None, description="prompt template (YAML); default: the packaged one")
+    strategy_source: Literal["field", "calculator_trace"] = Field(
+        "field", description="field: as in the data; calculator_trace: extracted from <<...>> marks of the solution"
+    )
+    max_prompt_tokens: int = Field(2048, ge=1, description="a longer prompt is refused at the start, by id")
+
+
+class RolloutConfig(Section):
+    engine: Literal["hf"] = "hf"
+    problems_per_step: int = Field(128, ge=1)
+    n_auto: int = Field(8, ge=1, description="completions without the strategy (G1)")
+    n_guided: int = Field(4, ge=0, description="completions with the strategy (G2)")
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    max_new_tokens: int = Field(16384, ge=1)
+    max_batch_tokens: int = Field(65536, ge=1, description="hf engine: rows x (prompt + new tokens) of one batch")
+
+
+class RewardConfig(Section):
+    kind: str = Field("math_verify", description='"math_verify", "exact", or a function as "package.module:function"')
+    workers: int = Field(2, ge=1)
+    timeout_s: float = Field(10.0, gt=0, description="a verdict that takes longer is killed, counted and worth 0")
+    memory_mib: int = Field(1024, ge=64, description="memory that one verdict may take")
+    max_chars: int = Field(200_000, ge=1, description="longer completions are not parsed, counted and worth 0")
+
+
+class AlgorithmConfig(Section):
+    method: Literal["sgpo", "grpo"] = "sgpo"
+    autonomous_grpo: bool = Field(True, description="false: distillation only")
+    normalize_std: bool = Field(True, description="divide advantages by the standard deviation of the group")
+    clip_low: float = Field(0.2, ge=0, lt=1)
+    clip_high: float = Field(0.28, ge=0)
+    dual_clip: float | None = Field(None, gt=1, description="bound of the loss for negative advantages")
+    mini_batches: int = Field(1, ge=1, description="optimizer steps per batch of rollouts")
+    distillation: Literal["forward_kl", "reverse_kl", "js", "sft", "none"] = "forward_kl"
+    target: Literal["sum", "mean", "all"] = Field(
+        "sum", description="o+: highest sum (Eq. 4) or mean of log-probs; all: every correct guided one (Eq. 2)"
+    )
+    over_limit: Literal["mask", "clamp", "scale", "off"] = Field(
+        "mask", description="a token whose KL exceeds max_token_kl: dropped (Eq. 5), held at the limit, or scaled to it"
+    )
+    max_token_kl: float = Field(1.0, gt=0, description="delta")
+    alpha: Literal["adaptive", "fixed", "group_advantage"] = "adaptive"
+    alpha_0: float = Field(0.5, ge=0)
+    alpha_gamma: float = Field(0.1, gt=0)
+    alpha_max: float = Field(0.8, ge=0)
+    alpha_fixed: float = Field(1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _pairs(self) -> AlgorithmConfig:
+        if self.alpha_max < self.alpha_0:
+            raise ValueError(f"alpha_max = {self.alpha_max} is below alpha_0 = {self.alpha_0}; raise it or lower alpha_0")
+        if self.distillation == "none" and not self.autonomous_grpo:
+            raise ValueError("distillation: none and autonomous_grpo: false leave no loss; switch one of them on")
+        return self
+
+
+class OptimConfig(Section):
+    lr: float = Field(1e-6, gt=0)
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_ratio: Share = 0.0
+
+
+class EngineConfig(Section):
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    micro_batch_tokens: int = Field(16384, ge=1, description="tokens of one forward pass, padding included")
+
+
+class TrainConfig(Section):
+    epochs: float = Field(10, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="stop after this many steps, whatever the epochs say")
+
+
+class WarmupConfig(Section):
+    enabled: bool = Field(False, description="sgpo train: run the SFT warm-up first and start from its best model")
+    data: str | None = Field(None, description='problems with a `solution`, or "builtin"')
+    limit: int | None = Field(None, ge=1)
+    guided_share: Share = Field(0.0, description="share of the demonstrations whose prompt carries the guidance")
+    epochs: float = Field(10, gt=0)
+    batch_size: int = Field(64, ge=1)
+    validation_share: float = Field(0.1, gt=0, lt=1)
+    validate_every: int = Field(50, ge=1, description="steps between validations; the last step is always validated")
+    max_tokens: int = Field(16384, ge=1, description="longer demonstrations are refused at the start, by id")
+    optim: OptimConfig = OptimConfig(lr=1e-5, warmup_ratio=0.1)
+
+
+class EvalConfig(Section):
+    every_steps: int | None = Field(None, ge=1, description="None: only before the first and after the last step")
+    samples: int = Field(4, ge=1, description="k of avg@k")
+    guided: bool = Field(True, description="also measure with the guidance, before and after")
+    temperature: float = Field(0.6, ge=0, description="0: greedy")
+    top_p: float = Field(0.95, gt=0, le=1)
+    max_new_tokens: int = Field(32768, ge=1)
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(20, ge=1)
+    keep_last: int = Field(2, ge=1)
+    keep_best: bool = Field(True, description="export the model of the best held-out accuracy to best/")
+
+
+class LogConfig(Section):
+    tensorboard: bool = False
+    wandb_project: str | None = None
+    rollouts_per_step: int = Field(4, ge=0, description="samples of each step kept in rollouts.jsonl")
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optim: OptimConfig = OptimConfig()
+    engine: EngineConfig = EngineConfig()
+    train: TrainConfig = TrainConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Config:
+        if self.algorithm.method == "grpo" and self.rollout.n_guided > 0:
+            raise ValueError("method: grpo uses no guided rollouts; set rollout.n_guided to 0")
+        needs_guided = self.algorithm.method == "sgpo" and self.algorithm.distillation != "none"
+        if needs_guided and self.rollout.n_guided == 0:
+            raise ValueError("rollout.n_guided = 0 leaves SGPO nothing to distil; raise it or use method: grpo")
+        if self.rollout.problems_per_step % self.algorithm.mini_batches:
+            raise ValueError("algorithm.mini_batches must divide rollout.problems_per_step")
+        if self.rollout.n_auto == 1 and self.algorithm.autonomous_grpo:
+            raise ValueError("rollout.n_auto = 1 gives no group to compare with; use at least 2")
+        if self.warmup.enabled and self.warmup.data is None:
+            raise ValueError("warmup.enabled needs warmup.data")
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, applies `--section.key value` overrides, checks everything.
+
+    Raises SgpoError with one sentence per problem: the file, the key, what was expected and the nearest known key.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SgpoError(f"config {path} does not exist; give the path of a YAML file such as configs/quickstart.yaml")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SgpoError(f"config {path} cannot be read: {error}")
+    except yaml.YAMLError as error:
+        raise SgpoError(f"config {path} is not valid YAML: {' '.join(str(error).split())}")
+    if not isinstance(raw, dict):
+        raise SgpoError(f"config {path} must be a mapping of sections ({', '.join(Config.model_fields)})")
+    for key, value in parse_overrides(overrides):
+        _assign(raw, key, value)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise SgpoError("; ".join(_sentence(path, item) for item in error.errors()))
+
+
+def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Yields (dotted key, value) from `--a.b value` and `--a.b=value`; values are read as YAML."""
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise SgpoError(f"unexpected argument {word!r}; options are written --section.key value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise SgpoError(f"option --{key} lacks a value; write --{key} VALUE")
+            value = rest.pop(0)
+        try:
+            yield key, yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise SgpoError(f"the value of --{key}, {value!r}, is not readable as YAML")
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> pydantic field of every leaf."""
+    keys: dict[str, Any] = {}
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys.update(known_keys(info.annotation, f"{prefix}{name}."))
+        else:
+            keys[prefix + name] = info
+    return keys
+
+
+def describe() -> str:
+    """All knobs with type, default and meaning, for `sgpo train --help`."""
+    lines = []
+    for key, info in known_keys().items():
+        default = "required" if info.is_required() else f"default {info.default!r}"
+        kind = str(info.annotation).replace("typing.", "").removeprefix("<class '").removesuffix("'>")
+        lines.append(f"  --{key}  ({kind}, {default})" + (f": {info.description}" if info.description else ""))
+    return "\n".join(lines)
+
+
+def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        child = raw.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise SgpoError(f"option --{key}: {section!r} is not a section")
+        raw = child
+    raw[leaf] = value
+
+
+def _sentence(path: Path, item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        sections = [".".join(known.split(".")[:-1]) for known in known_keys()]
+        close = difflib.get_close_matches(key, [*known_keys(), *sections], n=1, cutoff=0.5)
+        return f"{path}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+    if item["type"] == "missing":
+        return f"{path}: {key} is required"
+    message = item["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(item["input"], dict | BaseModel) else f", got {item['input']!r}"
+    return f"{path}: {key + ': ' if key else ''}{message}{got}"

@@ -1,0 +1,90 @@
+"""The processes of a run: who am I, and the few small exchanges of plain values between ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized() and world_size() > 1:
+        dist.barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """The picklable `value` of every rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's picklable `value`, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+class Meter:
+    """Weighted means, sums and maxima of a step, over all that is added on all ranks."""
+
+    def __init__(self) -> None:
+        self._means: dict[str, tuple[float, float]] = {}
+        self._sums: dict[str, float] = {}
+        self._maxima: dict[str, float] = {}
+
+    def mean(self, name: str, total: float, weight: float) -> None:
+        """Adds `weight` observations that sum to `total`."""
+        old_total, old_weight = self._means.get(name, (0.0, 0.0))
+        self._means[name] = (old_total + float(total), old_weight + float(weight))
+
+    def means(self, name: str, values: Iterable[float]) -> None:
+        values = list(values)
+        self.mean(name, sum(values), len(values))
+
+    def sum(self, name: str, value: float) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + float(value)
+
+    def max(self, name: str, value: float) -> None:
+        self._maxima[name] = max(self._maxima.get(name, float("-inf")), float(value))
+
+    def reduce(self) -> dict[str, float | None]:
+        """One value per name over all ranks; a mean of nothing is None. Every rank must call it."""
+        merged = Meter()
+        for other in gather((self._means, self._sums, self._maxima)):
+            merged._merge(*other)
+        means = {name: total / weight if weight else None for name, (total, weight) in merged._means.items()}
+        return {**means, **merged._sums, **merged._maxima}
+
+    def _merge(
+        self, means: Mapping[str, tuple[float, float]], sums: Mapping[str, float], maxima: Mapping[str, float]
+    ) -> None:
+        for name, (total, weight) in means.items():
+            self.mean(name, total, weight)
+        for name, value in sums.items():
+            self.sum(name, value)
+        for name, value in maxima.items():
+            self.max(name, value)

@@ -1,0 +1,111 @@
+"""A Hugging Face causal language model as the trainer needs it: hidden states, and a head that never makes logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sgpo.schema import SgpoError
+
+LossFn = Callable[..., tuple[torch.Tensor, Any]]
+
+# Models that change the logits after the head: the fused losses would silently compute something else.
+_UNSUPPORTED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a local folder. Raises SgpoError where there is none, or it lacks an EOS token."""
+    from transformers import AutoTokenizer
+
+    _require_folder(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise SgpoError(f"no tokenizer can be loaded from {path}: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise SgpoError(f"the tokenizer in {path} has no eos_token; completions could never end: set one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(path: str | Path, *, dtype: str, attn_implementation: str = "sdpa") -> Any:
+    """The model of a local folder in `dtype` ("float32" or "bfloat16"), safetensors only, no remote code."""
+    from transformers import AutoModelForCausalLM
+
+    _require_folder(path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise SgpoError(f"no model can be loaded from {path}: {_first_line(error)}") from error
+    for name in _UNSUPPORTED_LOGITS:
+        if getattr(model.config, name, None) not in (None, 1, 1.0):
+            raise SgpoError(f"the model in {path} sets {name}, which the fused loss does not support yet")
+    return model
+
+
+class LossHead(nn.Module):
+    """Holds the output weight so that its own forward, not a product with all rows, is where the loss is formed.
+
+    Being a module matters under ZeRO-3: the engine gathers a module's parameters around its forward and backward.
+    """
+
+    def __init__(self, output: nn.Module) -> None:
+        super().__init__()
+        self.weight = output.weight
+        self.bias = getattr(output, "bias", None)
+
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(self.weight, self.bias, *args)
+
+
+class PolicyModel(nn.Module):
+    """Backbone and head of `lm`. Every method takes right-padded int64 ids [B, T] and flat row indices [N]."""
+
+    def __init__(self, lm: Any, *, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.lm = lm
+        self.head = LossHead(lm.get_output_embeddings())
+        lm.config.use_cache = False
+        if gradient_checkpointing:
+            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def hidden(self, input_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Last hidden states [N, H] of the selected positions."""
+        states = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return states.flatten(0, 1)[rows]
+
+    def forward(self, function: Callable[..., Any], batch: Any, teacher: Any = None) -> Any:
+        """function(head weight [V, H], head bias or None, hidden of the batch's rows, of the teacher's rows or None).
+
+        The teacher's rows carry no gradient.
+        """
+        teacher_hidden = None
+        if teacher is not None:
+            with torch.no_grad():
+                teacher_hidden = self.hidden(teacher.input_ids, teacher.rows)
+        return self.head(function, self.hidden(batch.input_ids, batch.rows), teacher_hidden)
+
+
+def eos_ids_of_model(lm: Any) -> int | list[int] | None:
+    return lm.generation_config.eos_token_id if lm.generation_config is not None else None
+
+
+def _require_folder(path: str | Path) -> None:
+    if not (Path(path) / "config.json").is_file():
+        raise SgpoError(f"model folder {path} does not exist or has no config.json; give a local Hugging Face folder")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
