@@ -114,6 +114,26 @@ class Verdict:
     status: str = "ok"
 
 
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """A problem of the current step with all its rollouts; rewards in the order of the rollouts."""
+
+    problem: Problem
+    prompts: PromptPair
+    auto: tuple[Rollout, ...]
+    guided: tuple[Rollout, ...]
+    auto_verdicts: tuple[Verdict, ...]
+    guided_verdicts: tuple[Verdict, ...]
+
+    @property
+    def auto_rewards(self) -> list[float]:
+        return [verdict.reward for verdict in self.auto_verdicts]
+
+    @property
+    def guided_rewards(self) -> list[float]:
+        return [verdict.reward for verdict in self.guided_verdicts]
+
+
 class RolloutEngine(Protocol):
     """Samples completions from the weights it was last given."""
 

@@ -23,29 +23,29 @@ class TokenBatch:
     rows: torch.Tensor
     targets: torch.Tensor
 
+    def to(self, device: torch.device) -> TokenBatch:
+        return TokenBatch(self.input_ids.to(device), self.rows.to(device), self.targets.to(device))
+
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One forward and backward. Row vectors of the two kinds of completion, both into `student.input_ids`.
+    """One forward and backward over some sequences.
 
-    policy_* [N_p] and target_* [N_t]; advantages and weights fp32. `teacher` holds the distilled completions after
-    their guided prompts, its rows in the order of `target_rows`; None where nothing is distilled.
+    `student.rows` lists the N_p rows of the policy loss, then the N_t rows of the target loss. advantages,
+    policy_weight and old_logprobs [N_p] fp32; target_weight [N_t] fp32. `teacher` holds the distilled completions after
+    their guided prompts, its rows in the order of the target rows; None where nothing is distilled.
     """
 
-    input_ids: torch.Tensor
-    policy_rows: torch.Tensor
-    policy_targets: torch.Tensor
+    student: TokenBatch
     advantages: torch.Tensor
     policy_weight: torch.Tensor
     old_logprobs: torch.Tensor | None
-    target_rows: torch.Tensor
-    target_targets: torch.Tensor
     target_weight: torch.Tensor
     teacher: TokenBatch | None
 
     @property
     def tokens(self) -> int:
-        return self.input_ids.numel() + (self.teacher.input_ids.numel() if self.teacher else 0)
+        return self.student.input_ids.numel() + (self.teacher.input_ids.numel() if self.teacher else 0)
 
 
 def length_sorted(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -64,10 +64,13 @@ def length_sorted(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
 
 
 def collate(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int) -> TokenBatch:
-    """Pads prompt + completion on the right and lists the rows that predict completion tokens."""
-    width = max(len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True))
-    input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)
-    rows, targets = [], []
+    """Pads prompt + completion on the right and lists the rows that predict completion tokens.
+
+    No sequence at all gives one padding token and no rows: the step of a rank that has run out of work.
+    """
+    width = max((len(p) + len(c) for p, c in zip(prompts, completions, strict=True)), default=1)
+    input_ids = torch.full((max(len(prompts), 1), width), pad_id, dtype=torch.int64)
+    rows, targets = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
     for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         ids = torch.tensor([*prompt, *completion], dtype=torch.int64)
         input_ids[index, : len(ids)] = ids
@@ -77,36 +80,40 @@ def collate(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int
     return TokenBatch(input_ids, torch.cat(rows), torch.cat(targets))
 
 
-def collate_training(sequences: Sequence[TrainSequence], pad_id: int) -> MicroBatch:
-    """Builds the micro-batch of some live sequences. All of them or none carry `old_logprobs`."""
+def collate_training(sequences: Sequence[TrainSequence], pad_id: int, *, with_teacher: bool) -> MicroBatch:
+    """Builds the micro-batch of some live sequences, or of none.
+
+    `with_teacher` asks for a teacher batch even where no sequence here is distilled: under ZeRO-3 every rank must make
+    the same forward passes.
+    """
     student = collate([s.prompt_ids for s in sequences], [s.completion_ids for s in sequences], pad_id)
-    lengths = torch.tensor([len(s.completion_ids) for s in sequences])
+    lengths = torch.tensor([len(s.completion_ids) for s in sequences], dtype=torch.int64)
 
     def per_row(values: Sequence[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths)
 
-    policy_weight = per_row([s.policy_weight if s.advantage else 0.0 for s in sequences])
+    advantages = per_row([s.advantage for s in sequences])
+    policy_weight = per_row([s.policy_weight for s in sequences])
     target_weight = per_row([s.target_weight for s in sequences])
-    policy, target = policy_weight != 0, target_weight != 0
-    old = [s.old_logprobs for s in sequences]
+    policy, target = (policy_weight * advantages) != 0, target_weight != 0
     old_logprobs = None
-    if any(o is not None for o in old):
-        filled = [o if o is not None else (0.0,) * len(s.completion_ids) for o, s in zip(old, sequences, strict=True)]
-        old_logprobs = torch.tensor([x for row in filled for x in row], dtype=torch.float32)[policy]
-    distilled = [s for s in sequences if s.target_weight and s.teacher_prompt_ids is not None]
+    if any(s.old_logprobs for s in sequences):
+        old = [s.old_logprobs or (0.0,) * len(s.completion_ids) for s in sequences]
+        old_logprobs = torch.tensor([x for row in old for x in row], dtype=torch.float32)[policy]
     teacher = None
-    if distilled:
-        prompts = [s.teacher_prompt_ids for s in distilled if s.teacher_prompt_ids is not None]
+    if with_teacher:
+        distilled = [s for s in sequences if s.target_weight]
+        prompts = [s.teacher_prompt_ids or () for s in distilled]
         teacher = collate(prompts, [s.completion_ids for s in distilled], pad_id)
     return MicroBatch(
-        input_ids=student.input_ids,
-        policy_rows=student.rows[policy],
-        policy_targets=student.targets[policy],
-        advantages=per_row([s.advantage for s in sequences])[policy],
+        student=TokenBatch(
+            student.input_ids,
+            torch.cat([student.rows[policy], student.rows[target]]),
+            torch.cat([student.targets[policy], student.targets[target]]),
+        ),
+        advantages=advantages[policy],
         policy_weight=policy_weight[policy],
         old_logprobs=old_logprobs,
-        target_rows=student.rows[target],
-        target_targets=student.targets[target],
         target_weight=target_weight[target],
         teacher=teacher,
     )

@@ -1,0 +1,187 @@
+"""DeepSpeed as the training engine: ZeRO 0-3, accumulation with final weights, gathered weights, checkpoints.
+
+The only file that imports deepspeed. The loss of a micro-batch is formed inside the wrapped model's forward, because
+ZeRO-3 only has the parameters there. Weights of all rows are final (global denominators), so micro-batches are summed:
+the gradient is the same however a step is split. DeepSpeed averages over ranks; the loss is scaled back by their number.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sgpo.engine import ranks
+from sgpo.models import PolicyModel
+from sgpo.schema import SgpoError
+
+_BUCKET_BYTES = 256 * 2**20
+
+
+def init_distributed(timeout_s: float) -> torch.device:
+    """Joins the process group (one process alone included) and returns this rank's device."""
+    import deepspeed
+
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(ranks.local_rank())
+    else:
+        # Its shared-memory collectives are compiled for half a minute at the first start; gloo serves as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s), auto_mpi_discovery=False, verbose=False
+    )
+    return torch.device("cuda", ranks.local_rank()) if cuda else torch.device("cpu")
+
+
+def lr_factor(step: int, total_steps: int, *, warmup_ratio: float, schedule: str) -> float:
+    """Multiplier of the peak learning rate at 0-based `step`: linear warm-up, then constant, linear or cosine to 0."""
+    warmup_steps = math.ceil(total_steps * warmup_ratio)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class ZeroEngine:
+    """A PolicyModel under DeepSpeed: `loss` and `backward` for each micro-batch, then one `step`."""
+
+    def __init__(
+        self,
+        model: PolicyModel,
+        *,
+        device: torch.device,
+        zero_stage: int,
+        dtype: str,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        max_grad_norm: float,
+    ) -> None:
+        import deepspeed
+
+        model.to(device)
+        self.device = device
+        self.zero_stage = zero_stage
+        self._max_grad_norm = max_grad_norm
+        self._grad_norm: float | None = None
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        # Stage 0 in fp32 runs the bare optimizer: DeepSpeed would clip but not tell the norm.
+        self._bare = zero_stage == 0 and dtype == "float32"
+        if self._bare:
+            optimizer.register_step_pre_hook(self._clip)
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": 0.0 if self._bare else max_grad_norm,
+            "zero_optimization": {"stage": zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": dtype == "bfloat16"},
+            "steps_per_print": 10**9,
+        }
+        if dtype == "bfloat16":
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+
+    @property
+    def model(self) -> PolicyModel:
+        return self._engine.module
+
+    def loss(self, function: Callable[..., tuple[torch.Tensor, Any]], batch: Any, teacher: Any = None) -> Any:
+        """(loss, stats) of one micro-batch: `function` gets the head and the hidden rows, see PolicyModel.forward."""
+        return self._engine(function, self._move(batch), self._move(teacher))
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of `loss`, whose row weights already divide by the whole step's counts."""
+        self._engine.backward(loss * ranks.world_size())
+
+    def step(self, lr: float) -> float:
+        """Applies what has been accumulated and returns the gradient norm before clipping."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        norm = self._grad_norm if self._bare else self._engine.get_global_grad_norm()
+        if norm is None or not math.isfinite(float(norm)):
+            raise SgpoError(f"the gradient norm is {norm}; the last checkpoint is intact: lower the learning rate")
+        return float(norm)
+
+    @torch.no_grad()
+    def evaluate(self, function: Callable[..., Any], batch: Any) -> Any:
+        """function(head, bias, hidden rows, None) without gradient."""
+        return self.model(function, self._move(batch))
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, full weight) of every parameter and saved buffer; under ZeRO-3 one bucket at a time.
+
+        Collective: every rank must exhaust it. A tensor is only valid until the next one is asked for.
+        """
+        lm = self.model.lm
+        tied = {name for name, _ in lm.named_parameters(remove_duplicate=False)} - {n for n, _ in lm.named_parameters()}
+        named = [(n, p) for n, p in lm.state_dict(keep_vars=True).items() if n not in tied]
+        if self.zero_stage < 3:
+            yield from ((name, tensor.detach()) for name, tensor in named)
+            return
+        from deepspeed.zero import GatheredParameters
+
+        for bucket in _buckets(named, _BUCKET_BYTES):
+            with GatheredParameters([tensor for _, tensor in bucket]):
+                yield from ((name, tensor.detach()) for name, tensor in bucket)
+
+    def save(self, folder: Path) -> None:
+        """Writes this rank's part of parameters, masters and optimizer state. Collective."""
+        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Takes back what `save` wrote, bit for bit. Collective."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag="state", load_lr_scheduler_states=False)
+        if path is None:
+            raise SgpoError(f"checkpoint {folder} holds no engine state; delete it to go on from the one before")
+
+    def close(self) -> None:
+        self._engine.destroy()
+        del self._engine, self._optimizer
+        gc.collect()
+
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
+
+    def _move(self, batch: Any) -> Any:
+        return batch.to(self.device) if batch is not None else None
+
+
+def _buckets(named: Sequence[tuple[str, torch.Tensor]], limit: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    bucket: list[tuple[str, torch.Tensor]] = []
+    size = 0
+    for name, tensor in named:
+        count = getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
+        if bucket and size + count > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += count
+    if bucket:
+        yield bucket
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

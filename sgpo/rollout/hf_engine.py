@@ -1,0 +1,161 @@
+"""Rollouts through transformers' generate: runs anywhere, batched, with a KV cache.
+
+generate does the decoding; a logits processor does the sampling. It draws token t of a request from the inverse of the
+cumulative distribution at a uniform number that only the request's seed and t decide, and leaves generate a certain
+choice. So a completion does not depend on which others share its batch, and its log-probability is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from sgpo.schema import Rollout, RolloutRequest, SamplingParams, SgpoError
+
+
+class HfEngine:
+    """A RolloutEngine with its own copy of the weights. `lm` is a transformers causal language model."""
+
+    def __init__(
+        self, lm: Any, *, eos_ids: Sequence[int], pad_id: int, device: torch.device, max_batch_tokens: int
+    ) -> None:
+        self._lm = lm.to(device).eval().requires_grad_(False)
+        self._lm.config.use_cache = True
+        self._weights = self._lm.state_dict()
+        self._device = device
+        self._eos_ids = list(eos_ids)
+        self._pad_id = pad_id
+        self._max_batch_tokens = max_batch_tokens
+        self.policy_version = 0
+
+    @torch.no_grad()
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        sampling: SamplingParams,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[Rollout]:
+        rollouts: dict[int, Rollout] = {}
+        sampled = 0
+        for batch in self._batches(requests, sampling.max_new_tokens):
+            for index, rollout in zip(batch, self._generate([requests[i] for i in batch], sampling), strict=True):
+                rollouts[index] = rollout
+                sampled += len(rollout.completion_ids)
+            if on_progress is not None:
+                on_progress(len(rollouts), sampled)
+        return [rollouts[i] for i in range(len(requests))]
+
+    @torch.no_grad()
+    def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int) -> None:
+        seen = set()
+        for name, tensor in named_tensors:
+            if name not in self._weights or self._weights[name].shape != tensor.shape:
+                raise SgpoError(f"weight sync: the rollout model has no weight {name} of shape {tuple(tensor.shape)}")
+            self._weights[name].copy_(tensor)
+            seen.add(self._weights[name].data_ptr())
+        missing = [name for name, tensor in self._weights.items() if tensor.data_ptr() not in seen]
+        if missing:
+            raise SgpoError(f"weight sync: no new value arrived for {', '.join(missing[:3])} ({len(missing)} in all)")
+        self.policy_version = policy_version
+
+    def sleep(self) -> None:
+        """The copy stays where it is; only vLLM has memory worth giving back."""
+
+    def wake(self) -> None:
+        """See sleep."""
+
+    def close(self) -> None:
+        self._weights = {}
+        self._lm = None
+
+    def _batches(self, requests: Sequence[RolloutRequest], max_new_tokens: int) -> list[list[int]]:
+        """Indices by prompt length, at most max_batch_tokens of (longest prompt + new tokens) x rows together."""
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        batches: list[list[int]] = []
+        for index in order:
+            width = len(requests[index].prompt_ids) + max_new_tokens
+            if batches and (len(batches[-1]) + 1) * width <= self._max_batch_tokens:
+                batches[-1].append(index)
+            else:
+                batches.append([index])
+        return batches
+
+    def _generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
+        width = max(len(request.prompt_ids) for request in requests)
+        input_ids = torch.full((len(requests), width), self._pad_id, dtype=torch.int64)
+        mask = torch.zeros_like(input_ids)
+        for row, request in enumerate(requests):
+            input_ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+            mask[row, width - len(request.prompt_ids) :] = 1
+        sampler = SeededSampler([request.seed for request in requests], sampling, self._device)
+        output = self._lm.generate(
+            input_ids=input_ids.to(self._device),
+            attention_mask=mask.to(self._device),
+            logits_processor=LogitsProcessorList([sampler]),
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=sampling.max_new_tokens,
+                eos_token_id=self._eos_ids,
+                pad_token_id=self._pad_id,
+                use_cache=True,
+            ),
+        )
+        completions = output[:, width:].tolist()
+        logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
+        return [
+            self._rollout(request, ids, values)
+            for request, ids, values in zip(requests, completions, logprobs, strict=True)
+        ]
+
+    def _rollout(self, request: RolloutRequest, ids: list[int], logprobs: list[float]) -> Rollout:
+        end = next((t + 1 for t, token in enumerate(ids) if token in self._eos_ids), None)
+        length = len(ids) if end is None else end
+        return Rollout(
+            request=request,
+            completion_ids=tuple(ids[:length]),
+            rollout_logprobs=tuple(logprobs[:length]),
+            truncated=end is None,
+            policy_version=self.policy_version,
+        )
+
+
+class SeededSampler(LogitsProcessor):
+    """Samples row i with the uniform numbers of seeds[i]; temperature 0 takes the most likely token.
+
+    Called once per new token with scores [B, V]; returns scores that are 0 at the sampled token and -inf elsewhere.
+    `logprobs` collects the log-probability [B] of each sampled token after temperature and top-p.
+    """
+
+    def __init__(self, seeds: Sequence[int], sampling: SamplingParams, device: torch.device) -> None:
+        self._sampling = sampling
+        self._device = device
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.logprobs: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.float()
+        if self._sampling.temperature == 0:
+            tokens = scores.argmax(-1, keepdim=True)
+            logprobs = scores.log_softmax(-1).gather(-1, tokens)
+        else:
+            tokens, logprobs = self._sample(scores / self._sampling.temperature)
+        self.logprobs.append(logprobs.squeeze(-1))
+        return torch.full_like(scores, float("-inf")).scatter_(-1, tokens, 0.0)
+
+    def _sample(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        probs, order = scores.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        mass = probs.double().cumsum(-1)
+        if self._sampling.top_p < 1:
+            # Keeps the smallest set of tokens that reaches top_p: those whose predecessors have not reached it yet.
+            probs = probs.masked_fill(mass - probs.double() >= self._sampling.top_p, 0.0)
+            mass = probs.double().cumsum(-1)
+        total = mass[:, -1:]
+        uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in self._generators])
+        picked = torch.searchsorted(mass, uniform.to(self._device)[:, None] * total, right=True)
+        picked = picked.clamp(max=scores.shape[-1] - 1)
+        picked = torch.where(probs.gather(-1, picked) > 0, picked, (probs > 0).sum(-1, keepdim=True) - 1)
+        logprobs = (probs.gather(-1, picked).double() / total).log().float()
+        return order.gather(-1, picked), logprobs
