@@ -43,6 +43,16 @@ class MicroBatch:
     target_weight: torch.Tensor
     teacher: TokenBatch | None
 
+    def to(self, device: torch.device) -> MicroBatch:
+        return MicroBatch(
+            self.student.to(device),
+            self.advantages.to(device),
+            self.policy_weight.to(device),
+            None if self.old_logprobs is None else self.old_logprobs.to(device),
+            self.target_weight.to(device),
+            None if self.teacher is None else self.teacher.to(device),
+        )
+
     @property
     def tokens(self) -> int:
         return self.student.input_ids.numel() + (self.teacher.input_ids.numel() if self.teacher else 0)
@@ -103,8 +113,7 @@ def collate_training(sequences: Sequence[TrainSequence], pad_id: int, *, with_te
     teacher = None
     if with_teacher:
         distilled = [s for s in sequences if s.target_weight]
-        prompts = [s.teacher_prompt_ids or () for s in distilled]
-        teacher = collate(prompts, [s.completion_ids for s in distilled], pad_id)
+        teacher = collate([s.teacher_prompt_ids or () for s in distilled], [s.completion_ids for s in distilled], pad_id)
     return MicroBatch(
         student=TokenBatch(
             student.input_ids,

@@ -106,7 +106,7 @@ class ZeroEngine:
 
     def loss(self, function: Callable[..., tuple[torch.Tensor, Any]], batch: Any, teacher: Any = None) -> Any:
         """(loss, stats) of one micro-batch: `function` gets the head and the hidden rows, see PolicyModel.forward."""
-        return self._engine(function, self._move(batch), self._move(teacher))
+        return self._engine(function, batch, teacher)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of `loss`, whose row weights already divide by the whole step's counts."""
@@ -125,7 +125,7 @@ class ZeroEngine:
     @torch.no_grad()
     def evaluate(self, function: Callable[..., Any], batch: Any) -> Any:
         """function(head, bias, hidden rows, None) without gradient."""
-        return self.model(function, self._move(batch))
+        return self.model(function, batch)
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full weight) of every parameter and saved buffer; under ZeRO-3 one bucket at a time.
@@ -162,9 +162,6 @@ class ZeroEngine:
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
-
-    def _move(self, batch: Any) -> Any:
-        return batch.to(self.device) if batch is not None else None
 
 
 def _buckets(named: Sequence[tuple[str, torch.Tensor]], limit: int) -> Iterator[list[tuple[str, torch.Tensor]]]:

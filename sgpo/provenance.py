@@ -1,0 +1,54 @@
+"""Where a result comes from: commit, versions, machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "sgpo", "torch", "triton", "transformers", "deepspeed", "vllm", "liger-kernel", "math-verify", "flash-attn", "numpy",
+)  # fmt: skip
+
+
+def commit() -> str | None:
+    """Commit of this checkout with "-dirty" for local changes; None where the package does not lie in one."""
+    folder = Path(__file__).resolve().parent
+    try:
+        sha = _git(folder, "rev-parse", "HEAD")
+        return sha + ("-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """Installed version of every package that can change a result; None where it is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def environment() -> dict[str, Any]:
+    import torch
+
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "commit": commit(),
+        "versions": versions(),
+        "platform": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda_devices": devices,
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    return result.stdout.strip()

@@ -1,0 +1,119 @@
+"""One optimizer step from training sequences, and scoring without gradient: what warm-up and training share.
+
+Under ZeRO-3 a forward pass is a collective, so all ranks agree beforehand on the number of micro-batches and on which
+of them have a teacher pass; a rank without work of its own joins in with an empty micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sgpo_kernels import linear_logprob
+
+from sgpo.data.packing import MicroBatch, TokenBatch, collate, collate_training, length_sorted
+from sgpo.engine import ranks
+from sgpo.engine.zero import ZeroEngine
+from sgpo.schema import TrainSequence
+
+# (head, bias, hidden rows, teacher's hidden rows or None, micro-batch on the device) -> (loss, stats)
+Objective = Callable[..., tuple[torch.Tensor, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A micro-batch that went through: its sequences in row order, its statistics (on the device), its tokens."""
+
+    sequences: list[TrainSequence]
+    stats: Any
+    tokens: int
+    padding: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """`grad_norm` is None where no sequence of any rank was live and the optimizer was not stepped."""
+
+    passes: list[Pass]
+    loss: float
+    grad_norm: float | None
+
+
+def optimizer_step(
+    engine: ZeroEngine,
+    sequences: Sequence[TrainSequence],
+    objective: Objective,
+    *,
+    token_budget: int,
+    pad_id: int,
+    lr: float,
+) -> StepResult:
+    """Accumulates the gradient of all live sequences, micro-batch by micro-batch, and applies it once."""
+    live = [sequence for sequence in sequences if sequence.is_live]
+    passes: list[Pass] = []
+    losses: list[torch.Tensor] = []
+    for chosen, micro in micro_batches(live, token_budget=token_budget, pad_id=pad_id):
+        micro = micro.to(engine.device)
+        loss, stats = engine.loss(_bound(objective, micro), micro.student, micro.teacher)
+        engine.backward(loss)
+        losses.append(loss.detach())
+        passes.append(Pass(chosen, stats, micro.tokens, micro.tokens - _real_tokens(chosen, micro)))
+    if not passes:
+        return StepResult([], 0.0, None)
+    return StepResult(passes, float(torch.stack(losses).sum()), engine.step(lr))
+
+
+def micro_batches(
+    sequences: Sequence[TrainSequence], *, token_budget: int, pad_id: int
+) -> Iterator[tuple[list[TrainSequence], MicroBatch]]:
+    """Length-sorted micro-batches within the budget; the same number of them, and of teacher passes, on every rank."""
+    groups = [[sequences[i] for i in group] for group in length_sorted([s.length for s in sequences], token_budget)]
+    plans = ranks.gather([any(_is_distilled(s) for s in group) for group in groups])
+    for k in range(max(len(plan) for plan in plans)):
+        chosen = groups[k] if k < len(groups) else []
+        with_teacher = any(k < len(plan) and plan[k] for plan in plans)
+        yield chosen, collate_training(chosen, pad_id, with_teacher=with_teacher)
+
+
+def score_contexts(
+    engine: ZeroEngine,
+    contexts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    token_budget: int,
+    pad_id: int,
+    temperature: float = 1.0,
+) -> list[list[float]]:
+    """log pi(token | prompt, tokens before) of each (prompt ids, completion ids), with the current weights. Collective."""
+    groups = length_sorted([len(prompt) + len(completion) for prompt, completion in contexts], token_budget)
+    scores: dict[int, list[float]] = {}
+    for k in range(max(ranks.gather(len(groups)))):
+        group = groups[k] if k < len(groups) else []
+        batch = collate([contexts[i][0] for i in group], [contexts[i][1] for i in group], pad_id).to(engine.device)
+        logprobs = engine.evaluate(_logprobs(batch, temperature), batch)
+        lengths = [len(contexts[i][1]) for i in group]
+        scores.update(zip(group, (part.tolist() for part in logprobs.split(lengths)), strict=True))
+    return [scores[i] for i in range(len(contexts))]
+
+
+def _logprobs(batch: TokenBatch, temperature: float) -> Callable[..., torch.Tensor]:
+    def logprobs(head: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor, _: None) -> torch.Tensor:
+        return linear_logprob(hidden, head, batch.targets, temperature=temperature, bias=bias)[0]
+
+    return logprobs
+
+
+def _bound(objective: Objective, micro: MicroBatch) -> Callable[..., tuple[torch.Tensor, Any]]:
+    return lambda head, bias, hidden, teacher_hidden: objective(head, bias, hidden, teacher_hidden, micro)
+
+
+def _is_distilled(sequence: TrainSequence) -> bool:
+    return sequence.target_weight != 0.0 and sequence.teacher_prompt_ids is not None
+
+
+def _real_tokens(sequences: Sequence[TrainSequence], micro: MicroBatch) -> int:
+    student = sum(len(s.prompt_ids) + len(s.completion_ids) for s in sequences)
+    if micro.teacher is None:
+        return student
+    return student + sum(len(s.teacher_prompt_ids or ()) + len(s.completion_ids) for s in sequences if _is_distilled(s))
