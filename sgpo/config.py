@@ -100,7 +100,9 @@ class AlgorithmConfig(Section):
     @model_validator(mode="after")
     def _pairs(self) -> AlgorithmConfig:
         if self.alpha_max < self.alpha_0:
-            raise ValueError(f"alpha_max = {self.alpha_max} is below alpha_0 = {self.alpha_0}; raise it or lower alpha_0")
+            raise ValueError(
+                f"alpha_max = {self.alpha_max} is below alpha_0 = {self.alpha_0}; raise it"
+            )
         if self.distillation == "none" and not self.autonomous_grpo:
             raise ValueError("distillation: none and autonomous_grpo: false leave no loss; switch one of them on")
         return self
@@ -200,11 +202,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SgpoError(f"config {path} does not exist; give the path of a YAML file such as configs/quickstart.yaml")
+        raise SgpoError(f"config {path} does not exist; give a YAML file such as configs/quickstart.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise SgpoError(f"config {path} cannot be read: {error}")
+        raise SgpoError(f"config {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise SgpoError(f"config {path} is not valid YAML: {' '.join(str(error).split())}")
+        raise SgpoError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise SgpoError(f"config {path} must be a mapping of sections ({', '.join(Config.model_fields)})")
     for key, value in parse_overrides(overrides):
@@ -212,7 +214,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise SgpoError("; ".join(_sentence(path, item) for item in error.errors()))
+        raise SgpoError("; ".join(_sentence(path, item) for item in error.errors())) from None
 
 
 def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -230,7 +232,7 @@ def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
         try:
             yield key, yaml.safe_load(value)
         except yaml.YAMLError:
-            raise SgpoError(f"the value of --{key}, {value!r}, is not readable as YAML")
+            raise SgpoError(f"the value of --{key}, {value!r}, is not readable as YAML") from None
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:

@@ -366,7 +366,7 @@ _TRENDS = (
 )
 _TREND_STEPS = 10  # the trend compares the mean of the last ten steps with that of the ten before
 _SPARK_WIDTH = 30
-_ETA_STEPS = 20
+_ETA_MARKS = 20
 
 
 def _fields(values: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -437,14 +437,12 @@ class LiveDisplay:
         self._step = 0
         self._latest: dict[str, dict[str, Any]] = {}
         self._history: dict[str, tuple[float, ...]] = {}
-        self._last_step_at = clock()
-        self._step_times_s: tuple[float, ...] = ()
+        self._marks: tuple[tuple[int, float], ...] = ()  # (step, clock) of the latest reports
         # The stream is asked, not rich: FORCE_COLOR makes rich see a terminal in a log file.
         is_live = is_main and self._file.isatty() and not console.is_dumb_terminal
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4) if is_live else None
 
     def __enter__(self) -> LiveDisplay:
-        self._last_step_at = self._clock()
         if self._live is not None:
             self._live.start(refresh=True)
         return self
@@ -471,18 +469,19 @@ class LiveDisplay:
             if phase == trend_phase and isinstance(values.get(key), int | float):
                 self._history = {**self._history, key: (*self._history.get(key, ()), values[key])[-_SPARK_WIDTH:]}
         if phase != "eval":
-            now = self._clock()
-            self._step_times_s = (*self._step_times_s, now - self._last_step_at)[-_ETA_STEPS:]
-            self._last_step_at, self._step = now, step
+            self._step = step
+            self._marks = (*self._marks, (step, self._clock()))[-_ETA_MARKS:]
         if self._is_main and self._live is None:
             print(self._plain_line(step, values, phase), file=self._file, flush=True)
 
     def _eta(self) -> str:
-        """Time left as h:mm:ss, from the mean of the last twenty steps; "?" before the first one."""
-        if not self._step_times_s:
+        """Time left as h:mm:ss at the pace of the latest reports; "?" before the second one."""
+        if not self._marks or self._marks[-1][0] <= self._marks[0][0]:
             return "?"
-        mean_s = sum(self._step_times_s) / len(self._step_times_s)
-        return str(timedelta(seconds=round(mean_s * max(self._total_steps - self._step, 0))))
+        # Over steps, not reports: a loop may report every tenth step only, and a resumed one does not begin at 0.
+        (first, started), (last, ended) = self._marks[0], self._marks[-1]
+        seconds = (ended - started) / (last - first) * max(self._total_steps - last, 0)
+        return str(timedelta(seconds=round(seconds)))
 
     def _plain_line(self, step: int, values: Mapping[str, Any], phase: str) -> str:
         cells = [f"{phase} {step}/{self._total_steps}", *(f"{label} {text}" for label, text in _fields(values))]

@@ -10,8 +10,17 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGES = (
-    "sgpo", "torch", "triton", "transformers", "deepspeed", "vllm", "liger-kernel", "math-verify", "flash-attn", "numpy",
-)  # fmt: skip
+    "sgpo",
+    "torch",
+    "triton",
+    "transformers",
+    "deepspeed",
+    "vllm",
+    "liger-kernel",
+    "math-verify",
+    "flash-attn",
+    "numpy",
+)
 
 
 def commit() -> str | None:
@@ -26,13 +35,14 @@ def commit() -> str | None:
 
 def versions() -> dict[str, str | None]:
     """Installed version of every package that can change a result; None where it is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def environment() -> dict[str, Any]:

@@ -85,7 +85,7 @@ def score_contexts(
     pad_id: int,
     temperature: float = 1.0,
 ) -> list[list[float]]:
-    """log pi(token | prompt, tokens before) of each (prompt ids, completion ids), with the current weights. Collective."""
+    """log pi(token | prompt, tokens before) of each (prompt ids, completion ids), current weights. Collective."""
     groups = length_sorted([len(prompt) + len(completion) for prompt, completion in contexts], token_budget)
     scores: dict[int, list[float]] = {}
     for k in range(max(ranks.gather(len(groups)))):

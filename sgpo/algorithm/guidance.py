@@ -1,4 +1,4 @@
-"""How strongly a problem is distilled: alpha(q) (Eq. 6) and its ablations. Each returns (alpha, alpha before the cap)."""
+"""alpha(q), how strongly a problem is distilled (Eq. 6), and its ablations. Returned with its value before the cap."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def adaptive_alpha(
 def group_advantage_alpha(
     auto_rewards: torch.Tensor, target_reward: float, *, alpha_max: float = 0.8, eps: float = 1e-6
 ) -> tuple[float, float]:
-    """Ablation: the advantage of o+ in the group of the autonomous rollouts [G1] and itself, clipped to [0, alpha_max]."""
+    """Ablation: the advantage of o+ in the group of autonomous rewards [G1] and its own, clipped to [0, alpha_max]."""
     group = torch.cat([auto_rewards.double(), torch.tensor([target_reward], dtype=torch.float64)])
     uncapped = float((target_reward - group.mean()) / (group.std() + eps))
     return min(max(uncapped, 0.0), alpha_max), uncapped

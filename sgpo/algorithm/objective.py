@@ -1,4 +1,4 @@
-"""The loss of a micro-batch (Eq. 7): clipped policy loss on autonomous rows plus distillation or imitation of targets."""
+"""The loss of a micro-batch (Eq. 7): clipped policy loss on autonomous rows, distillation or imitation of targets."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from sgpo_kernels import DivergenceStats, PolicyStats, linear_logprob, linear_po
 
 @dataclass(frozen=True, slots=True)
 class ObjectiveStats:
-    """Row statistics without gradient; None where the micro-batch has no such rows. `target_nll` [N_t] for SFT."""
+    """Without gradient: row statistics (`divergence` None where nothing is distilled) and both parts of the loss."""
 
-    policy: PolicyStats | None
+    policy: PolicyStats
     divergence: DivergenceStats | None
-    target_nll: torch.Tensor | None
+    policy_loss: torch.Tensor
+    target_loss: torch.Tensor
 
 
 def sgpo_objective(
@@ -68,12 +69,12 @@ def sgpo_objective(
             bias=bias,
             **policy,
         )
-        return loss, ObjectiveStats(stats.policy, stats.divergence, None)
-    loss, stats = linear_policy_loss(hidden[:split], head, targets[:split], token_weight=policy_weight, bias=bias, **policy)
-    if len(target_weight) == 0:
-        return loss, ObjectiveStats(stats, None, None)
-    nll_loss, nll = imitation_objective(head, bias, hidden[split:], targets[split:], target_weight, temperature)
-    return loss + nll_loss, ObjectiveStats(stats, None, nll)
+        return loss, ObjectiveStats(stats.policy, stats.divergence, stats.policy_loss, stats.distill_loss)
+    policy_loss, stats = linear_policy_loss(
+        hidden[:split], head, targets[:split], token_weight=policy_weight, bias=bias, **policy
+    )
+    target_loss, _ = imitation_objective(head, bias, hidden[split:], targets[split:], target_weight, temperature)
+    return policy_loss + target_loss, ObjectiveStats(stats, None, policy_loss.detach(), target_loss.detach())
 
 
 def imitation_objective(

@@ -72,8 +72,7 @@ CHAT_TEMPLATE = (
 )
 WORDS = (
     *("system", "user", "assistant", ".", ",", ":", "?", "\\boxed{", "}"),
-    *("how", "many", "type", "strategy", "steps", "pick", "two", "digits", "and", "combine", "them"),
-    *("the", "one", "take", "then", "it"),
+    *("how", "many", "type", "strategy", "steps", "digits", "combine", "two", "pick", "take", "then"),
 )
 
 
@@ -96,10 +95,10 @@ def run_procedure(procedure: Procedure, digits: Digits) -> tuple[int, int, int, 
     return left, right, combined, combined * (2 if scale == "double" else 3)
 
 
-def worked_chain(procedure: Procedure, digits: Digits) -> str:
-    """A completion: every step by its name and result, then the boxed answer."""
+def worked_chain(family: Family, procedure: Procedure, digits: Digits) -> str:
+    """A completion: every step as thing, move and result ("eggs first 3 eggs third 2 ..."), then the boxed answer."""
     results = run_procedure(procedure, digits)
-    steps = " ".join(f"{move} {result}" for move, result in zip(procedure, results, strict=True))
+    steps = " ".join(f"{family.thing} {move} {result}" for move, result in zip(procedure, results, strict=True))
     return f"{steps} \\boxed{{{results[-1]}}}"
 
 
@@ -107,8 +106,8 @@ def strategy_text(procedure: Procedure) -> str:
     """Problem type, strategy and steps in words; no digit of the problem, no result."""
     first, second, combine, scale = procedure
     return (
-        "type : four digits . strategy : pick two digits and combine them . "
-        f"steps : pick the {first} one , pick the {second} one , take the {combine} , then {scale} it ."
+        "type : digits . strategy : combine two . "
+        f"steps : pick {first} , pick {second} , take {combine} , then {scale} ."
     )
 
 
@@ -124,7 +123,8 @@ def _is_eval(digits: Digits) -> bool:
 def _pools() -> dict[tuple[Split, Procedure], tuple[Digits, ...]]:
     """The digits of each split for which a procedure's answer is no other procedure's answer."""
     pools: dict[tuple[Split, Procedure], list[Digits]] = {}
-    for digits in product(range(1, 10), repeat=4):
+    nine = range(1, 10)
+    for digits in product(nine, nine, nine, nine):
         split: Split = "eval" if _is_eval(digits) else "train"
         answers = [run_procedure(procedure, digits)[-1] for procedure in PROCEDURES]
         for procedure, answer in zip(PROCEDURES, answers, strict=True):
@@ -144,8 +144,9 @@ def make_problems(split: Split, *, seed: int, count: int) -> list[Problem]:
         raise SgpoError(f"built-in task, split {split!r}: count must lie in 1..{largest}, got {count}; ask for fewer.")
     rng = random.Random(f"{split}-{seed}")
     per_family = -(-count // len(FAMILIES))
-    columns = [[(family, digits) for digits in rng.sample(pools[split, family.procedure], per_family)]
-               for family in FAMILIES]
+    columns = [
+        [(family, digits) for digits in rng.sample(pools[split, family.procedure], per_family)] for family in FAMILIES
+    ]
     drawn = [pair for row in zip(*columns, strict=True) for pair in row][:count]
     rng.shuffle(drawn)
     return [
@@ -182,7 +183,7 @@ def _demonstration(rng: random.Random, demo_id: str, *, guided: bool) -> Demonst
         strategy=strategy_text(procedure) if guided else None,
         extra={"family": family.place},
     )
-    return Demonstration(id=demo_id, problem=problem, guided=guided, completion=worked_chain(procedure, digits))
+    return Demonstration(id=demo_id, problem=problem, guided=guided, completion=worked_chain(family, procedure, digits))
 
 
 def _train_digits(rng: random.Random) -> Digits:
@@ -197,7 +198,7 @@ def vocabulary() -> list[str]:
     surfaces = [word for family in FAMILIES for word in (family.place, family.thing)]
     moves = [move for pair in MOVES for move in pair]
     numbers = [str(number) for number in range(LARGEST_NUMBER + 1)]
-    return list(dict.fromkeys([PAD, START, END, UNKNOWN, *numbers, *WORDS, "four", *moves, *surfaces]))
+    return list(dict.fromkeys([PAD, START, END, UNKNOWN, *numbers, *WORDS, *moves, *surfaces]))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -113,7 +113,8 @@ def collate_training(sequences: Sequence[TrainSequence], pad_id: int, *, with_te
     teacher = None
     if with_teacher:
         distilled = [s for s in sequences if s.target_weight]
-        teacher = collate([s.teacher_prompt_ids or () for s in distilled], [s.completion_ids for s in distilled], pad_id)
+        prompts = [s.teacher_prompt_ids or () for s in distilled]
+        teacher = collate(prompts, [s.completion_ids for s in distilled], pad_id)
     return MicroBatch(
         student=TokenBatch(
             student.input_ids,

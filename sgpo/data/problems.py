@@ -57,7 +57,8 @@ def load_problems(source: str, *, limit: int | None = None) -> list[Problem]:
             first_place[problem.id] = place
             problems.append(problem)
     if complaints:
-        raise SgpoError(listing(f"{source} has {_count(complaints, 'fault')}; correct or remove these rows", complaints))
+        head = f"{source} has {_count(complaints, 'fault')}; correct or remove these rows"
+        raise SgpoError(listing(head, complaints))
     if not problems:
         raise SgpoError(f"{source} holds no problems: expected at least one row with id, problem and answer.")
     return problems
@@ -130,6 +131,7 @@ def _decoded(raw: bytes) -> Any:
 def _dataset_rows(source: str) -> Iterator[Row]:
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise SgpoError(f"Reading {source} needs the package datasets: pip install datasets, or use JSONL.") from error
 
@@ -146,7 +148,7 @@ def _dataset_rows(source: str) -> Iterator[Row]:
                 table = table[split]
         else:
             table = datasets.load_dataset(_TABLE_BUILDERS[path.suffix], data_files=source, split=split)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
         raise SgpoError(
             f"The datasets package cannot load split {split!r} of {source} ({_first_line(error)}): "
             "check the name, the split and the format."
@@ -200,7 +202,7 @@ def _turn_complaints(turns: Any) -> Iterator[str]:
         if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
             yield f"guidance turn {index} must be an object with the keys role and content"
         elif turn["role"] != role:
-            yield f"guidance turn {index} must have the role {role!r} (user and assistant alternate), got {turn['role']!r}"
+            yield f"guidance turn {index} must have the role {role!r} (the two alternate), got {turn['role']!r}"
         elif complaint := _text_complaint("content", turn["content"]):
             yield f"guidance turn {index}: {complaint}"
     if len(turns) % 2:

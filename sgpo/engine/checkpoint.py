@@ -74,7 +74,7 @@ class Checkpoints:
         self.keep_last = keep_last
 
     def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> Path:
-        """Writes checkpoint `step`: the JSON `state` and whatever `write(folder)` adds. Then drops old ones. Collective."""
+        """Writes checkpoint `step`: the JSON `state` and what `write(folder)` adds; drops old ones. Collective."""
 
         def write_all(folder: Path) -> None:
             write(folder)

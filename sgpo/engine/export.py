@@ -17,9 +17,7 @@ def export_model(engine: ZeroEngine, tokenizer: Any, folder: Path) -> None:
 
     def write(temporary: Path) -> None:
         # All ranks take part in gathering; only the first keeps what arrives.
-        weights = {
-            name: tensor.to("cpu", copy=True) for name, tensor in engine.named_weights() if ranks.is_main()
-        }
+        weights = {name: tensor.to("cpu", copy=True) for name, tensor in engine.named_weights() if ranks.is_main()}
         if ranks.is_main():
             lm = engine.model.lm
             save_torch_state_dict(weights, temporary)

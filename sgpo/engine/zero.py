@@ -2,7 +2,8 @@
 
 The only file that imports deepspeed. The loss of a micro-batch is formed inside the wrapped model's forward, because
 ZeRO-3 only has the parameters there. Weights of all rows are final (global denominators), so micro-batches are summed:
-the gradient is the same however a step is split. DeepSpeed averages over ranks; the loss is scaled back by their number.
+the gradient is the same however a step is split. DeepSpeed averages over ranks, so the loss is multiplied by their
+number.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ class ZeroEngine:
         if self.zero_stage < 3:
             yield from ((name, tensor.detach()) for name, tensor in named)
             return
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
         for bucket in _buckets(named, _BUCKET_BYTES):
             with GatheredParameters([tensor for _, tensor in bucket]):

@@ -25,7 +25,7 @@ Scorer = Callable[[list[Context]], list[list[float]]]  # log-probs of each compl
 class SgpoSettings:
     autonomous_grpo: bool = True
     normalize_std: bool = True
-    distill: bool = True
+    distillation: Literal["forward_kl", "reverse_kl", "js", "sft", "none"] = "forward_kl"
     target: Literal["sum", "mean", "all"] = "sum"
     alpha: Literal["adaptive", "fixed", "group_advantage"] = "adaptive"
     alpha_0: float = 0.5
@@ -58,13 +58,13 @@ def sgpo_sequences(
     for group, chosen in zip(groups, guidance, strict=True):
         if settings.autonomous_grpo:
             sequences += policy_sequences(group, problems=problems, normalize_std=settings.normalize_std)
-        sequences += target_sequences(group, chosen, problems=problems)
+        sequences += target_sequences(group, chosen, problems=problems, with_teacher=settings.distillation != "sft")
     return sequences, guidance
 
 
 def choose_targets(groups: Sequence[ScoredGroup], settings: SgpoSettings, score: Scorer) -> list[Guidance]:
     """alpha(q) and o+ of every group; only groups with a choice between several correct rollouts are scored."""
-    alphas = [_alpha(group, settings) if settings.distill else (0.0, 0.0) for group in groups]
+    alphas = [_alpha(group, settings) if settings.distillation != "none" else (0.0, 0.0) for group in groups]
     correct = [
         [r for r, reward in zip(g.guided, g.guided_rewards, strict=True) if reward > 0] if alpha > 0 else []
         for g, (alpha, _) in zip(groups, alphas, strict=True)
@@ -87,7 +87,9 @@ def choose_targets(groups: Sequence[ScoredGroup], settings: SgpoSettings, score:
     return guidance
 
 
-def target_sequences(group: ScoredGroup, guidance: Guidance, *, problems: int) -> list[TrainSequence]:
+def target_sequences(
+    group: ScoredGroup, guidance: Guidance, *, problems: int, with_teacher: bool = True
+) -> list[TrainSequence]:
     """o+ (or all correct guided completions, Eq. 2) after the plain prompt, with the guided prompt as the teacher's."""
     return [
         TrainSequence(
@@ -99,7 +101,7 @@ def target_sequences(group: ScoredGroup, guidance: Guidance, *, problems: int) -
                 targets=len(guidance.targets),
                 length=len(rollout.completion_ids),
             ),
-            teacher_prompt_ids=rollout.request.prompt_ids,
+            teacher_prompt_ids=rollout.request.prompt_ids if with_teacher else None,
         )
         for rollout in guidance.targets
     ]

@@ -1,0 +1,85 @@
+"""The SGPO loss head: policy rows and distillation rows against one head, in one call.
+
+What: the objective of a micro-batch; the two groups share the head's product operand and one dW accumulator.
+Equation: loss = linear_policy_loss(policy rows) + linear_divergence(distillation rows).
+Source: arXiv 2606.24064 Eq. 7, with 1/P, 1/G1, 1/|o| and alpha(q) inside the per-row weights.
+Gradient: the sum of the two (see policy.py and divergence.py), formed in forward.
+Memory: 9·C·V·a + V·H·(a + 2s) + 2·N·H·s, N the rows of both groups (`launch.extra_bytes("sgpo", ...)`). Saved: one dH
+  per group, one dW, one db.
+Precision: as in the two ops; dW is summed over both groups in float32 and rounded once.
+Limits: as in the two ops; on an accelerator two host syncs (the counts of live rows).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from sgpo_kernels import contracts, launch
+from sgpo_kernels.divergence import DivergenceRows, DivergenceRule, DivergenceStats, Kind, OverLimit
+from sgpo_kernels.linear_rows import weighted_loss
+from sgpo_kernels.policy import PolicyRows, PolicyStats, SurrogateBounds
+
+
+class SgpoStats(NamedTuple):
+    """Statistics of both groups and the two parts of the loss (0-d), all without gradient."""
+
+    policy: PolicyStats
+    divergence: DivergenceStats
+    policy_loss: Tensor
+    distill_loss: Tensor
+
+
+def sgpo_loss(
+    policy_hidden: Tensor,
+    policy_targets: Tensor,
+    distill_hidden: Tensor,
+    teacher_hidden: Tensor,
+    head: Tensor,
+    *,
+    old_logprobs: Tensor | None = None,
+    advantages: Tensor,
+    policy_weight: Tensor,
+    distill_weight: Tensor,
+    clip_low: float | None,
+    clip_high: float | None,
+    dual_clip: float | None = None,
+    kind: Kind = "forward_kl",
+    max_token_kl: float | None = None,
+    over_limit: OverLimit = "mask",
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    impl: launch.Impl = "auto",
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, SgpoStats]:
+    """Policy loss plus divergence, each with its per-row weights.
+
+    Args:
+        policy_hidden: [Np, H]; policy_targets: int64 [Np].
+        old_logprobs (or None), advantages, policy_weight: float32 [Np].
+        distill_hidden, teacher_hidden: [Nd, H]; distill_weight: float32 [Nd]. Either group may have 0 rows.
+        head: [V, H], the dtype of the hidden states. bias: [V] or None.
+        temperature: a float > 0, or float32 [Np + Nd], policy rows first.
+        The other arguments are those of `linear_policy_loss` and `linear_divergence`.
+
+    Returns: (loss, SgpoStats): loss 0-d float32 (float64 for float64 inputs), differentiable in policy_hidden,
+    distill_hidden, head, bias.
+
+    Raises: TypeError (dtype), ValueError (shape, device, value), NotImplementedError (impl="triton").
+    """
+    contracts.check_head(policy_hidden, head, bias, ("policy_hidden", "head", "bias"))
+    contracts.check_matrix("distill_hidden", distill_hidden, head.shape[1], head)
+    split = policy_hidden.shape[0]
+    contracts.check_temperature(temperature, split + distill_hidden.shape[0], policy_hidden)
+    contracts.check_chunk_rows(chunk_rows)
+    launch.resolve_impl(impl)
+    first, second = (
+        (temperature[:split], temperature[split:]) if isinstance(temperature, Tensor) else (temperature, temperature)
+    )
+    bounds = SurrogateBounds(clip_low, clip_high, dual_clip)
+    policy = PolicyRows(policy_hidden, head, policy_targets, old_logprobs, advantages, policy_weight, bounds, first)
+    rule = DivergenceRule(kind, max_token_kl, over_limit)
+    distill = DivergenceRows(distill_hidden, teacher_hidden, head, distill_weight, rule, second)
+    loss = weighted_loss([policy, distill], head, bias, chunk_rows)
+    return loss, SgpoStats(policy.stats(), distill.stats(), policy.loss(), distill.loss())

@@ -1,0 +1,190 @@
+"""Checks at the public border: TypeError for a dtype, ValueError for the rest, each with expected / got / what to do.
+
+Shapes, dtypes, devices and plain numbers are always checked. Values inside tensors (token ids, temperatures) are
+checked on the CPU only: on an accelerator that would cost a host sync, and torch's own device-side assertion catches
+a token id out of range there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+KINDS = ("forward_kl", "reverse_kl", "js")
+LIMITS = ("mask", "clamp", "scale")
+
+
+def _fail(what: str, expected: str, got: object, advice: str) -> str:
+    return f"{what}: expected {expected}, got {got}; {advice}."
+
+
+def _tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(_fail(name, "a torch.Tensor", type(value).__name__, "pass a tensor"))
+    return value
+
+
+def _same_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(_fail(f"{name}.device", str(device), value.device, "move all inputs to one device"))
+
+
+def check_matrix(name: str, value: Tensor, columns: int | None = None, like: Tensor | None = None) -> None:
+    """A 2-d float tensor, with `columns` columns and the dtype and device of `like` where those are given."""
+    _tensor(name, value)
+    if value.dtype not in FLOATS:
+        raise TypeError(_fail(f"{name}.dtype", "float16, bfloat16, float32 or float64", value.dtype, "cast it"))
+    if value.dim() != 2:
+        raise ValueError(_fail(f"{name}.shape", "two dimensions", tuple(value.shape), "flatten the leading dimensions"))
+    if columns is not None and value.shape[1] != columns:
+        raise ValueError(_fail(f"{name}.shape", f"[*, {columns}]", tuple(value.shape), "hidden sizes must agree"))
+    if like is not None:
+        if value.dtype != like.dtype:
+            raise TypeError(
+                _fail(f"{name}.dtype", str(like.dtype), value.dtype, "cast hidden states and head to one dtype")
+            )
+        _same_device(name, value, like.device)
+
+
+def check_head(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    names: tuple[str, str, str] = ("hidden", "head", "bias"),
+) -> None:
+    """hidden [N, H], head [V, H], bias [V]: one dtype for the first two, one device for all, V >= 1."""
+    hidden_name, head_name, bias_name = names
+    check_matrix(hidden_name, hidden)
+    check_matrix(head_name, head, hidden.shape[1], hidden)
+    vocab = head.shape[0]
+    if vocab == 0:
+        raise ValueError(_fail(f"{head_name}.shape", "at least one row", tuple(head.shape), "pass the head [V, H]"))
+    if bias is None:
+        return
+    _tensor(bias_name, bias)
+    if bias.dtype not in FLOATS:
+        raise TypeError(_fail(f"{bias_name}.dtype", "a float dtype", bias.dtype, "cast it"))
+    if tuple(bias.shape) != (vocab,):
+        raise ValueError(_fail(f"{bias_name}.shape", f"[{vocab}]", tuple(bias.shape), "one value per token id"))
+    _same_device(bias_name, bias, head.device)
+
+
+def check_teacher(
+    hidden: Tensor, teacher_hidden: Tensor, head: Tensor, teacher_head: Tensor | None, teacher_bias: Tensor | None
+) -> None:
+    """teacher_hidden [N, H] for the student's head, or [N, H_T] for teacher_head [V, H_T]; same dtype and device."""
+    check_matrix("teacher_hidden", teacher_hidden, hidden.shape[1] if teacher_head is None else None, hidden)
+    if teacher_hidden.shape[0] != hidden.shape[0]:
+        got = tuple(teacher_hidden.shape)
+        raise ValueError(
+            _fail("teacher_hidden.shape", f"{hidden.shape[0]} rows as in hidden", got, "align the positions")
+        )
+    names = ("teacher_hidden", "head" if teacher_head is None else "teacher_head", "teacher_bias")
+    check_head(teacher_hidden, head if teacher_head is None else teacher_head, teacher_bias, names)
+    if teacher_head is not None and teacher_head.shape[0] != head.shape[0]:
+        got = tuple(teacher_head.shape)
+        raise ValueError(_fail("teacher_head.shape", f"{head.shape[0]} rows as in head", got, "share one vocabulary"))
+
+
+def check_row_values(name: str, value: Tensor, hidden: Tensor) -> None:
+    """A per-row constant: float32 [N] (or float64 beside float64 hidden states), same device, without gradient."""
+    _tensor(name, value)
+    allowed = (torch.float32, torch.float64) if hidden.dtype == torch.float64 else (torch.float32,)
+    if value.dtype not in allowed:
+        raise TypeError(_fail(f"{name}.dtype", "float32", value.dtype, "keep per-row values in float32"))
+    if tuple(value.shape) != (hidden.shape[0],):
+        raise ValueError(
+            _fail(f"{name}.shape", f"[{hidden.shape[0]}]", tuple(value.shape), "one value per row of hidden")
+        )
+    _same_device(name, value, hidden.device)
+    if value.requires_grad:
+        raise ValueError(
+            _fail(name, "a constant", "a tensor that requires grad", "detach it: the op does not differentiate it")
+        )
+
+
+def check_targets(targets: Tensor, hidden: Tensor) -> None:
+    """targets int64 [N] on the device of hidden."""
+    _tensor("targets", targets)
+    if targets.dtype != torch.int64:
+        raise TypeError(_fail("targets.dtype", "int64", targets.dtype, "call .long()"))
+    if tuple(targets.shape) != (hidden.shape[0],):
+        raise ValueError(
+            _fail("targets.shape", f"[{hidden.shape[0]}]", tuple(targets.shape), "one id per row of hidden")
+        )
+    _same_device("targets", targets, hidden.device)
+
+
+def check_live_targets(targets: Tensor, vocab: int) -> None:
+    """Ids of the rows that count lie in [0, V); checked on the CPU only."""
+    if targets.device.type == "cpu" and targets.numel():
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= vocab:
+            advice = "give padding rows weight 0 instead of an ignore index"
+            raise ValueError(_fail("targets", f"token ids in [0, {vocab})", f"ids from {low} to {high}", advice))
+
+
+def check_temperature(temperature: float | Tensor, rows: int, hidden: Tensor) -> None:
+    """A float > 0, or float32 [rows] of such."""
+    if isinstance(temperature, Tensor):
+        if temperature.dtype not in (torch.float32, torch.float64):
+            raise TypeError(_fail("temperature.dtype", "float32", temperature.dtype, "cast it"))
+        if tuple(temperature.shape) != (rows,):
+            raise ValueError(
+                _fail("temperature.shape", f"[{rows}]", tuple(temperature.shape), "a float, or one value per row")
+            )
+        _same_device("temperature", temperature, hidden.device)
+        if temperature.requires_grad:
+            raise ValueError(_fail("temperature", "a constant", "a tensor that requires grad", "detach it"))
+        if temperature.device.type == "cpu" and not bool((temperature > 0).all()):
+            raise ValueError(
+                _fail("temperature", "values > 0", f"minimum {float(temperature.min())}", "use greedy scores elsewhere")
+            )
+    else:
+        check_number("temperature", temperature, low=0.0, open_low=True)
+
+
+def check_number(name: str, value: object, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
+    """A finite real number in [low, high], or (low, high] with `open_low`."""
+    bracket = "(" if open_low else "["
+    wanted = f"a finite number in {bracket}{low}, {high}]"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(_fail(name, wanted, type(value).__name__, "pass a Python number"))
+    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+        raise ValueError(_fail(name, wanted, value, "correct the setting"))
+
+
+def check_clips(clip_low: float | None, clip_high: float | None, dual_clip: float | None) -> None:
+    """clip_low in [0, 1], clip_high >= 0, dual_clip > 1; None switches a bound off."""
+    if clip_low is not None:
+        check_number("clip_low", clip_low, low=0.0, high=1.0)
+    if clip_high is not None:
+        check_number("clip_high", clip_high, low=0.0)
+    if dual_clip is not None:
+        check_number("dual_clip", dual_clip, low=1.0, open_low=True)
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(_fail(name, "one of " + ", ".join(choices), repr(value), "correct the spelling"))
+
+
+def check_divergence(kind: str, max_token_kl: float | None, over_limit: str) -> None:
+    """A known kind and limit; max_token_kl > 0 or None."""
+    check_choice("kind", kind, KINDS)
+    check_choice("over_limit", over_limit, LIMITS)
+    if max_token_kl is not None:
+        check_number("max_token_kl", max_token_kl, low=0.0, open_low=True)
+
+
+def check_chunk_rows(chunk_rows: int | None) -> None:
+    if chunk_rows is None:
+        return
+    if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
+        raise TypeError(_fail("chunk_rows", "a positive int or None", type(chunk_rows).__name__, "pass an int"))
+    if chunk_rows < 1:
+        raise ValueError(_fail("chunk_rows", "a positive int or None", chunk_rows, "pass None for the default"))

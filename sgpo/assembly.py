@@ -1,0 +1,296 @@
+"""Binds a checked config to real components. What can be wrong with the input is found here, before hours."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from sgpo.algorithm.objective import imitation_objective, sgpo_objective
+from sgpo.config import Config, OptimConfig
+from sgpo.data import builtin
+from sgpo.data.packing import MicroBatch
+from sgpo.data.problems import check_disjoint, load_problems
+from sgpo.data.prompts import PromptBuilder, PromptTemplate, eos_token_ids
+from sgpo.engine import ranks
+from sgpo.engine.zero import ZeroEngine
+from sgpo.methods.sgpo import SgpoSettings
+from sgpo.models import PolicyModel, eos_ids_of_model, load_causal_lm
+from sgpo.provenance import environment
+from sgpo.rewards.pool import RewardPool
+from sgpo.schema import Problem, PromptPair, RolloutEngine, SamplingParams, SgpoError, TrainSequence
+from sgpo.seeds import seed_of
+from sgpo.steps import Objective
+from sgpo.strategies.calculator import attach_strategies
+
+BUILTIN = "builtin"
+_BUILTIN_COUNTS = {"train": 4096, "eval": 256}
+# Sections that may change between a checkpoint and its resumption without changing what is learnt.
+_FREE_SECTIONS = ("run", "log", "checkpoint")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TaskData:
+    """Problems with both of their prompts, in the same order."""
+
+    problems: list[Problem]
+    prompts: list[PromptPair]
+
+
+def prepare_run_folder(config: Config) -> Path:
+    """Creates or re-enters the run folder, writes the resolved config and where the run comes from.
+
+    Raises SgpoError where the folder holds a run with other settings. Call on rank 0 only.
+    """
+    folder = config.run.dir
+    resolved = config.model_dump(mode="json")
+    written = folder / "config.yaml"
+    if written.exists() and config.run.resume == "never":
+        spare = next(p for n in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.old-{n}")).exists())
+        folder.rename(spare)
+        print(f"{folder} is set aside as {spare}")
+    if written.exists():
+        _check_same(yaml.safe_load(written.read_text(encoding="utf-8")), resolved, written)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        written.write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+        (folder / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+    except OSError as error:
+        raise SgpoError(f"run folder {folder} cannot be written: {error.strerror}; set run.output_dir") from error
+    return folder
+
+
+def resolve_model(config: Config) -> Path:
+    """The folder of the starting model; makes the built-in one on the spot. Call on rank 0 first."""
+    if config.model.path != BUILTIN:
+        return Path(config.model.path)
+    folder = config.run.dir / "builtin-model"
+    if not (folder / "config.json").exists():
+        builtin.save_builtin(folder, seed=config.run.seed)
+    return folder
+
+
+def load_task(config: Config, tokenizer: Any, *, split: str) -> TaskData:
+    """Problems of `split` ("train" or "eval") with checked prompts."""
+    source, limit = (
+        (config.data.train, config.data.train_limit)
+        if split == "train"
+        else (config.data.eval or "", config.data.eval_limit)
+    )
+    problems = _load(config, source, limit, split)
+    needs_guidance = split == "train" and config.rollout.n_guided > 0
+    if needs_guidance and (bare := [p.id for p in problems if not p.has_guidance]):
+        raise SgpoError(
+            f"{source}: {len(bare)} of {len(problems)} problems have neither a strategy nor guidance turns "
+            f"(first: {', '.join(bare[:3])}); add them, set data.strategy_source, or set rollout.n_guided to 0"
+        )
+    return TaskData(problems, prompt_builder(config, tokenizer).check_all(problems))
+
+
+def check_data(config: Config, train: TaskData, evaluation: TaskData | None) -> None:
+    """What only the data as a whole can tell: enough problems for a step, no overlap with the evaluation."""
+    if len(train.problems) < config.rollout.problems_per_step:
+        raise SgpoError(
+            f"{config.data.train} has {len(train.problems)} problems, fewer than "
+            f"rollout.problems_per_step = {config.rollout.problems_per_step}; lower it or add problems"
+        )
+    share = config.algorithm.mini_batches * ranks.world_size()
+    if config.rollout.problems_per_step % share:
+        raise SgpoError(
+            f"rollout.problems_per_step = {config.rollout.problems_per_step} must be a multiple of "
+            f"algorithm.mini_batches x processes = {share}"
+        )
+    if evaluation is not None:
+        check_disjoint(train.problems, evaluation.problems)
+
+
+def check_lengths(config: Config, *, new_tokens: int, longest_prompt: int) -> None:
+    longest = longest_prompt + new_tokens
+    if longest > config.engine.micro_batch_tokens:
+        raise SgpoError(
+            f"a sequence may have {longest} tokens (prompt {longest_prompt} + new {new_tokens}), more than "
+            f"engine.micro_batch_tokens = {config.engine.micro_batch_tokens}; raise it or lower rollout.max_new_tokens"
+        )
+
+
+def prompt_builder(config: Config, tokenizer: Any) -> PromptBuilder:
+    packaged = Path(builtin.__file__).parent / "templates" / "builtin.yaml"
+    template = config.data.template or (str(packaged) if config.data.train == BUILTIN else None)
+    return PromptBuilder(tokenizer, PromptTemplate.load(template), max_prompt_tokens=config.data.max_prompt_tokens)
+
+
+def load_demonstrations(config: Config, tokenizer: Any, eos_id: int) -> list[TrainSequence]:
+    """The warm-up's demonstrations as sequences whose completion ends with EOS; a seeded share of them is guided."""
+    source = config.warmup.data or ""
+    builder = prompt_builder(config, tokenizer)
+    if source == BUILTIN:
+        demos = builtin.make_demonstrations(seed=config.run.seed, count=config.warmup.limit or 4096)
+        rows = [(demo.problem, demo.guided, demo.completion) for demo in demos]
+    else:
+        problems = _load(config, source, config.warmup.limit, "warmup")
+        if lacking := [p.id for p in problems if not p.solution]:
+            raise SgpoError(f"{source}: {len(lacking)} problems lack a solution to learn from (first: {lacking[0]})")
+        share = config.warmup.guided_share
+        rows = [(p, p.has_guidance and _lot(config, p.id) < share, p.solution or "") for p in problems]
+    pairs = builder.check_all([problem for problem, _, _ in rows])
+    sequences = []
+    for (problem, guided, completion), pair in zip(rows, pairs, strict=True):
+        prompt = pair.guided if guided and pair.guided is not None else pair.plain
+        ids = (*tokenizer.encode(completion, add_special_tokens=False), eos_id)
+        if len(prompt) + len(ids) > config.warmup.max_tokens:
+            raise SgpoError(
+                f"{source}: demonstration {problem.id} has {len(prompt) + len(ids)} tokens, more than "
+                f"warmup.max_tokens = {config.warmup.max_tokens}; shorten or remove it"
+            )
+        sequences.append(TrainSequence(prompt_ids=prompt, completion_ids=ids))
+    return sequences
+
+
+def build_engine(config: Config, model_folder: Path, optim: OptimConfig, device: torch.device) -> ZeroEngine:
+    lm = load_causal_lm(model_folder, dtype=config.model.dtype, attn_implementation=config.model.attn_implementation)
+    return ZeroEngine(
+        PolicyModel(lm, gradient_checkpointing=config.model.gradient_checkpointing),
+        device=device,
+        zero_stage=config.engine.zero_stage,
+        dtype=config.model.dtype,
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        max_grad_norm=optim.max_grad_norm,
+    )
+
+
+def build_rollouts(config: Config, model_folder: Path, tokenizer: Any, device: torch.device) -> RolloutEngine:
+    """The engine named by rollout.engine; each is imported only when it is asked for."""
+    from sgpo.rollout.hf_engine import HfEngine
+
+    lm = load_causal_lm(model_folder, dtype=config.model.dtype, attn_implementation=config.model.attn_implementation)
+    return HfEngine(
+        lm,
+        eos_ids=eos_token_ids(tokenizer, eos_ids_of_model(lm)),
+        pad_id=tokenizer.pad_token_id,
+        device=device,
+        max_batch_tokens=config.rollout.max_batch_tokens,
+    )
+
+
+def build_rewards(config: Config) -> RewardPool:
+    reward = config.reward
+    return RewardPool(
+        reward.kind,
+        workers=reward.workers,
+        timeout_s=reward.timeout_s,
+        memory_mib=reward.memory_mib,
+        max_chars=reward.max_chars,
+    )
+
+
+def sampling(config: Config) -> SamplingParams:
+    rollout = config.rollout
+    return SamplingParams(rollout.temperature, rollout.top_p, rollout.max_new_tokens)
+
+
+def sgpo_settings(config: Config) -> SgpoSettings:
+    """GRPO is SGPO without distillation."""
+    chosen = {f.name: getattr(config.algorithm, f.name) for f in dataclasses.fields(SgpoSettings)}
+    if config.algorithm.method == "grpo":
+        chosen["distillation"] = "none"
+    return SgpoSettings(**chosen)
+
+
+def policy_objective(config: Config) -> Objective:
+    """The loss of one micro-batch with the config's switches bound."""
+    algorithm = config.algorithm
+    over_limit = algorithm.over_limit
+
+    def objective(head: Any, bias: Any, hidden: Any, teacher_hidden: Any, micro: MicroBatch) -> Any:
+        return sgpo_objective(
+            head,
+            bias,
+            hidden,
+            teacher_hidden,
+            targets=micro.student.targets,
+            advantages=micro.advantages,
+            policy_weight=micro.policy_weight,
+            old_logprobs=micro.old_logprobs,
+            target_weight=micro.target_weight,
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+            dual_clip=algorithm.dual_clip,
+            distillation=algorithm.distillation,
+            max_token_kl=None if over_limit == "off" else algorithm.max_token_kl,
+            over_limit="mask" if over_limit == "off" else over_limit,
+            temperature=config.rollout.temperature,
+        )
+
+    return objective
+
+
+def sft_objective() -> Objective:
+    def objective(head: Any, bias: Any, hidden: Any, _: Any, micro: MicroBatch) -> Any:
+        return imitation_objective(head, bias, hidden, micro.student.targets, micro.target_weight)
+
+    return objective
+
+
+def on_rank_zero_first(action: Callable[[], Any]) -> Any:
+    """Runs `action` on rank 0; an SgpoError there is raised on every rank instead of leaving the others waiting."""
+    outcome: Any = None
+    if ranks.is_main():
+        try:
+            outcome = (action(), None)
+        except SgpoError as error:
+            outcome = (None, str(error))
+    value, problem = ranks.broadcast(outcome)
+    if problem is not None:
+        raise SgpoError(problem)
+    return value
+
+
+def _load(config: Config, source: str, limit: int | None, split: str) -> list[Problem]:
+    if source == BUILTIN:
+        name = "eval" if split == "eval" else "train"
+        return builtin.make_problems(name, seed=config.run.seed, count=limit or _BUILTIN_COUNTS[name])
+    problems = load_problems(source, limit=limit)
+    if config.data.strategy_source == "calculator_trace":
+        problems, _ = attach_strategies(problems)
+        if split == "eval":
+            return problems
+        lacking = sum(not p.has_guidance for p in problems)
+        if lacking:
+            print(f"{source}: {lacking} of {len(problems)} problems have no calculator marks and are left out")
+        problems = [p for p in problems if p.has_guidance]
+        if not problems:
+            raise SgpoError(f"{source}: no problem has a solution with <<...>> calculator marks; use another source")
+    return problems
+
+
+def _lot(config: Config, problem_id: str) -> float:
+    return seed_of(config.run.seed, "guided demonstration", problem_id) / 2**63
+
+
+def _check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
+    changed = [
+        f"{section}.{key} ({old.get(section, {}).get(key)!r} -> {value!r})"
+        for section, values in new.items()
+        if section not in _FREE_SECTIONS
+        for key, value in values.items()
+        if old.get(section, {}).get(key) != value
+    ]
+    if changed:
+        raise SgpoError(
+            f"{path} belongs to a run with other settings: {', '.join(changed)}; give another run.name, "
+            "or --run.resume never to set the old folder aside"
+        )
+
+
+def epoch_order(count: int, *, seed: int, epoch: int) -> Sequence[int]:
+    """Order of the problems in an epoch."""
+    generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
+    return torch.randperm(count, generator=generator).tolist()

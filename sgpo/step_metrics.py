@@ -1,0 +1,96 @@
+"""The numbers of a step: what the rollouts were like, what was decided, what the loss saw. All over all ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from sgpo.engine.ranks import Meter
+from sgpo.methods.sgpo import Guidance
+from sgpo.schema import Rollout, ScoredGroup
+from sgpo.steps import Pass
+
+
+class Clock:
+    """Wall time of the stages of a step, in seconds; the slowest rank counts."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._start = self._last = time.monotonic()
+
+    def stage(self, name: str) -> None:
+        """The time since the last call belongs to stage `name`."""
+        now = time.monotonic()
+        self._meter.max(f"{name}_s", now - self._last)
+        self._last = now
+
+    def finish(self) -> None:
+        self._meter.max("step_s", time.monotonic() - self._start)
+
+
+def record_groups(meter: Meter, groups: Sequence[ScoredGroup]) -> None:
+    """Accuracy, lengths, truncation and verdicts of both kinds of rollout."""
+    for group in groups:
+        meter.sum("problems", 1)
+        meter.means("accuracy_auto", [float(reward > 0) for reward in group.auto_rewards])
+        meter.means("accuracy_guided", [float(reward > 0) for reward in group.guided_rewards])
+        meter.means("zero_variance_share", [float(len(set(group.auto_rewards)) == 1)])
+        for kind, rollouts in (("auto", group.auto), ("guided", group.guided)):
+            meter.means(f"length_{kind}", [len(r.completion_ids) for r in rollouts])
+            meter.means(f"truncated_{kind}", [float(r.truncated) for r in rollouts])
+        for rollout in group.auto:
+            meter.mean("sampled_nll", -sum(rollout.rollout_logprobs), len(rollout.rollout_logprobs))
+        verdicts = (*group.auto_verdicts, *group.guided_verdicts)
+        meter.means("no_answer_share", [float(v.status == "no_answer") for v in verdicts])
+        meter.sum("reward_timeouts", sum(v.status == "timeout" for v in verdicts))
+        meter.sum("reward_errors", sum(v.status == "error" for v in verdicts))
+        meter.sum("rollout_tokens", sum(len(r.completion_ids) for r in (*group.auto, *group.guided)))
+
+
+def record_guidance(meter: Meter, guidance: Sequence[Guidance]) -> None:
+    """alpha before and after the cap, and how many problems have a target."""
+    meter.means("alpha_mean", [chosen.alpha for chosen in guidance])
+    meter.means("alpha_uncapped_mean", [chosen.alpha_uncapped for chosen in guidance])
+    meter.means("alpha_live_share", [float(chosen.alpha > 0) for chosen in guidance])
+    meter.means("target_share", [float(bool(chosen.targets)) for chosen in guidance])
+    meter.means("target_score_mean", [c.target_score for c in guidance if c.target_score is not None])
+
+
+def record_passes(meter: Meter, passes: Sequence[Pass]) -> None:
+    """Row statistics of the loss, over live rows. One transfer from the device per statistic and micro-batch."""
+    for done in passes:
+        meter.sum("micro_batches", 1)
+        meter.sum("train_tokens", done.tokens)
+        meter.mean("padding_share", done.padding, done.tokens)
+        meter.sum("loss_policy", float(done.stats.policy_loss))
+        meter.sum("loss_distill", float(done.stats.target_loss))
+        policy, divergence = done.stats.policy, done.stats.divergence
+        rows = len(policy.logprobs)
+        meter.sum("policy_rows", rows)
+        meter.mean("entropy", float(policy.entropy.sum()), rows)
+        meter.mean("ratio_mean", float(policy.ratio.sum()), rows)
+        meter.mean("clip_share", float(policy.clipped.sum()), rows)
+        if divergence is None:
+            continue
+        rows = len(divergence.divergence)
+        meter.sum("distill_rows", rows)
+        meter.mean("kl_mean", float(divergence.divergence.sum()), rows)
+        meter.mean("kl_kept_mean", float(divergence.divergence[~divergence.over_limit].sum()), rows)
+        meter.mean("kl_masked_share", float(divergence.over_limit.sum()), rows)
+        if rows:
+            meter.max("kl_max", float(divergence.divergence.max()))
+
+
+def distilled_trajectory(passes: Sequence[Pass]) -> tuple[tuple[int, ...], list[float], list[bool]] | None:
+    """(completion ids, KL of each token, masked or not) of the first distilled completion, or None."""
+    for done in passes:
+        targets = [s for s in done.sequences if s.target_weight]
+        if targets and done.stats.divergence is not None:
+            length = len(targets[0].completion_ids)
+            kl = done.stats.divergence.divergence[:length].tolist()
+            return targets[0].completion_ids, kl, done.stats.divergence.over_limit[:length].tolist()
+    return None
+
+
+def is_target(rollout: Rollout, guidance: Guidance) -> bool:
+    return any(rollout is target for target in guidance.targets)

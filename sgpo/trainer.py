@@ -1,0 +1,346 @@
+"""The SGPO loop: sample both groups, score, choose targets, one gradient step per mini-batch, sync, log.
+
+`train` assembles a run and closes it; `_loop` is Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sgpo import assembly
+from sgpo.config import Config
+from sgpo.engine import ranks
+from sgpo.engine.checkpoint import Checkpoints
+from sgpo.engine.export import export_model
+from sgpo.engine.ranks import Meter
+from sgpo.engine.zero import ZeroEngine, init_distributed, lr_factor
+from sgpo.evaluate import evaluate, score_rollouts
+from sgpo.methods.sgpo import Guidance, sgpo_sequences
+from sgpo.metrics import LiveDisplay, MetricsLogger, RolloutTable
+from sgpo.models import load_tokenizer
+from sgpo.provenance import commit
+from sgpo.report import write_report
+from sgpo.rewards.pool import RewardPool
+from sgpo.sampling import build_requests, check_version, problems_of_step, scored_groups
+from sgpo.schema import RolloutEngine, SamplingParams, ScoredGroup, SgpoError, TrainSequence
+from sgpo.step_metrics import (
+    Clock,
+    distilled_trajectory,
+    is_target,
+    record_groups,
+    record_guidance,
+    record_passes,
+)  # fmt: skip
+from sgpo.steps import Pass, optimizer_step, score_contexts
+from sgpo.warmup import run_warmup
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a checkpoint remembers beside weights, optimizer and random states. Accuracies are held-out."""
+
+    step: int = 0
+    wall_s: float = 0.0
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    best_accuracy: float = -1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """The assembled parts of a run."""
+
+    config: Config
+    tokenizer: Any
+    task: assembly.TaskData
+    held_out: assembly.TaskData | None
+    engine: ZeroEngine
+    rollouts: RolloutEngine
+    rewards: RewardPool
+    checkpoints: Checkpoints
+    logger: MetricsLogger
+    table: RolloutTable
+    display: LiveDisplay
+    total_steps: int
+    started: float
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Runs or resumes the training that `config` describes; returns what it also writes to summary.json."""
+    started = time.monotonic()
+    device = init_distributed(config.run.timeout_s)
+    run_dir = Path(assembly.on_rank_zero_first(lambda: assembly.prepare_run_folder(config)))
+    model_folder = Path(assembly.on_rank_zero_first(lambda: assembly.resolve_model(config)))
+    tokenizer = load_tokenizer(model_folder)
+    task = assembly.load_task(config, tokenizer, split="train")
+    held_out = assembly.load_task(config, tokenizer, split="eval") if config.data.eval else None
+    assembly.check_data(config, task, held_out)
+    with ExitStack() as stack:
+        rewards = stack.enter_context(assembly.build_rewards(config))
+        if config.warmup.enabled:
+            model_folder = run_warmup(config, model_folder, tokenizer, device)
+        engine = assembly.build_engine(config, model_folder, config.optim, device)
+        stack.callback(engine.close)
+        checkpoints = Checkpoints(run_dir / "checkpoints", keep_last=config.checkpoint.keep_last)
+        progress = _restore(engine, checkpoints)
+        rollouts = assembly.build_rollouts(config, model_folder, tokenizer, device)
+        stack.callback(rollouts.close)
+        rollouts.load_weights(engine.named_weights(), progress.step)
+        total_steps, main = _total_steps(config, len(task.problems)), ranks.is_main()
+        logger = MetricsLogger(
+            run_dir,
+            tensorboard=config.log.tensorboard,
+            wandb_project=config.log.wandb_project,
+            is_main=main,
+            resume_step={"train": progress.step, "eval": progress.step if progress.before else -1},
+        )
+        session = Session(
+            config, tokenizer, task, held_out, engine, rollouts, rewards, checkpoints,
+            logger=stack.enter_context(logger),
+            table=stack.enter_context(RolloutTable(run_dir, is_main=main, resume_step=progress.step)),
+            display=stack.enter_context(LiveDisplay(total_steps, title=config.run.name, is_main=main)),
+            total_steps=total_steps,
+            started=started,
+        )  # fmt: skip
+        _loop(session, progress)
+        export_model(engine, tokenizer, run_dir / "final")
+    summary = _summary(config, progress, progress.wall_s + time.monotonic() - started)
+    if main:
+        (run_dir / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        write_report(run_dir)
+    return summary
+
+
+def _loop(s: Session, progress: Progress) -> None:
+    """Algorithm 1, from `progress.step` on."""
+    if not progress.before:
+        progress.before = progress.after = _evaluate(s, 0, with_guided=True)
+    for step in range(progress.step, s.total_steps):
+        meter = Meter()
+        clock = Clock(meter)
+        groups = _sample_and_score(s, step, clock)
+        guidance, passes = _update(s, step, groups, meter, clock)
+        s.display.stage("sync")
+        s.rollouts.load_weights(s.engine.named_weights(), step + 1)
+        clock.stage("sync")
+        clock.finish()
+        done = step + 1
+        _log(s, done, groups, guidance, passes, meter)
+        if done == s.total_steps or _is_due(s.config.eval.every_steps, done):
+            progress.after = _evaluate(s, done, with_guided=done == s.total_steps)
+            _keep_best(s, progress)
+        if done == s.total_steps or _is_due(s.config.checkpoint.every_steps, done):
+            _save(s, done, progress)
+
+
+def _sample_and_score(s: Session, step: int, clock: Clock) -> list[ScoredGroup]:
+    """Both groups of this rank's problems of the step, with their verdicts."""
+    rollout, seed = s.config.rollout, s.config.run.seed
+    indices = problems_of_step(len(s.task.problems), per_step=rollout.problems_per_step, seed=seed, step=step)
+    requests = build_requests(s.task, indices, n_auto=rollout.n_auto, n_guided=rollout.n_guided, seed=seed, step=step)
+    s.display.stage("rollout", len(requests))
+    sampling = SamplingParams(rollout.temperature, rollout.top_p, rollout.max_new_tokens)
+    sampled = s.rollouts.generate(requests, sampling, s.display.advance)
+    check_version(sampled, step)
+    clock.stage("rollout")
+    s.display.stage("score", len(sampled))
+    groups = scored_groups(s.task, indices, sampled, partial(score_rollouts, s.rewards, s.tokenizer, s.task))
+    clock.stage("score")
+    return groups
+
+
+def _update(
+    s: Session, step: int, groups: Sequence[ScoredGroup], meter: Meter, clock: Clock
+) -> tuple[list[Guidance], list[Pass]]:
+    """Targets and weights of the whole step, then one optimizer step per mini-batch."""
+    config = s.config
+    batches = config.algorithm.mini_batches
+    budget, pad_id = config.engine.micro_batch_tokens, s.tokenizer.pad_token_id
+    score = partial(
+        score_contexts, s.engine, token_budget=budget, pad_id=pad_id, temperature=config.rollout.temperature
+    )
+    s.display.stage("target")
+    settings, objective = assembly.sgpo_settings(config), assembly.policy_objective(config)
+    problems = config.rollout.problems_per_step // batches
+    size = len(groups) // batches
+    planned = [
+        sgpo_sequences(groups[i * size : (i + 1) * size], settings, problems=problems, score=score)
+        for i in range(batches)
+    ]
+    guidance = [chosen for _, part in planned for chosen in part]
+    parts = [sequences for sequences, _ in planned]
+    if batches > 1:
+        parts = [_with_old_logprobs(sequences, score) for sequences in parts]
+    clock.stage("target")
+
+    s.display.stage("train")
+    lr = config.optim.lr * lr_factor(
+        step, s.total_steps, warmup_ratio=config.optim.warmup_ratio, schedule=config.optim.schedule
+    )
+    results = [
+        optimizer_step(s.engine, sequences, objective, token_budget=budget, pad_id=pad_id, lr=lr) for sequences in parts
+    ]
+    clock.stage("train")
+    passes = [done for result in results for done in result.passes]
+    meter.sum("loss", sum(result.loss for result in results) / batches)
+    meter.max("lr", lr)
+    for result in results:
+        if result.grad_norm is not None:
+            meter.max("grad_norm", result.grad_norm)
+    return guidance, passes
+
+
+def _with_old_logprobs(sequences: Sequence[TrainSequence], score: Any) -> list[TrainSequence]:
+    """Fixes pi_old before the first of several optimizer steps moves the policy."""
+    logprobs = score([(s.prompt_ids, s.completion_ids) for s in sequences])
+    return [replace(s, old_logprobs=tuple(row)) for s, row in zip(sequences, logprobs, strict=True)]
+
+
+def _log(
+    s: Session,
+    done: int,
+    groups: Sequence[ScoredGroup],
+    guidance: Sequence[Guidance],
+    passes: Sequence[Pass],
+    meter: Meter,
+) -> None:
+    record_groups(meter, groups)
+    record_guidance(meter, guidance)
+    record_passes(meter, passes)
+    values = meter.reduce()
+    values["rollout_tokens_per_s"] = (values["rollout_tokens"] or 0.0) / max(values["rollout_s"] or 0.0, 1e-9)
+    s.logger.log("train", done, values)
+    s.display.step(done, values)
+    for group, chosen in list(zip(groups, guidance, strict=True))[: s.config.log.rollouts_per_step]:
+        _log_samples(s, done, group, chosen)
+    if (found := distilled_trajectory(passes)) is not None:
+        ids, kl, masked = found
+        algorithm = s.config.algorithm
+        s.table.add_trajectory(
+            done,
+            problem_id=next((g.problem.id for g in groups if any(r.completion_ids == ids for r in g.guided)), ""),
+            tokens=[s.tokenizer.decode([token]) for token in ids],
+            kl=kl,
+            masked=masked,
+            max_token_kl=None if algorithm.over_limit == "off" else algorithm.max_token_kl,
+        )
+
+
+def _log_samples(s: Session, done: int, group: ScoredGroup, chosen: Guidance) -> None:
+    """One autonomous rollout, and the target or else one guided rollout."""
+    pairs = list(zip(group.auto, group.auto_verdicts, strict=True))[:1]
+    guided = list(zip(group.guided, group.guided_verdicts, strict=True))
+    pairs += [pair for pair in guided if is_target(pair[0], chosen)][:1] or guided[:1]
+    for rollout, verdict in pairs:
+        s.table.add_rollout(
+            done,
+            problem_id=group.problem.id,
+            kind=rollout.request.kind,
+            reward=verdict.reward,
+            status=verdict.status,
+            truncated=rollout.truncated,
+            is_target=is_target(rollout, chosen),
+            text=s.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True),
+            problem=group.problem.problem,
+            answer=group.problem.answer,
+        )
+
+
+def _evaluate(s: Session, done: int, *, with_guided: bool) -> dict[str, float]:
+    """Held-out accuracy, without the guidance and on request with it; logged as phase "eval"."""
+    if s.held_out is None:
+        return {}
+    config = s.config.eval
+    s.display.stage("eval", len(s.held_out.problems) * config.samples)
+    run = partial(
+        evaluate,
+        s.rollouts,
+        s.rewards,
+        s.tokenizer,
+        s.held_out,
+        SamplingParams(config.temperature, config.top_p, config.max_new_tokens),
+        seed=s.config.run.seed,
+        samples=config.samples,
+        on_progress=s.display.advance,
+    )
+    values = run().metrics()
+    if config.guided and with_guided and any(pair.guided for pair in s.held_out.prompts):
+        values["guided_accuracy"] = run(kind="guided").accuracy
+    s.logger.log("eval", done, values)
+    s.display.step(done, values, phase="eval")
+    return values
+
+
+def _keep_best(s: Session, progress: Progress) -> None:
+    accuracy = progress.after.get("accuracy", -1.0)
+    if s.config.checkpoint.keep_best and accuracy > progress.best_accuracy:
+        progress.best_accuracy = accuracy
+        export_model(s.engine, s.tokenizer, s.config.run.dir / "best")
+
+
+def _save(s: Session, done: int, progress: Progress) -> None:
+    progress.step = done
+    wall_s = progress.wall_s + time.monotonic() - s.started
+    state = {**asdict(progress), "wall_s": wall_s, "world_size": ranks.world_size()}
+
+    def write(folder: Path) -> None:
+        s.engine.save(folder / "engine")
+        torch.save(torch.get_rng_state(), folder / f"rng-{ranks.rank()}.pt")
+
+    s.display.stage("save")
+    s.checkpoints.save(done, state, write)
+
+
+def _restore(engine: ZeroEngine, checkpoints: Checkpoints) -> Progress:
+    """Everything as the last whole checkpoint left it, or the beginning."""
+    if (found := checkpoints.latest()) is None:
+        return Progress()
+    folder, state = found
+    if state.pop("world_size") != ranks.world_size():
+        raise SgpoError(f"{folder} was written by another number of processes; resume with as many")
+    engine.load(folder / "engine")
+    torch.set_rng_state(torch.load(folder / f"rng-{ranks.rank()}.pt", weights_only=True))
+    return Progress(**state)
+
+
+def _total_steps(config: Config, problems: int) -> int:
+    per_epoch = problems // config.rollout.problems_per_step
+    steps = math.ceil(config.train.epochs * per_epoch)
+    return min(steps, config.train.max_steps or steps)
+
+
+def _is_due(every: int | None, done: int) -> bool:
+    return every is not None and done % every == 0
+
+
+def _summary(config: Config, progress: Progress, wall_s: float) -> dict[str, Any]:
+    before, after = progress.before, progress.after
+
+    def interval(values: dict[str, float]) -> list[float] | None:
+        return [values["accuracy_low"], values["accuracy_high"]] if values else None
+
+    return {
+        "run": config.run.name,
+        "method": config.algorithm.method,
+        "accuracy_before": before.get("accuracy"),
+        "accuracy_before_interval": interval(before),
+        "accuracy_after": after.get("accuracy"),
+        "accuracy_after_interval": interval(after),
+        "guided_accuracy_before": before.get("guided_accuracy"),
+        "guided_accuracy_after": after.get("guided_accuracy"),
+        "best_accuracy": progress.best_accuracy if progress.best_accuracy >= 0 else None,
+        "steps": progress.step,
+        "wall_s": round(wall_s, 1),
+        "seed": config.run.seed,
+        "commit": commit(),
+    }
