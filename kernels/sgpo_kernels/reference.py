@@ -102,7 +102,7 @@ def linear_divergence(
     beyond = {
         "mask": lambda: torch.zeros_like(divergence),
         "clamp": lambda: torch.full_like(divergence, limit),
-        "scale": lambda: divergence * (limit / divergence).detach(),
+        "scale": lambda: divergence * (limit / divergence).clamp(max=1).detach(),
     }[over_limit]()
     loss = (torch.where(over, beyond, divergence) * token_weight).sum()
     entropies = (-(x.exp() * x).sum(1).detach() for x in (student, teacher))

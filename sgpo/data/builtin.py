@@ -235,7 +235,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(*, seed: int, hidden: int = 128, layers: int = 3) -> Qwen3ForCausalLM:
+def make_model(*, seed: int, hidden: int = 128, layers: int = 2) -> Qwen3ForCausalLM:
     """A freshly initialised fp32 Qwen3 with tied embeddings; the caller's torch random state is left as it was.
 
     Not Qwen2: transformers 5 loads a folder of that model type with Qwen2's own byte-level tokenizer, whatever

@@ -97,9 +97,13 @@ class ZeroEngine:
             "bf16": {"enabled": dtype == "bfloat16"},
             "steps_per_print": 10**9,
         }
-        if dtype == "bfloat16":
+        if dtype == "bfloat16" and zero_stage > 0:  # DeepSpeed has no fp32 accumulation at stage 0, only fp32 masters
             config["data_types"] = {"grad_accum_dtype": "fp32"}
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        for state in optimizer.state.values():
+            # DeepSpeed makes the states of some stages by a step with zero gradients (0.19.8: bf16 at stage 0); left
+            # counted, it would shift Adam's bias correction of every later step.
+            state["step"].zero_()
 
     @property
     def model(self) -> PolicyModel:

@@ -173,8 +173,10 @@ class RewardPool:
             while not future.done():
                 finished_before = self._finished_tasks
                 wait([future], timeout=self._timeout_s + _STALL_S)
-                if not future.done() and self._finished_tasks == finished_before:
-                    with self._pool_lock:
+                if future.done() or self._finished_tasks != finished_before:
+                    continue
+                with self._pool_lock:
+                    if not self._closed:
                         self._replace_pool()
 
     def _schedule(self, task: _Task) -> Future[Outcome]:

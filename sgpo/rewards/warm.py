@@ -1,7 +1,7 @@
 """Imported by the server that forks the reward workers, for its side effect: Math-Verify is loaded and warm.
 
-The first verdict compiles large regular expressions and parser tables, about half a second that would otherwise count
-against the first completion of every new worker.
+The first verdict compiles large regular expressions and parser tables; that time would otherwise count against the
+first completion of every new worker.
 """
 
 from sgpo.rewards.verifier import verify_answer

@@ -2,7 +2,7 @@
 
 Workers are forked from a small server process of our own (`ForkServer`), never from the trainer, whose threads, CUDA
 context and gigabytes a fork would inherit. The server has imported and warmed Math-Verify once, so that a worker
-which replaces a killed one is ready within milliseconds, and shares that memory. Imports neither torch nor deepspeed.
+which replaces a killed one is ready at once, and shares that memory. Imports neither torch nor deepspeed.
 """
 
 from __future__ import annotations

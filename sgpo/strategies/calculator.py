@@ -36,7 +36,7 @@ _FACTORS = (
     r"(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth|\w+teenth|\w+tieth|hundredth|thousandth)s?"
 )
 _NUMBER_WORD = re.compile(rf"(?<![A-Za-z])(?:{_CARDINALS}|{_FACTORS})(?![A-Za-z])", re.IGNORECASE)
-_DIGITS = re.compile(r"\d[\d.,/]*|[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞²³]")
+_DIGITS = re.compile(r"\d[\d.,/]*|[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2089\u2150-\u2189]")
 
 _NUM = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 _MARK = re.compile(r"<<([^<>\n]*)>>")
@@ -47,6 +47,7 @@ _WRITTEN = re.compile(rf"(?:{_OPERAND}\s*(?:[-+*/x×÷–−=]|times|plus|minus)
 _SENTENCE_END = re.compile(r"(?<=[A-Za-z)\d])[.!?]\s+(?=[A-Z])|\n")
 
 Expression = ast.expr
+_ARITHMETIC = (ast.BinOp, ast.UnaryOp, ast.Constant, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.USub, ast.UAdd)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +188,10 @@ def _tree(text: str) -> Expression | None:
         return None
     text = re.sub(r"(?<![\d.])0+(?=\d)", "", text).replace("//", "/")
     try:
-        return ast.parse(text, mode="eval").body
+        tree = ast.parse(text, mode="eval").body
     except SyntaxError:
         return None
+    return tree if all(isinstance(node, _ARITHMETIC) for node in ast.walk(tree)) else None
 
 
 def _number(text: str) -> float | None:
@@ -377,7 +379,9 @@ def _leaf(node: Expression) -> bool:
 
 def _verb(node: Expression) -> str:
     verbs = {ast.Add: "add", ast.Sub: "subtract", ast.Mult: "multiply", ast.Div: "divide"}
-    return verbs[type(node.op)] if isinstance(node, ast.BinOp) else "combine"
+    if isinstance(node, ast.UnaryOp) and not _leaf(node):
+        return _verb(node.operand)
+    return verbs[type(node.op)] if isinstance(node, ast.BinOp) else "subtract"
 
 
 def _named(nodes: Sequence[Expression], names: _Names) -> list[_Name]:
@@ -397,7 +401,11 @@ def _joined(names: Sequence[_Name], last: str = "and") -> str:
     for name in names:
         count[name.plural] = count.get(name.plural, 0) + 1
     said = list(dict.fromkeys(name.plural if count[name.plural] > 1 else name.singular for name in names))
-    return said[0] if len(said) == 1 else f"{', '.join(said[:-1])} {last} {said[-1]}"
+    return _enumerated(said, last)
+
+
+def _enumerated(items: Sequence[str], last: str = "and") -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {last} {items[-1]}"
 
 
 def _times(names: Sequence[_Name]) -> str:
@@ -617,7 +625,7 @@ def _without_numbers(phrase: str) -> str | None:
         (rf"(?i:{number})[ -](?=[a-z])", "the given "),
     ):
         phrase = re.sub(pattern, paraphrase, phrase)
-    phrase = re.sub(r"\b(?:the given|the|a|an) (?=the\b)", "", re.sub(r"\s+", " ", phrase)).strip(" ,.:;-")
+    phrase = re.sub(r"\b(?:the given|the|a|an) (?=the\b)", "", re.sub(r"\s+", " ", phrase)).strip(" ,.:;-–")
     return None if not phrase or _has_number(phrase) or re.search(r"[$€£%]", phrase) else phrase
 
 
@@ -638,9 +646,7 @@ _TOPICS = (
 
 def _problem_type(text: str, steps: int) -> str:
     topics = [topic for topic, pattern in _TOPICS if re.search(pattern, text, re.IGNORECASE)][:3]
-    about = (
-        "quantities" if not topics else topics[0] if len(topics) == 1 else f"{', '.join(topics[:-1])} and {topics[-1]}"
-    )
+    about = _enumerated(topics or ["quantities"])
     return f"a {'multi-step' if steps > 1 else 'single-step'} arithmetic word problem about {about}."
 
 
@@ -659,7 +665,7 @@ _KINDS = (
 
 def _overview(steps: Sequence[str]) -> str:
     kinds = list(dict.fromkeys(kind for step in steps for start, kind in _KINDS if step.startswith(start)))
-    means = kinds[0] if len(kinds) == 1 else f"{', '.join(kinds[:-1])} and {kinds[-1]}"
+    means = _enumerated(kinds)
     if len(steps) == 1:
         return f"pick out the amounts that matter and reach the answer directly by {means}."
     return f"find the quantities in between, each from amounts already known, by {means}, until the answer is reached."

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgpo.rewards.answers import after_thinking, bare_answer, condense, last_boxed, normalised
@@ -33,6 +33,10 @@ from sgpo.rewards.answers import after_thinking, bare_answer, condense, last_box
         (r"\boxed{", None),
         (r"\boxed{}", None),
         (r"\boxed{ }", None),
+        (r"\boxed{5\ }", "5"),
+        (r"\boxed 5\, and", "5"),
+        (r"\boxed \boxed{9}", "9"),
+        (r"\boxed x\boxed{9}", "9"),
         (r"\boxedtext{5}", None),
         ("no box: 5", None),
         ("", None),
@@ -76,12 +80,14 @@ pieces = st.lists(
 ).map("".join)
 
 
+@settings(max_examples=500, deadline=None)
 @given(pieces, st.booleans())
 def test_condensing_twice_changes_nothing(completion, require_box):
     once = condense(completion, require_box)
     assert condense(once, require_box) == once
 
 
+@settings(deadline=None)
 @given(pieces)
 def test_a_box_put_last_is_found(prefix):
     assert last_boxed(prefix + " \\boxed{42}") == "42"

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and proc
 
 REPO = Path(__file__).parents[2]
 TIMEOUT_S = 1.0
+MAX_CHARS = 1_100_000
 
 PLUGIN = """
 import os, signal, sys, time
@@ -99,13 +100,16 @@ HOSTILE = {
     "code": r"\boxed{__import__('os')._exit(7)}",
     "code in text": r"\boxed{\text{__import__('os')._exit(7)}}",
     "megabyte of answers": "answer is $" * 90_000,
-    "megabyte": "5" * 1_000_001,
+    "megabyte": "5" * 1_000_000,
+    "too long": "\\boxed{5}" + " " * MAX_CHARS,
 }
 
 
 @pytest.fixture(scope="module")
 def pool():
-    with RewardPool("math_verify", workers=2, timeout_s=TIMEOUT_S, memory_mib=256, require_box=False) as pool:
+    with RewardPool(
+        "math_verify", workers=2, timeout_s=TIMEOUT_S, memory_mib=256, max_chars=MAX_CHARS, require_box=False
+    ) as pool:
         yield pool
 
 
@@ -155,10 +159,9 @@ def test_hostile_completions_cost_a_timeout_at_most_and_leave_a_working_pool(poo
     # Two workers; a kill and a new worker take well below a second even on a busy machine.
     killed = sum(verdict.status in ("timeout", "error") for verdict in verdicts.values())
     assert elapsed_s < 10 + killed / 2 * (TIMEOUT_S + 2) + 0.5 * len(items)
-    wrongly_rewarded = {name for name, verdict in verdicts.items() if verdict.reward != 0}
-    assert wrongly_rewarded <= {"nul", "signs"}  # both do say 5
+    assert [name for name, verdict in verdicts.items() if verdict.reward != 0] == []
     assert verdicts["tower"].status == "timeout"
-    assert verdicts["megabyte"].status == "too_long"
+    assert verdicts["too long"].status == "too_long"
     assert {verdict.status for verdict in verdicts.values()} <= {"ok", "no_answer", "too_long", "timeout", "error"}
     assert sum(pool.counts.values()) - sum(before.values()) == len(items)
     assert pool.score([RewardItem(r"\boxed{\frac{10}{2}}", "5"), RewardItem(r"\boxed{6.5}", "5")]) == [
@@ -183,7 +186,7 @@ def test_same_answer_to_the_same_gold_is_verified_once(pool):
 
 
 def test_submit_gives_futures(pool):
-    futures = [pool.submit(RewardItem(text, "5")) for text in ("\\boxed{5}", BOMB, "\\boxed{6}", "x" * 200_001)]
+    futures = [pool.submit(RewardItem(text, "5")) for text in ("\\boxed{5}", BOMB, "\\boxed{6}", "x" * (MAX_CHARS + 1))]
     done, _ = wait(futures, timeout=30)
     assert len(done) == 4
     statuses = [future.result().status for future in futures]
@@ -195,7 +198,7 @@ def test_an_unreadable_gold_answer_is_an_error(pool):
     verdicts = pool.score([RewardItem(r"\boxed{5}", ""), RewardItem(r"\boxed{5}", "5")])
     assert verdicts == [Verdict(0.0, "error"), Verdict(1.0)]
     assert "cannot read the gold answer" in pool.last_cause
-    with pytest.raises(SgpoError, match="failed on all 2 completions.*cannot read the gold answer"):
+    with pytest.raises(SgpoError, match=r"failed on all 2 completions.*cannot read the gold answer"):
         pool.score([RewardItem(r"\boxed{5}", "")] * 2)
 
 
@@ -241,6 +244,17 @@ def test_a_worker_killed_from_outside_is_replaced(plugin_pool):
     assert all_gone([pid], within_s=5)
     time.sleep(0.3)  # pebble notices, and gives the whole pool up: its idle workers should never end
     assert plugin_pool.score([RewardItem("ab", ""), RewardItem("abc", "")]) == [Verdict(2.0), Verdict(3.0)]
+
+
+def test_workers_that_stop_answering_are_replaced(monkeypatch, tmp_path):
+    (tmp_path / "plugin_to_stop.py").write_text(PLUGIN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sgpo.rewards.pool._STALL_S", 0.5)
+    with RewardPool("plugin_to_stop:reward", workers=1, timeout_s=TIMEOUT_S) as pool:
+        pid = int(pool.score([RewardItem("pid", "")])[0].reward)
+        os.kill(pid, signal.SIGSTOP)  # as good as a lock that a dead process holds: no task is ever taken
+        assert pool.score([RewardItem("ab", ""), RewardItem("abc", "")]) == [Verdict(2.0), Verdict(3.0)]
+    assert all_gone([pid], within_s=5)
 
 
 def test_close_kills_busy_workers_and_settles_what_is_pending(tmp_path, monkeypatch):

@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 import sgpo_kernels
 import torch
+from sgpo_kernels import reference, testing
 from torch import Tensor
 
-from sgpo_kernels import reference
-
 OPS = ("logprob", "policy", "policy_on", "policy_dual", "forward_kl", "reverse_kl", "js", "sgpo")
-ROW_VALUES = ("token_weight", "policy_weight", "distill_weight", "advantages", "old_logprobs")
-STATS = ("policy", "divergence")
+LOSS_UPSTREAM = -1.7
 
 
 @dataclass
@@ -25,7 +23,7 @@ class Case:
     op: str
     leaves: dict[str, Tensor]
     fixed: dict[str, Any]
-    upstream: Tensor
+    upstream: Tensor  # [2, N], for the two outputs of logprob
     frozen: set[str] = field(default_factory=set)
 
     def function(self, module: Any) -> Callable[..., Any]:
@@ -55,11 +53,26 @@ class Case:
             scalar = (output[0] * self.upstream[0]).sum() + (output[1] * self.upstream[1]).sum()
         else:
             values = {"loss": output[0], **flat_stats(output[1])}
-            scalar = output[0] * self.upstream[0, 0]
+            scalar = output[0] * LOSS_UPSTREAM
         if scalar.requires_grad:
             scalar.backward()
         grads = {f"grad.{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
         return {name: value.detach() for name, value in {**values, **grads}.items()}
+
+    def check(self, **extra: Any) -> dict[str, Tensor]:
+        """Compares every output, statistic and gradient with the reference; returns ours."""
+        ours = self.results(**extra)
+        plain, truth = self.results(reference), self.results(reference, torch.float64)
+        assert set(ours) == set(truth)
+        # A gradient is a weighted difference of probabilities, times the head or the hidden states.
+        terms = max(float(leaf.abs().max()) if leaf.numel() else 0.0 for leaf in self.leaves.values())
+        for name, value in ours.items():
+            cancelled = abs(LOSS_UPSTREAM) * max(terms, 1.0) if name.startswith("grad.") else 0.0
+            if value.dtype == torch.bool:
+                assert torch.equal(value, truth[name]), name
+            else:
+                testing.assert_close_to_reference(value, plain[name], truth[name], name=name, cancelled=cancelled)
+        return ours
 
     def weights(self) -> list[Tensor]:
         return [self.fixed[name] for name in ("token_weight", "policy_weight", "distill_weight") if name in self.fixed]
@@ -68,7 +81,9 @@ class Case:
 def flat_stats(stats: Any) -> dict[str, Tensor]:
     flat: dict[str, Tensor] = {}
     for name, value in stats._asdict().items():
-        flat.update({f"{name}.{k}": v for k, v in value._asdict().items()} if name in STATS else {name: value})
+        flat.update(
+            {f"{name}.{k}": v for k, v in value._asdict().items()} if isinstance(value, tuple) else {name: value}
+        )
     return flat
 
 
@@ -127,8 +142,7 @@ def build(
         extra = {"policy_targets": targets, **weights, **policy, **distill}
     else:
         extra = {"token_weight": row_values("weight"), **distill, "kind": op}
-    return Case(op, leaves, {**extra, **common, **fixed}, torch.stack([row_values("u"), row_values("u")]) if rows else
-                torch.ones(2, 1)[:, :0])
+    return Case(op, leaves, {**extra, **common, **fixed}, normal(2, rows).float())
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sgpo.schema import Problem
 from sgpo.strategies.calculator import attach_strategies, leaks, strategy_from_calculator_trace
@@ -86,7 +88,9 @@ def test_mixed_expressions_and_marks_without_an_operation():
     assert steps("They need (8-2)/3 = <<(8-2)/3=2>>2 bags.")[0].startswith("Subtract first, then divide")
     assert steps("So, x = <<7=7>>7 goats.")[0].startswith("Work out the next quantity")
     assert steps("They have <<2^3=8>>8 goats.")[0].startswith("Work out the next quantity")
+    assert steps("They have <<2**3=8>>8 goats.")[0].startswith("Work out the next quantity")
     assert steps("They have <<(2+=8>>8 goats.")[0].startswith("Work out the next quantity")
+    assert steps("They have <<-(2+1)*3=-9>>-9 goats.")[0].startswith("Add first, then multiply")
 
 
 def test_no_mark_gives_none():
@@ -109,6 +113,19 @@ def test_repeated_calls_agree():
 )
 def test_nothing_like_a_number_survives(solution):
     strategy = strategy_from_calculator_trace(solution, solution.partition("=")[0])
+    assert strategy is not None
+    assert leaks(strategy, problem(solution)) == []
+
+
+TOKENS = "she sold 3 half twelve $5 <<3*4=12>>12 <<2+-(1)/4=9>>$9 of is because 1/2 30% the = dogs . a-4"
+WORDS = st.sampled_from(TOKENS.split())
+
+
+@settings(max_examples=300, deadline=None)
+@given(words=st.lists(WORDS, max_size=25), expression=st.text("0123456789+-*/(). ", max_size=12))
+def test_any_text_gives_a_strategy_without_numbers(words, expression):
+    solution = f"{' '.join(words)} <<{expression}=7>>7 cats"
+    strategy = strategy_from_calculator_trace(solution, " ".join(words[:5]))
     assert strategy is not None
     assert leaks(strategy, problem(solution)) == []
 

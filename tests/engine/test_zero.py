@@ -1,0 +1,139 @@
+"""The engine against plain autograd, and against itself: any split, any ZeRO stage, any number of processes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sgpo.engine.zero import lr_factor
+from sgpo.models import load_causal_lm
+
+WORKER = Path(__file__).with_name("zero_worker.py")
+STAGES = (0, 1, 2, 3)
+WHOLE, SPLIT = 4000, 100  # token budgets: everything in one micro-batch, or in many
+FP32 = [f"{stage}:float32:{budget}" for stage in STAGES for budget in (WHOLE, SPLIT)]
+BF16 = [f"{stage}:bfloat16:{SPLIT}" for stage in STAGES]
+
+
+def _run(launcher, tmp_path_factory, folder, cases, processes):
+    out = tmp_path_factory.mktemp("zero") / "out.json"
+    launcher([str(WORKER), str(out), str(folder), *cases], processes=processes)
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def one(launcher, tmp_path_factory, builtin_folder):
+    return _run(launcher, tmp_path_factory, builtin_folder, FP32 + BF16, 1)
+
+
+@pytest.fixture(scope="module")
+def two(launcher, tmp_path_factory, builtin_folder):
+    cases = [f"{stage}:float32:{SPLIT}" for stage in STAGES] + [f"2:bfloat16:{SPLIT}"]
+    return _run(launcher, tmp_path_factory, builtin_folder, cases, 2)
+
+
+@pytest.fixture(scope="module")
+def plain(builtin_folder):
+    """Loss and gradient of the same sequences with plain autograd in fp64, sequence by sequence, no fused op."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location("zero_worker", WORKER)
+    worker = module_from_spec(spec)
+    spec.loader.exec_module(worker)
+    lm = load_causal_lm(builtin_folder, dtype="float32").double()
+
+    def hidden(prompt, completion):
+        states = lm.base_model(torch.tensor([[*prompt, *completion]])).last_hidden_state[0]
+        return states[len(prompt) - 1 : -1]
+
+    head = lm.get_output_embeddings().weight
+    total = torch.zeros((), dtype=torch.float64)
+    for s in worker.make_sequences():
+        rows, targets = hidden(s.prompt_ids, s.completion_ids), torch.tensor(s.completion_ids)
+        logp = torch.log_softmax(rows @ head.T, -1)
+        if s.target_weight:
+            with torch.no_grad():
+                teacher = torch.log_softmax(hidden(s.teacher_prompt_ids, s.completion_ids) @ head.T, -1)
+            kl = (teacher.exp() * (teacher - logp)).sum(-1)
+            kl = kl * (1.0 / kl.detach()).clamp(max=1.0)
+            total = total + (s.target_weight * kl).sum()
+        elif s.advantage:
+            taken = logp.gather(-1, targets[:, None])[:, 0]
+            total = total - (s.policy_weight * s.advantage * (taken - taken.detach()).exp()).sum()
+    total.backward()
+    return total.item(), {name: p.grad.flatten()[::37] for name, p in lm.named_parameters()}
+
+
+def _relative(ours: dict, truth: dict) -> float:
+    ours = torch.cat([torch.as_tensor(ours[name], dtype=torch.float64) for name in sorted(truth)])
+    truth = torch.cat([torch.as_tensor(truth[name], dtype=torch.float64) for name in sorted(truth)])
+    return float((ours - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("case", FP32)
+def test_gradient_is_that_of_plain_autograd_for_every_stage_and_split(one, plain, case):
+    loss, truth = plain
+    assert one[case]["losses"][0] == pytest.approx(loss, rel=1e-5)
+    assert _relative(one[case]["gradient"], truth) < 1e-5
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradient_does_not_depend_on_the_split(one, stage):
+    whole, split = one[f"{stage}:float32:{WHOLE}"], one[f"{stage}:float32:{SPLIT}"]
+    assert split["batches"] > 3 * whole["batches"]
+    assert _relative(split["gradient"], whole["gradient"]) < 1e-5
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_give_the_loss_curve_of_one(one, two, stage):
+    alone, pair = one[f"{stage}:float32:{SPLIT}"], two[f"{stage}:float32:{SPLIT}"]
+    assert pair["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert pair["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+    assert _relative(pair["gradient"], alone["gradient"]) < 1e-5
+
+
+@pytest.mark.parametrize("case", FP32 + BF16)
+def test_training_lowers_the_loss_and_moves_every_weight(one, case):
+    losses = one[case]["losses"]
+    assert losses[2] < losses[0]
+    assert all(norm > 0 for norm in one[case]["norms"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_follows_fp32_with_fp32_masters(one, stage):
+    low, full = one[f"{stage}:bfloat16:{SPLIT}"], one[f"{stage}:float32:{SPLIT}"]
+    assert low["fp32_masters"]
+    assert low["losses"] == pytest.approx(full["losses"], rel=0.1, abs=2e-3)
+
+
+@pytest.mark.parametrize("case", FP32)
+def test_scores_and_full_weights_agree_across_stages(one, case):
+    reference_case = one[f"0:float32:{WHOLE}"]
+    assert one[case]["scores"] == pytest.approx(reference_case["scores"], rel=1e-4)
+    assert one[case]["weights"].keys() == reference_case["weights"].keys()
+    for name, total in one[case]["weights"].items():
+        assert total == pytest.approx(reference_case["weights"][name], rel=1e-3, abs=1e-2), name
+
+
+@pytest.mark.parametrize("case", FP32 + BF16)
+def test_a_step_without_live_rows_leaves_the_optimizer_alone(one, case):
+    assert one[case]["stepped_on_nothing"] is False
+
+
+@pytest.mark.parametrize(
+    ("step", "schedule", "expected"),
+    [
+        (0, "constant", 0.1),
+        (4, "constant", 0.5),
+        (9, "cosine", 1.0),
+        (10, "constant", 1.0),
+        (10, "linear", 1.0),
+        (55, "linear", 0.5),
+        (55, "cosine", 0.5),
+        (100, "linear", 0.0),
+        (100, "cosine", 0.0),
+    ],
+)
+def test_learning_rate_schedule(step, schedule, expected):
+    assert lr_factor(step, 100, warmup_ratio=0.1, schedule=schedule) == pytest.approx(expected, abs=1e-12)

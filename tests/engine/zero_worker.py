@@ -1,0 +1,121 @@
+"""One rank of the engine tests: runs every case of the command line in one process and writes what came out.
+
+python zero_worker.py OUT.json MODEL_FOLDER STAGE:DTYPE:TOKEN_BUDGET ...
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+from sgpo.algorithm.objective import sgpo_objective
+from sgpo.engine import ranks
+from sgpo.engine.zero import ZeroEngine, init_distributed
+from sgpo.models import PolicyModel, load_causal_lm
+from sgpo.schema import TrainSequence
+from sgpo.steps import micro_batches, optimizer_step, score_contexts
+
+
+def make_sequences() -> list[TrainSequence]:
+    """24 policy and 5 distilled completions of mixed length, two of the policy ones without gradient."""
+    rng = random.Random(0)
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(5, 40) for _ in range(rng.randrange(low, high)))
+
+    policy = [
+        TrainSequence(ids(5, 12), ids(3, 14), advantage=0.0 if i < 2 else rng.uniform(-1, 1), policy_weight=1 / 200)
+        for i in range(24)
+    ]
+    distilled = [
+        TrainSequence(ids(5, 12), ids(3, 14), target_weight=1 / 50, teacher_prompt_ids=ids(12, 22)) for _ in range(5)
+    ]
+    return policy + distilled
+
+
+def objective(head, bias, hidden, teacher_hidden, micro):
+    return sgpo_objective(
+        head,
+        bias,
+        hidden,
+        teacher_hidden,
+        targets=micro.student.targets,
+        advantages=micro.advantages,
+        policy_weight=micro.policy_weight,
+        old_logprobs=micro.old_logprobs,
+        target_weight=micro.target_weight,
+        clip_low=0.2,
+        clip_high=0.28,
+        over_limit="scale",
+        max_token_kl=1.0,
+    )
+
+
+def gradient(engine: ZeroEngine, stage: int) -> dict[str, list[float]]:
+    """The gradient of the first step, read from Adam's first moment: exp_avg = (1 - 0.9) x gradient."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    found = {}
+    for name, parameter in engine.model.lm.named_parameters():
+        if stage == 0:
+            moment = engine._optimizer.state[parameter]["exp_avg"]
+        else:
+            moment = safe_get_full_optimizer_state(parameter, "exp_avg")
+        found[name] = (moment / 0.1).flatten()[::37].tolist()
+    return found
+
+
+def run_case(case: str, folder: str, device: torch.device) -> dict:
+    stage, dtype, budget = case.split(":")
+    lm = load_causal_lm(folder, dtype=dtype)
+    engine = ZeroEngine(
+        PolicyModel(lm),
+        device=device,
+        zero_stage=int(stage),
+        dtype=dtype,
+        lr=1e-3,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.0,
+        max_grad_norm=1e9,
+    )
+    mine = make_sequences()[ranks.rank() :: ranks.world_size()]
+    live = [sequence for sequence in mine if sequence.is_live]
+    batches = sum(1 for _ in micro_batches(live, token_budget=int(budget), pad_id=0))
+    losses, norms, first = [], [], {}
+    for step in range(3):
+        result = optimizer_step(engine, mine, objective, token_budget=int(budget), pad_id=0, lr=1e-3)
+        losses.append(sum(ranks.gather(result.loss)))
+        norms.append(result.grad_norm)
+        if step == 0 and dtype == "float32":
+            first = gradient(engine, int(stage))
+    contexts = [(s.prompt_ids, s.completion_ids) for s in mine]
+    scores = score_contexts(engine, contexts, token_budget=int(budget), pad_id=0)
+    nothing = optimizer_step(engine, [], objective, token_budget=int(budget), pad_id=0, lr=1e-3)
+    weights = {name: tensor.double().sum().item() for name, tensor in engine.named_weights()}
+    masters = all(t.dtype == torch.float32 for g in engine._optimizer.param_groups for t in g["params"])
+    engine.close()
+    return {
+        "batches": batches,
+        "losses": losses,
+        "norms": norms,
+        "gradient": first,
+        "scores": [sum(row) for part in ranks.gather(scores) for row in part],
+        "stepped_on_nothing": nothing.grad_norm is not None,
+        "weights": weights,
+        "fp32_masters": masters,
+    }
+
+
+def main() -> None:
+    out, folder, *cases = sys.argv[1:]
+    device = init_distributed(300)
+    results = {case: run_case(case, folder, device) for case in cases}
+    if ranks.is_main():
+        Path(out).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
