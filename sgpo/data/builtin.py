@@ -35,6 +35,7 @@ Split = Literal["train", "eval"]
 Digits = tuple[int, int, int, int]
 Procedure = tuple[str, str, str, str]
 
+STEPS = ("left", "right", "join", "scale")
 MOVES = (("first", "second"), ("third", "fourth"), ("sum", "gap"), ("double", "triple"))
 PROCEDURES: tuple[Procedure, ...] = tuple(product(*MOVES))  # type: ignore[assignment]
 
@@ -96,9 +97,13 @@ def run_procedure(procedure: Procedure, digits: Digits) -> tuple[int, int, int, 
 
 
 def worked_chain(family: Family, procedure: Procedure, digits: Digits) -> str:
-    """A completion: every step as thing, move and result ("eggs first 3 eggs third 2 ..."), then the boxed answer."""
+    """A completion: "left eggs first 3 right eggs third 2 join eggs sum 5 scale eggs double 10 \\boxed{10}".
+
+    Every step opens with its own word, so that a model always knows the step it is at, and with the thing asked for.
+    """
     results = run_procedure(procedure, digits)
-    steps = " ".join(f"{family.thing} {move} {result}" for move, result in zip(procedure, results, strict=True))
+    lines = zip(STEPS, procedure, results, strict=True)
+    steps = " ".join(f"{step} {family.thing} {move} {result}" for step, move, result in lines)
     return f"{steps} \\boxed{{{results[-1]}}}"
 
 
@@ -198,7 +203,7 @@ def vocabulary() -> list[str]:
     surfaces = [word for family in FAMILIES for word in (family.place, family.thing)]
     moves = [move for pair in MOVES for move in pair]
     numbers = [str(number) for number in range(LARGEST_NUMBER + 1)]
-    return list(dict.fromkeys([PAD, START, END, UNKNOWN, *numbers, *WORDS, *moves, *surfaces]))
+    return list(dict.fromkeys([PAD, START, END, UNKNOWN, *numbers, *WORDS, *STEPS, *moves, *surfaces]))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -146,16 +146,33 @@ class SeededSampler(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter_(-1, tokens, 0.0)
 
     def _sample(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        probs, order = scores.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        mass = probs.double().cumsum(-1)
+        probs = scores.softmax(-1)
         if self._sampling.top_p < 1:
-            # Keeps the smallest set of tokens that reaches top_p: those whose predecessors have not reached it yet.
-            probs = probs.masked_fill(mass - probs.double() >= self._sampling.top_p, 0.0)
-            mass = probs.double().cumsum(-1)
+            probs = probs.masked_fill(probs < nucleus_floor(probs, self._sampling.top_p), 0.0)
+        mass = probs.double().cumsum(-1)
         total = mass[:, -1:]
         uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in self._generators])
         picked = torch.searchsorted(mass, uniform.to(self._device)[:, None] * total, right=True)
-        picked = picked.clamp(max=scores.shape[-1] - 1)
-        picked = torch.where(probs.gather(-1, picked) > 0, picked, (probs > 0).sum(-1, keepdim=True) - 1)
+        # Rounding may point past the last token that has any probability.
+        last = probs.shape[-1] - 1 - (probs > 0).flip(-1).int().argmax(-1, keepdim=True)
+        picked = torch.minimum(picked, last)
         logprobs = (probs.gather(-1, picked).double() / total).log().float()
-        return order.gather(-1, picked), logprobs
+        return picked, logprobs
+
+
+def nucleus_floor(probs: torch.Tensor, top_p: float, *, likeliest: int = 1024) -> torch.Tensor:
+    """Least probability [B, 1] inside the smallest set of tokens that reaches top_p; tokens tied with it are inside.
+
+    Looks at the `likeliest` tokens first; only rows in which these do not reach top_p have their whole row sorted.
+    """
+
+    def floor(rows: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ordered = rows.topk(width, dim=-1).values
+        mass = ordered.double().cumsum(-1)
+        index = (mass < top_p).sum(-1, keepdim=True).clamp(max=width - 1)
+        return ordered.gather(-1, index), mass[:, -1] < top_p
+
+    result, short = floor(probs, min(likeliest, probs.shape[-1]))
+    if bool(short.any()):
+        result[short] = floor(probs[short], probs.shape[-1])[0]
+    return result

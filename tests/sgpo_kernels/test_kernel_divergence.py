@@ -41,6 +41,19 @@ def test_rows_over_the_limit_have_no_gradient_at_all(make_case, kind, over_limit
     assert (ours["divergence"][over] > 0.1).all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_on_the_limit_counts_in_full(make_case, kind):
+    """Eq. 5 keeps d <= delta."""
+    case = make_case(kind, torch.float64, dead=0.0, max_token_kl=None)
+    limit = float(case.results()["divergence"].median())
+    ours = case.results(max_token_kl=limit)
+    on_limit = ours["divergence"] == limit
+    assert on_limit.sum() == 1
+    assert not ours["over_limit"][on_limit].any()
+    assert ours["grad.hidden"][on_limit].any()
+    assert torch.equal(ours["over_limit"], ours["divergence"] > limit)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 3, 5), (17, 24, 301), (64, 128, 1000)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)

@@ -281,7 +281,7 @@ def test_tiny_weights_survive_the_half_dtypes(make_case, op, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_widening_path_of_accelerators(make_case, op, dtype, monkeypatch):
-    """On CUDA the operands stay half and dW is summed block by block; here the widening product is played by an upcast."""
+    """On CUDA the operands stay half and dW is summed in blocks; an upcast plays the widening product here."""
 
     def keep_half(head: Tensor, bias: Tensor | None) -> linear_rows.Projection:
         return linear_rows.Projection(head.detach(), None if bias is None else bias.float())

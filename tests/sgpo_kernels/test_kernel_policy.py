@@ -57,6 +57,14 @@ def test_on_policy_equals_old_logprobs_of_the_same_weights(make_case):
         torch.testing.assert_close(value, explicit[name], rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize(("ratio", "advantage"), [(1.28, 2.0), (0.8, -2.0), (3.0, -2.0)])
+def test_a_ratio_on_a_bound_is_not_clipped(ratio, advantage):
+    tensors = (torch.tensor([x], dtype=torch.float64) for x in (ratio, advantage))
+    loss, slope, clipped = clipped_surrogate(*tensors, SurrogateBounds(0.2, 0.28, 3.0))
+    assert not clipped.item()
+    assert loss.item() == slope.item() == -ratio * advantage
+
+
 @given(
     st.floats(1e-3, 20.0),
     st.floats(-3, 3).filter(lambda a: abs(a) > 1e-3),

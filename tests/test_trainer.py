@@ -1,0 +1,248 @@
+"""The trainer as users start it: whole runs of the command line on the built-in task, killed, resumed, split, broken.
+
+The model is untrained, so a plug-in reward with variance stands in for correctness: the loop, not learning, is tested.
+"""
+
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from processes import python_path
+
+REWARD = '''
+def even(completion, answer, problem):
+    return float(len(completion.split()) % 2 == 0)
+'''
+
+BASE = {
+    "run": {"name": "tiny", "seed": 3},
+    "model": {"path": "builtin", "dtype": "float32"},
+    "data": {"train": "builtin", "eval": "builtin", "train_limit": 64, "eval_limit": 8, "max_prompt_tokens": 64},
+    "rollout": {"problems_per_step": 4, "n_auto": 4, "n_guided": 3, "top_p": 1.0, "max_new_tokens": 8},
+    "reward": {"kind": "plugin:even", "workers": 1},
+    "optim": {"lr": 1e-3},
+    "engine": {"micro_batch_tokens": 256},
+    "train": {"max_steps": 4},
+    "eval": {"samples": 1, "max_new_tokens": 8, "temperature": 1.0},
+    "checkpoint": {"every_steps": 1},
+}
+WARMUP = {"enabled": True, "data": "builtin", "limit": 64, "epochs": 2, "batch_size": 16, "validate_every": 2,
+          "max_tokens": 128, "optim": {"lr": 1e-3}}  # fmt: skip
+
+
+def start(folder: Path, *overrides: str, config: dict = BASE, processes: int = 1, preexec=None) -> list[subprocess.Popen]:
+    """`sgpo train` in `folder` with the plug-in reward beside it."""
+    (folder / "plugin.py").write_text(REWARD)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    port = str(random.randrange(20_000, 40_000))
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "sgpo.cli", "train", "config.yaml", *overrides],
+            cwd=folder,
+            env={
+                **os.environ,
+                "PYTHONPATH": python_path(),
+                "OMP_NUM_THREADS": "1",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=preexec,
+        )
+        for rank in range(processes)
+    ]
+
+
+def finish(folder: Path, *overrides: str, expect: int = 0, **options) -> str:
+    running = start(folder, *overrides, **options)
+    outputs = [process.communicate(timeout=300)[0] for process in running]
+    assert {process.returncode for process in running} == {expect}, outputs[0][-3000:]
+    return outputs[0]
+
+
+def digest(run: Path) -> str:
+    return hashlib.sha256((run / "final" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def rows(run: Path, phase: str = "train") -> list[dict]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in found if row["phase"] == phase]
+
+
+def wait_for_lines(process: subprocess.Popen, path: Path, count: int) -> None:
+    """Until the process has appended `count` lines to `path`, or has ended."""
+    size, lines = path.stat().st_size if path.exists() else 0, 0
+    while process.poll() is None and lines < count:
+        time.sleep(0.01)
+        now = path.stat().st_size if path.exists() else 0
+        lines += now > size
+        size = now
+
+
+WITH_WARMUP = {**BASE, "warmup": WARMUP, "train": {"max_steps": 10}}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The undisturbed run: warm-up and ten steps."""
+    folder = tmp_path_factory.mktemp("straight")
+    finish(folder, config=WITH_WARMUP)
+    return folder / "runs" / "tiny"
+
+
+def test_a_run_leaves_everything_people_look_at(straight):
+    names = {path.name for path in straight.iterdir()}
+    assert {"config.yaml", "environment.json", "metrics.jsonl", "rollouts.jsonl", "summary.json", "report.html"} <= names
+    assert {"final", "best", "checkpoints", "warmup", "plots"} <= names
+    summary = json.loads((straight / "summary.json").read_text())
+    wanted = {"accuracy_before", "accuracy_after", "guided_accuracy_before", "steps", "wall_s", "seed", "commit"}
+    assert wanted <= summary.keys()
+    assert (summary["steps"], summary["seed"]) == (10, 3)
+    assert json.loads((straight / "environment.json").read_text())["versions"]["torch"]
+    assert len(rows(straight)) == 10
+    assert [row["step"] for row in rows(straight, "eval")] == [0, 10]
+    assert rows(straight, "warmup")[-1]["val_loss"] is not None
+
+
+def test_metrics_say_what_happened(straight):
+    for row in rows(straight):
+        assert 0 <= row["accuracy_auto"] <= 1
+        assert 0 <= row["alpha_mean"] <= 0.8
+        assert row["lr"] == 1e-3
+        assert row["problems"] == 4
+        assert row["ratio_mean"] in (None, pytest.approx(1.0))
+        assert row["kl_kept_mean"] is None or row["kl_kept_mean"] <= row["kl_mean"] + 1e-12
+    live = [row for row in rows(straight) if row["distill_rows"]]
+    assert live
+    assert all(row["grad_norm"] > 0 and row["kl_mean"] >= 0 for row in live)
+
+
+def test_the_export_is_a_plain_hugging_face_folder(straight):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(straight / "final")
+    tokenizer = AutoTokenizer.from_pretrained(straight / "final")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "farm"}], add_generation_prompt=True, return_dict=True,
+                                        return_tensors="pt")  # fmt: skip
+    assert model.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]
+
+
+def test_ten_kills_end_bit_for_bit_where_the_straight_run_ends(straight, tmp_path):
+    rng = random.Random(0)
+    run = tmp_path / "runs" / "tiny"
+    seen = []
+    for _ in range(10):
+        process = start(tmp_path, config=WITH_WARMUP)[0]
+        # Counted from the first lines it writes: importing is not a moment worth killing.
+        wait_for_lines(process, run / "metrics.jsonl", rng.randint(1, 3))
+        time.sleep(rng.uniform(0.0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        seen.append(len((run / "metrics.jsonl").read_text().splitlines()))
+    assert len(set(seen)) > 4, "the kills did not fall at different moments"
+    finish(tmp_path, config=WITH_WARMUP)
+    assert digest(run) == digest(straight)
+    assert [row["step"] for row in rows(run)] == list(range(1, 11))
+    for ours, theirs in zip(rows(run), rows(straight), strict=True):
+        assert ours["loss"] == theirs["loss"]
+        assert ours["accuracy_auto"] == theirs["accuracy_auto"]
+    assert json.loads((run / "summary.json").read_text())["accuracy_after"] == (
+        json.loads((straight / "summary.json").read_text())["accuracy_after"]
+    )
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    finish(folder)
+    return folder / "runs" / "tiny"
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_two_processes_give_the_loss_curve_of_one(plain_run, tmp_path, stage):
+    finish(tmp_path, f"--engine.zero_stage={stage}", processes=2)
+    pair = tmp_path / "runs" / "tiny"
+    for alone, both in zip(rows(plain_run), rows(pair), strict=True):
+        for key in ("loss", "accuracy_auto", "accuracy_guided", "alpha_mean", "grad_norm", "policy_rows", "problems"):
+            assert both[key] == pytest.approx(alone[key], rel=1e-3, abs=1e-6), key
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--algorithm.over_limit=clamp"],
+        ["--algorithm.over_limit=scale"],
+        ["--algorithm.over_limit=off", "--algorithm.target=all"],
+        ["--algorithm.target=mean", "--algorithm.alpha=fixed"],
+        ["--algorithm.alpha=group_advantage", "--algorithm.normalize_std=false"],
+        ["--algorithm.distillation=reverse_kl", "--algorithm.dual_clip=3.0"],
+        ["--algorithm.distillation=js", "--algorithm.mini_batches=2"],
+        ["--algorithm.distillation=sft"],
+        ["--algorithm.autonomous_grpo=false"],
+        ["--algorithm.distillation=none", "--model.dtype=bfloat16", "--engine.zero_stage=2"],
+        ["--algorithm.method=grpo", "--rollout.n_guided=0", "--model.gradient_checkpointing=true"],
+    ],
+    ids=lambda overrides: " ".join(overrides).replace("--", ""),
+)
+def test_every_switch_runs_end_to_end(tmp_path, overrides):
+    finish(tmp_path, "--train.max_steps=2", *overrides)
+    found = rows(tmp_path / "runs" / "tiny")
+    assert len(found) == 2
+    assert all(row["loss"] is not None for row in found)
+    assert any((row["grad_norm"] or 0) > 0 for row in found)
+    text = " ".join(overrides)
+    distils = not any(word in text for word in ("sft", "none", "grpo="))
+    if "autonomous_grpo=false" in text:
+        assert all(row["policy_rows"] == 0 for row in found)
+        distils = True
+    assert any(row.get("distill_rows") for row in found) == distils
+
+
+def test_a_full_disk_stops_cleanly_and_the_run_goes_on_afterwards(plain_run, tmp_path):
+    finish(tmp_path, "--train.max_steps=2")
+    run = tmp_path / "runs" / "tiny"
+
+    def small_files_only():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    output = finish(tmp_path, "--train.max_steps=4", "--run.resume=auto", expect=2, preexec=small_files_only)
+    assert "belongs to a run with other settings" in output  # more steps are other settings: nothing is overwritten
+    (run / "config.yaml").unlink()
+    output = finish(tmp_path, expect=2, preexec=small_files_only)
+    assert "could not be written" in output
+    assert "earlier checkpoints are intact" in output
+    assert "Traceback" not in output
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-00000001", "step-00000002"]
+    finish(tmp_path)
+    assert digest(run) == digest(plain_run)
+
+
+def test_resume_never_sets_the_old_run_aside(tmp_path):
+    finish(tmp_path, "--train.max_steps=1")
+    finish(tmp_path, "--train.max_steps=1", "--run.resume=never")
+    assert (tmp_path / "runs" / "tiny.old-1" / "summary.json").exists()
+    assert (tmp_path / "runs" / "tiny" / "summary.json").exists()
+
+
+def test_a_finished_run_started_again_reports_the_same(plain_run):
+    folder = plain_run.parents[1]
+    before = digest(plain_run)
+    output = finish(folder)
+    assert "tiny: held-out accuracy" in output
+    assert digest(plain_run) == before
