@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from sgpo.methods.sgpo import SgpoSettings
 from sgpo.models import PolicyModel, eos_ids_of_model, load_causal_lm
 from sgpo.provenance import environment
 from sgpo.rewards.pool import RewardPool
-from sgpo.schema import Problem, PromptPair, RolloutEngine, SamplingParams, SgpoError, TrainSequence
+from sgpo.schema import Problem, PromptPair, RolloutEngine, SgpoError, TrainSequence
 from sgpo.seeds import seed_of
 from sgpo.steps import Objective
 from sgpo.strategies.calculator import attach_strategies
@@ -105,17 +106,23 @@ def check_data(config: Config, train: TaskData, evaluation: TaskData | None) -> 
             f"rollout.problems_per_step = {config.rollout.problems_per_step} must be a multiple of "
             f"algorithm.mini_batches x processes = {share}"
         )
+    longest = max(len(ids) for pair in train.prompts for ids in (pair.plain, pair.guided or ()))
+    if longest + config.rollout.max_new_tokens > config.engine.micro_batch_tokens:
+        raise SgpoError(
+            f"a sequence may have {longest + config.rollout.max_new_tokens} tokens (longest prompt {longest} + "
+            f"rollout.max_new_tokens {config.rollout.max_new_tokens}), more than engine.micro_batch_tokens = "
+            f"{config.engine.micro_batch_tokens}; raise it or lower rollout.max_new_tokens"
+        )
     if evaluation is not None:
         check_disjoint(train.problems, evaluation.problems)
 
 
-def check_lengths(config: Config, *, new_tokens: int, longest_prompt: int) -> None:
-    longest = longest_prompt + new_tokens
-    if longest > config.engine.micro_batch_tokens:
-        raise SgpoError(
-            f"a sequence may have {longest} tokens (prompt {longest_prompt} + new {new_tokens}), more than "
-            f"engine.micro_batch_tokens = {config.engine.micro_batch_tokens}; raise it or lower rollout.max_new_tokens"
-        )
+def check_packages(config: Config) -> None:
+    """Optional packages that the config asks for."""
+    wanted = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb_project is not None}
+    for package, asked in wanted.items():
+        if asked and importlib.util.find_spec(package) is None:
+            raise SgpoError(f"the log section asks for {package}, which is not installed: pip install {package}")
 
 
 def prompt_builder(config: Config, tokenizer: Any) -> PromptBuilder:
@@ -189,11 +196,6 @@ def build_rewards(config: Config) -> RewardPool:
         memory_mib=reward.memory_mib,
         max_chars=reward.max_chars,
     )
-
-
-def sampling(config: Config) -> SamplingParams:
-    rollout = config.rollout
-    return SamplingParams(rollout.temperature, rollout.top_p, rollout.max_new_tokens)
 
 
 def sgpo_settings(config: Config) -> SgpoSettings:

@@ -24,13 +24,13 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    name: str = Field("run", pattern=r"^[\w.-]+$", description="name of the run, also its folder")
-    output_dir: str = Field("runs", description="parent folder of the run folder")
-    seed: int = Field(0, ge=0, description="decides data order and every sampled token")
+    name: str = Field(default="run", pattern=r"^[\w.-]+$", description="name of the run, also its folder")
+    output_dir: str = Field(default="runs", description="parent folder of the run folder")
+    seed: int = Field(default=0, ge=0, description="decides data order and every sampled token")
     resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: go on from the last good checkpoint; never: set an earlier run folder aside"
+        default="auto", description="auto: go on from the last good checkpoint; never: set an earlier run folder aside"
     )
-    timeout_s: float = Field(1800, gt=0, description="limit of one collective or one stage between processes")
+    timeout_s: float = Field(default=1800, gt=0, description="limit of one collective or one stage between processes")
 
     @property
     def dir(self) -> Path:
@@ -39,70 +39,78 @@ class RunConfig(Section):
 
 class ModelConfig(Section):
     path: str = Field(description='a Hugging Face folder, or "builtin" for the quickstart model')
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the weights; masters are always fp32")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="bfloat16", description="of the weights; masters are always fp32"
+    )
     attn_implementation: str = "sdpa"
     gradient_checkpointing: bool = False
 
 
 class DataConfig(Section):
     train: str = Field(description='a JSONL file, "hf:NAME[:SPLIT]", a datasets folder, or "builtin"')
-    eval: str | None = Field(None, description="held-out problems, same forms")
-    train_limit: int | None = Field(None, ge=1, description="use only the first rows")
-    eval_limit: int | None = Field(None, ge=1)
-    template: str | None = Field(None, description="prompt template (YAML); default: the packaged one")
+    eval: str | None = Field(default=None, description="held-out problems, same forms")
+    train_limit: int | None = Field(default=None, ge=1, description="use only the first rows")
+    eval_limit: int | None = Field(default=None, ge=1)
+    template: str | None = Field(default=None, description="prompt template (YAML); default: the packaged one")
     strategy_source: Literal["field", "calculator_trace"] = Field(
-        "field", description="field: as in the data; calculator_trace: extracted from <<...>> marks of the solution"
+        default="field",
+        description="field: as in the data; calculator_trace: extracted from <<...>> marks of the solution",
     )
-    max_prompt_tokens: int = Field(2048, ge=1, description="a longer prompt is refused at the start, by id")
+    max_prompt_tokens: int = Field(default=2048, ge=1, description="a longer prompt is refused at the start, by id")
 
 
 class RolloutConfig(Section):
     engine: Literal["hf"] = "hf"
-    problems_per_step: int = Field(128, ge=1)
-    n_auto: int = Field(8, ge=1, description="completions without the strategy (G1)")
-    n_guided: int = Field(4, ge=0, description="completions with the strategy (G2)")
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(0.95, gt=0, le=1)
-    max_new_tokens: int = Field(16384, ge=1)
-    max_batch_tokens: int = Field(65536, ge=1, description="hf engine: rows x (prompt + new tokens) of one batch")
+    problems_per_step: int = Field(default=128, ge=1)
+    n_auto: int = Field(default=8, ge=1, description="completions without the strategy (G1)")
+    n_guided: int = Field(default=4, ge=0, description="completions with the strategy (G2)")
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    max_new_tokens: int = Field(default=16384, ge=1)
+    max_batch_tokens: int = Field(
+        default=65536, ge=1, description="hf engine: rows x (prompt + new tokens) of one batch"
+    )
 
 
 class RewardConfig(Section):
-    kind: str = Field("math_verify", description='"math_verify", "exact", or a function as "package.module:function"')
-    workers: int = Field(2, ge=1)
-    timeout_s: float = Field(10.0, gt=0, description="a verdict that takes longer is killed, counted and worth 0")
-    memory_mib: int = Field(1024, ge=64, description="memory that one verdict may take")
-    max_chars: int = Field(200_000, ge=1, description="longer completions are not parsed, counted and worth 0")
+    kind: str = Field(
+        default="math_verify", description='"math_verify", "exact", or a function as "package.module:function"'
+    )
+    workers: int = Field(default=2, ge=1)
+    timeout_s: float = Field(
+        default=10.0, gt=0, description="a verdict that takes longer is killed, counted and worth 0"
+    )
+    memory_mib: int = Field(default=1024, ge=64, description="memory that one verdict may take")
+    max_chars: int = Field(default=200_000, ge=1, description="longer completions are not parsed, counted and worth 0")
 
 
 class AlgorithmConfig(Section):
     method: Literal["sgpo", "grpo"] = "sgpo"
-    autonomous_grpo: bool = Field(True, description="false: distillation only")
-    normalize_std: bool = Field(True, description="divide advantages by the standard deviation of the group")
-    clip_low: float = Field(0.2, ge=0, lt=1)
-    clip_high: float = Field(0.28, ge=0)
-    dual_clip: float | None = Field(None, gt=1, description="bound of the loss for negative advantages")
-    mini_batches: int = Field(1, ge=1, description="optimizer steps per batch of rollouts")
+    autonomous_grpo: bool = Field(default=True, description="false: distillation only")
+    normalize_std: bool = Field(default=True, description="divide advantages by the standard deviation of the group")
+    clip_low: float = Field(default=0.2, ge=0, lt=1)
+    clip_high: float = Field(default=0.28, ge=0)
+    dual_clip: float | None = Field(default=None, gt=1, description="bound of the loss for negative advantages")
+    mini_batches: int = Field(default=1, ge=1, description="optimizer steps per batch of rollouts")
     distillation: Literal["forward_kl", "reverse_kl", "js", "sft", "none"] = "forward_kl"
     target: Literal["sum", "mean", "all"] = Field(
-        "sum", description="o+: highest sum (Eq. 4) or mean of log-probs; all: every correct guided one (Eq. 2)"
+        default="sum", description="o+: highest sum (Eq. 4) or mean of log-probs; all: every correct guided one (Eq. 2)"
     )
     over_limit: Literal["mask", "clamp", "scale", "off"] = Field(
-        "mask", description="a token whose KL exceeds max_token_kl: dropped (Eq. 5), held at the limit, or scaled to it"
+        default="mask",
+        description="a token whose KL exceeds max_token_kl: dropped (Eq. 5), held at the limit, or scaled to it",
     )
-    max_token_kl: float = Field(1.0, gt=0, description="delta")
+    max_token_kl: float = Field(default=1.0, gt=0, description="delta")
     alpha: Literal["adaptive", "fixed", "group_advantage"] = "adaptive"
-    alpha_0: float = Field(0.5, ge=0)
-    alpha_gamma: float = Field(0.1, gt=0)
-    alpha_max: float = Field(0.8, ge=0)
-    alpha_fixed: float = Field(1.0, ge=0)
+    alpha_0: float = Field(default=0.5, ge=0)
+    alpha_gamma: float = Field(default=0.1, gt=0)
+    alpha_max: float = Field(default=0.8, ge=0)
+    alpha_fixed: float = Field(default=1.0, ge=0)
 
     @model_validator(mode="after")
     def _pairs(self) -> AlgorithmConfig:
         if self.alpha_max < self.alpha_0:
-            raise ValueError(
-                f"alpha_max = {self.alpha_max} is below alpha_0 = {self.alpha_0}; raise it"
-            )
+            raise ValueError(f"alpha_max = {self.alpha_max} is below alpha_0 = {self.alpha_0}; raise it")
         if self.distillation == "none" and not self.autonomous_grpo:
             raise ValueError("distillation: none and autonomous_grpo: false leave no loss; switch one of them on")
         return self
@@ -112,54 +120,62 @@ class OptimConfig(Section):
     lr: float = Field(1e-6, gt=0)
     betas: tuple[Share, Share] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_ratio: Share = 0.0
 
 
 class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
-    micro_batch_tokens: int = Field(16384, ge=1, description="tokens of one forward pass, padding included")
+    micro_batch_tokens: int = Field(default=16384, ge=1, description="tokens of one forward pass, padding included")
 
 
 class TrainConfig(Section):
-    epochs: float = Field(10, gt=0)
-    max_steps: int | None = Field(None, ge=1, description="stop after this many steps, whatever the epochs say")
+    epochs: float = Field(default=10, gt=0)
+    max_steps: int | None = Field(default=None, ge=1, description="stop after this many steps, whatever the epochs say")
 
 
 class WarmupConfig(Section):
-    enabled: bool = Field(False, description="sgpo train: run the SFT warm-up first and start from its best model")
-    data: str | None = Field(None, description='problems with a `solution`, or "builtin"')
-    limit: int | None = Field(None, ge=1)
-    guided_share: Share = Field(0.0, description="share of the demonstrations whose prompt carries the guidance")
-    epochs: float = Field(10, gt=0)
-    batch_size: int = Field(64, ge=1)
-    validation_share: float = Field(0.1, gt=0, lt=1)
-    validate_every: int = Field(50, ge=1, description="steps between validations; the last step is always validated")
-    max_tokens: int = Field(16384, ge=1, description="longer demonstrations are refused at the start, by id")
+    enabled: bool = Field(
+        default=False, description="sgpo train: run the SFT warm-up first and start from its best model"
+    )
+    data: str | None = Field(default=None, description='problems with a `solution`, or "builtin"')
+    limit: int | None = Field(default=None, ge=1)
+    guided_share: Share = Field(
+        default=0.0, description="share of the demonstrations whose prompt carries the guidance"
+    )
+    epochs: float = Field(default=10, gt=0)
+    batch_size: int = Field(default=64, ge=1)
+    validation_share: float = Field(default=0.1, gt=0, lt=1)
+    validate_every: int = Field(
+        default=50, ge=1, description="steps between validations; the last step is always validated"
+    )
+    max_tokens: int = Field(default=16384, ge=1, description="longer demonstrations are refused at the start, by id")
     optim: OptimConfig = OptimConfig(lr=1e-5, warmup_ratio=0.1)
 
 
 class EvalConfig(Section):
-    every_steps: int | None = Field(None, ge=1, description="None: only before the first and after the last step")
-    samples: int = Field(4, ge=1, description="k of avg@k")
-    guided: bool = Field(True, description="also measure with the guidance, before and after")
-    temperature: float = Field(0.6, ge=0, description="0: greedy")
-    top_p: float = Field(0.95, gt=0, le=1)
-    max_new_tokens: int = Field(32768, ge=1)
+    every_steps: int | None = Field(
+        default=None, ge=1, description="None: only before the first and after the last step"
+    )
+    samples: int = Field(default=4, ge=1, description="k of avg@k")
+    guided: bool = Field(default=True, description="also measure with the guidance, before and after")
+    temperature: float = Field(default=0.6, ge=0, description="0: greedy")
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    max_new_tokens: int = Field(default=32768, ge=1)
 
 
 class CheckpointConfig(Section):
-    every_steps: int = Field(20, ge=1)
-    keep_last: int = Field(2, ge=1)
-    keep_best: bool = Field(True, description="export the model of the best held-out accuracy to best/")
+    every_steps: int = Field(default=20, ge=1)
+    keep_last: int = Field(default=2, ge=1)
+    keep_best: bool = Field(default=True, description="export the model of the best held-out accuracy to best/")
 
 
 class LogConfig(Section):
     tensorboard: bool = False
     wandb_project: str | None = None
-    rollouts_per_step: int = Field(4, ge=0, description="samples of each step kept in rollouts.jsonl")
+    rollouts_per_step: int = Field(default=4, ge=0, description="samples of each step kept in rollouts.jsonl")
 
 
 class Config(Section):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from sgpo.schema import SgpoError
@@ -47,7 +48,7 @@ def load_causal_lm(path: str | Path, *, dtype: str, attn_implementation: str = "
             local_files_only=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise SgpoError(f"no model can be loaded from {path}: {_first_line(error)}") from error
     for name in _UNSUPPORTED_LOGITS:
         if getattr(model.config, name, None) not in (None, 1, 1.0):

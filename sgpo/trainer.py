@@ -78,6 +78,7 @@ class Session:
 def train(config: Config) -> dict[str, Any]:
     """Runs or resumes the training that `config` describes; returns what it also writes to summary.json."""
     started = time.monotonic()
+    assembly.check_packages(config)
     device = init_distributed(config.run.timeout_s)
     run_dir = Path(assembly.on_rank_zero_first(lambda: assembly.prepare_run_folder(config)))
     model_folder = Path(assembly.on_rank_zero_first(lambda: assembly.resolve_model(config)))

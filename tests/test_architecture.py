@@ -139,7 +139,15 @@ def test_the_name_kernels_stays_free():
 
 
 def test_no_module_is_named_like_the_standard_library_or_a_dependency():
-    taken = set(sys.stdlib_module_names) | {"torch", "triton", "transformers", "deepspeed", "vllm", "math_verify", "rich"}
+    taken = set(sys.stdlib_module_names) | {
+        "torch",
+        "triton",
+        "transformers",
+        "deepspeed",
+        "vllm",
+        "math_verify",
+        "rich",
+    }
     # Inside a package a name shadows nothing; a stray script in a folder that is on the path does.
     scripts = [p for folder in ("examples", "benchmarks", "tests") for p in (ROOT / folder).rglob("*.py")]
     assert [p for p in scripts if p.stem in taken] == []

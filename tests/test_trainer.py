@@ -16,13 +16,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from processes import python_path
 
-REWARD = '''
+REWARD = """
 def even(completion, answer, problem):
     return float(len(completion.split()) % 2 == 0)
-'''
+"""
 
 BASE = {
     "run": {"name": "tiny", "seed": 3},
@@ -40,7 +39,9 @@ WARMUP = {"enabled": True, "data": "builtin", "limit": 64, "epochs": 2, "batch_s
           "max_tokens": 128, "optim": {"lr": 1e-3}}  # fmt: skip
 
 
-def start(folder: Path, *overrides: str, config: dict = BASE, processes: int = 1, preexec=None) -> list[subprocess.Popen]:
+def start(
+    folder: Path, *overrides: str, config: dict = BASE, processes: int = 1, preexec=None
+) -> list[subprocess.Popen]:
     """`sgpo train` in `folder` with the plug-in reward beside it."""
     (folder / "plugin.py").write_text(REWARD)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -107,7 +108,14 @@ def straight(tmp_path_factory):
 
 def test_a_run_leaves_everything_people_look_at(straight):
     names = {path.name for path in straight.iterdir()}
-    assert {"config.yaml", "environment.json", "metrics.jsonl", "rollouts.jsonl", "summary.json", "report.html"} <= names
+    assert {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "rollouts.jsonl",
+        "summary.json",
+        "report.html",
+    } <= names
     assert {"final", "best", "checkpoints", "warmup", "plots"} <= names
     summary = json.loads((straight / "summary.json").read_text())
     wanted = {"accuracy_before", "accuracy_after", "guided_accuracy_before", "steps", "wall_s", "seed", "commit"}
@@ -161,8 +169,9 @@ def test_ten_kills_end_bit_for_bit_where_the_straight_run_ends(straight, tmp_pat
     for ours, theirs in zip(rows(run), rows(straight), strict=True):
         assert ours["loss"] == theirs["loss"]
         assert ours["accuracy_auto"] == theirs["accuracy_auto"]
-    assert json.loads((run / "summary.json").read_text())["accuracy_after"] == (
-        json.loads((straight / "summary.json").read_text())["accuracy_after"]
+    assert (
+        json.loads((run / "summary.json").read_text())["accuracy_after"]
+        == (json.loads((straight / "summary.json").read_text())["accuracy_after"])
     )
 
 

@@ -54,7 +54,7 @@ def sgpo_objective(
     split = len(advantages)
     clips = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
     policy = {"old_logprobs": old_logprobs, "advantages": advantages, **clips, "temperature": temperature}
-    if teacher_hidden is not None and distillation != "sft":
+    if teacher_hidden is not None and distillation != "sft" and distillation != "none":
         loss, stats = sgpo_loss(
             hidden[:split],
             targets[:split],

@@ -1,19 +1,21 @@
 """The built-in task, tokenizer and model of the quickstart: small enough to show SGPO on two CPU cores in minutes.
 
-Task. A problem shows the surface of one of twelve families and four digits: "farm : 3 8 2 5 . how many eggs ?". Each
-family has one fixed procedure of four steps, and each step is one of two moves: pick the first or the second digit,
-pick the third or the fourth, take their sum or their gap, double or triple it. The surface does not say which; the
-strategy text does, with no digit and no result. The answer to a problem is reached by its own procedure alone: digits
-for which one of the other fifteen procedures gives the same number are left out.
+Task. A problem shows a place, four digits and a thing: "farm : 3 8 2 5 . how many boxes ?". The answer takes four moves,
+each one of two: pick the first or the second digit, pick the third or the fourth, take their sum or their gap, double or
+triple it. The place settles the first two moves and the thing the last two, which gives sixteen families with a
+procedure of their own. The surface does not say so; the strategy text names the moves, with no digit and no result. A
+family's procedure alone reaches the answer: digits for which any other of the sixteen gives the same number are left
+out, so a guess is right 1 time in 16.
 
 What the warm-up teaches, and what it cannot. A guided demonstration carries a strategy drawn at random, whatever the
 surface, and executes it; a plain demonstration executes moves drawn at random. So the model learns to follow a named
-procedure, and to guess one (1 in 16 is right) where none is named; no demonstration tells which family needs which
-procedure. That is left to reinforcement learning. Evaluation digits occur neither in demonstrations nor in training.
+procedure, and to guess one where none is named; no demonstration tells which family needs which procedure. That is left
+to reinforcement learning. Evaluation digits occur neither in demonstrations nor in training problems; the families are
+the same.
 
-Why steps of two moves. A guess between two moves lies ln 2 = 0.69 nats from certainty, inside the default limit
-max_token_kl = 1.0 of the hard mask. A procedure chosen among twelve in a single token would lie ln 12 = 2.5 nats away,
-and the mask would remove precisely the token that carries the strategy.
+Why moves of two. A guess between two lies ln 2 = 0.69 nats from certainty, inside the default limit max_token_kl = 1.0
+of the hard mask. A procedure chosen among sixteen in a single token would lie ln 16 = 2.8 nats away, and the mask would
+remove precisely the token that carries the strategy.
 """
 
 from __future__ import annotations
@@ -49,20 +51,19 @@ class Family:
     procedure: Procedure
 
 
-FAMILIES = (
-    Family("farm", "eggs", ("first", "third", "sum", "double")),
-    Family("harbor", "boats", ("second", "fourth", "gap", "triple")),
-    Family("library", "books", ("first", "fourth", "gap", "double")),
-    Family("market", "coins", ("second", "third", "sum", "triple")),
-    Family("station", "trains", ("second", "third", "gap", "double")),
-    Family("garden", "roses", ("first", "fourth", "sum", "triple")),
-    Family("school", "pens", ("first", "third", "gap", "triple")),
-    Family("bakery", "loaves", ("second", "fourth", "sum", "double")),
-    Family("forest", "trees", ("first", "fourth", "sum", "double")),
-    Family("museum", "coats", ("second", "third", "gap", "triple")),
-    Family("kitchen", "cups", ("second", "third", "sum", "double")),
-    Family("theater", "seats", ("first", "fourth", "gap", "triple")),
-)
+PLACES = {
+    "farm": ("first", "third"),
+    "harbor": ("first", "fourth"),
+    "market": ("second", "third"),
+    "forest": ("second", "fourth"),
+}
+THINGS = {
+    "boxes": ("sum", "double"),
+    "coins": ("sum", "triple"),
+    "lamps": ("gap", "double"),
+    "wheels": ("gap", "triple"),
+}
+FAMILIES = tuple(Family(place, thing, PLACES[place] + THINGS[thing]) for place in PLACES for thing in THINGS)
 LARGEST_NUMBER = 54
 EVAL_SHARE = 5  # one combination of digits in five is kept for evaluation
 
@@ -97,13 +98,14 @@ def run_procedure(procedure: Procedure, digits: Digits) -> tuple[int, int, int, 
 
 
 def worked_chain(family: Family, procedure: Procedure, digits: Digits) -> str:
-    """A completion: "left eggs first 3 right eggs third 2 join eggs sum 5 scale eggs double 10 \\boxed{10}".
+    """A completion: "left farm first 3 right farm third 2 join boxes sum 5 scale boxes double 10 \\boxed{10}".
 
-    Every step opens with its own word, so that a model always knows the step it is at, and with the thing asked for.
+    Every step opens with its own word, so that a model always knows the step it is at, and names what it depends on.
     """
     results = run_procedure(procedure, digits)
-    lines = zip(STEPS, procedure, results, strict=True)
-    steps = " ".join(f"{step} {family.thing} {move} {result}" for step, move, result in lines)
+    words = (family.place, family.place, family.thing, family.thing)
+    lines = zip(STEPS, words, procedure, results, strict=True)
+    steps = " ".join(" ".join((step, word, move, str(result))) for step, word, move, result in lines)
     return f"{steps} \\boxed{{{results[-1]}}}"
 
 
@@ -160,7 +162,7 @@ def make_problems(split: Split, *, seed: int, count: int) -> list[Problem]:
             problem=problem_text(family, digits),
             answer=str(run_procedure(family.procedure, digits)[-1]),
             strategy=strategy_text(family.procedure),
-            extra={"family": family.place},
+            extra={"family": f"{family.place} {family.thing}"},
         )
         for index, (family, digits) in enumerate(drawn)
     ]
@@ -186,7 +188,7 @@ def _demonstration(rng: random.Random, demo_id: str, *, guided: bool) -> Demonst
         problem=problem_text(family, digits),
         answer=str(run_procedure(procedure, digits)[-1]),
         strategy=strategy_text(procedure) if guided else None,
-        extra={"family": family.place},
+        extra={"family": f"{family.place} {family.thing}"},
     )
     return Demonstration(id=demo_id, problem=problem, guided=guided, completion=worked_chain(family, procedure, digits))
 
@@ -200,10 +202,9 @@ def _train_digits(rng: random.Random) -> Digits:
 
 def vocabulary() -> list[str]:
     """All tokens in the order of their ids: special tokens, numbers as one token each, words."""
-    surfaces = [word for family in FAMILIES for word in (family.place, family.thing)]
     moves = [move for pair in MOVES for move in pair]
     numbers = [str(number) for number in range(LARGEST_NUMBER + 1)]
-    return list(dict.fromkeys([PAD, START, END, UNKNOWN, *numbers, *WORDS, *STEPS, *moves, *surfaces]))
+    return list(dict.fromkeys([PAD, START, END, UNKNOWN, *numbers, *WORDS, *STEPS, *moves, *PLACES, *THINGS]))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -99,15 +99,14 @@ class ZeroEngine:
         }
         if dtype == "bfloat16" and zero_stage > 0:  # DeepSpeed has no fp32 accumulation at stage 0, only fp32 masters
             config["data_types"] = {"grad_accum_dtype": "fp32"}
+        self.model = model
+        self._engine: Any
+        self._optimizer: Any
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         for state in optimizer.state.values():
             # DeepSpeed makes the states of some stages by a step with zero gradients (0.19.8: bf16 at stage 0); left
             # counted, it would shift Adam's bias correction of every later step.
             state["step"].zero_()
-
-    @property
-    def model(self) -> PolicyModel:
-        return self._engine.module
 
     def loss(self, function: Callable[..., tuple[torch.Tensor, Any]], batch: Any, teacher: Any = None) -> Any:
         """(loss, stats) of one micro-batch: `function` gets the head and the hidden rows, see PolicyModel.forward."""
@@ -161,7 +160,7 @@ class ZeroEngine:
 
     def close(self) -> None:
         self._engine.destroy()
-        del self._engine, self._optimizer
+        del self._engine, self._optimizer, self.model
         gc.collect()
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

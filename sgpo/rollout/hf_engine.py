@@ -22,7 +22,7 @@ class HfEngine:
     def __init__(
         self, lm: Any, *, eos_ids: Sequence[int], pad_id: int, device: torch.device, max_batch_tokens: int
     ) -> None:
-        self._lm = lm.to(device).eval().requires_grad_(False)
+        self._lm: Any = lm.to(device).eval().requires_grad_(False)
         self._lm.config.use_cache = True
         self._weights = self._lm.state_dict()
         self._device = device

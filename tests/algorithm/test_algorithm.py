@@ -193,7 +193,8 @@ def test_the_bootstrap_interval_of_a_known_distribution():
 
 
 def test_the_bootstrap_interval_is_deterministic_and_seeded():
-    values = [random.Random(0).random() for _ in range(50)]
+    rng = random.Random(0)
+    values = [rng.random() for _ in range(50)]
     assert bootstrap_interval(values) == bootstrap_interval(values)
     assert bootstrap_interval(values, seed=1) != bootstrap_interval(values, seed=2)
 

@@ -8,7 +8,7 @@ import torch
 
 from sgpo.algorithm.objective import imitation_objective, sgpo_objective
 
-H, V, N_POLICY, N_TARGET = 5, 9, 12, 10
+H, V, N_POLICY, N_TARGET = 5, 9, 24, 10
 CLIPS = {"clip_low": 0.2, "clip_high": 0.28}
 DELTA = 0.3
 SWITCHES = [
@@ -77,7 +77,7 @@ def dense_divergence(kind, student, teacher):
 
 def dense_targets(rows, logp, teacher_logp, distillation, over_limit):
     """(loss, unlimited divergence or None)."""
-    if distillation in ("sft", "none"):
+    if distillation in ("sft", "none"):  # "none" comes without target rows
         return -(rows.target_weight * logp.gather(1, rows.targets[rows.n_policy :, None]).squeeze(1)).sum(), None
     value = dense_divergence(distillation, logp, teacher_logp)
     over = value > DELTA
@@ -119,7 +119,7 @@ def assert_equal_gradients(loss, leaves, expected, dense_leaves):
 @pytest.mark.parametrize("off_policy", [False, True], ids=["ratio_1", "old_logprobs"])
 @pytest.mark.parametrize(("distillation", "over_limit"), SWITCHES, ids="-".join)
 def test_value_and_gradient_of_every_switch(distillation, over_limit, off_policy, dual_clip):
-    rows, temperature = Rows(), 0.7
+    rows, temperature = Rows(n_target=0 if distillation == "none" else N_TARGET), 0.7
     leaves, dense = rows.leaves(), rows.leaves()
     old = rows.old_logprobs(temperature, with_bias=True) if off_policy else None
     loss, stats = objective(
@@ -193,7 +193,7 @@ def test_masked_rows_have_no_gradient_and_clamped_rows_only_a_value():
     for over_limit in ("mask", "clamp", "scale", "off"):
         leaves = rows.leaves()
         loss, stats = objective(rows, leaves, over_limit=over_limit)
-        gradients[over_limit], losses[over_limit] = torch.autograd.grad(loss, leaves[2])[0], float(loss)
+        gradients[over_limit], losses[over_limit] = torch.autograd.grad(loss, leaves[2])[0], loss.item()
     over = (stats.divergence[0] > DELTA) & (rows.target_weight != 0)
     assert 0 < int(over.sum()) < N_TARGET - 1
     for name in ("mask", "clamp"):

@@ -1,0 +1,54 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+DATA ?= ../shared/data
+RUN := $(VENV)/bin
+export HF_HUB_OFFLINE = 1
+
+.PHONY: quickstart compare test lint real real-arithmetic clean
+
+quickstart: $(VENV)/.train  ## learn the built-in task with SGPO, within minutes on two CPU cores
+	$(RUN)/sgpo train configs/quickstart.yaml --run.resume never
+
+test: $(VENV)/.test
+	$(RUN)/python -m pytest -q
+
+lint: $(VENV)/.test
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/pyright
+
+compare: $(VENV)/.train  ## SGPO against GRPO alone at the same rollout budget, five seeds each
+	for seed in 0 1 2 3 4; do \
+	  $(RUN)/sgpo train configs/quickstart.yaml --run.name sgpo-seed$$seed --run.seed $$seed && \
+	  $(RUN)/sgpo train configs/quickstart-grpo.yaml --run.name grpo-seed$$seed --run.seed $$seed || exit 1; \
+	done
+	$(RUN)/sgpo report runs/sgpo-seed* runs/grpo-seed* --out runs/comparison
+
+models/smollm2-135m: $(VENV)/.test
+	$(RUN)/python examples/smollm2.py $@
+
+real: models/smollm2-135m  ## a real model on GSM8K ($(DATA)/gsm8k_*.jsonl)
+	$(RUN)/sgpo train configs/real-gsm8k.yaml --run.resume never \
+	  --data.train $(DATA)/gsm8k_train.jsonl --data.eval $(DATA)/gsm8k_test.jsonl
+
+real-arithmetic: models/smollm2-135m  ## a real model, guidance as chat turns
+	$(RUN)/python examples/worked_arithmetic.py --out-dir data/arithmetic
+	$(RUN)/sgpo train configs/real-arithmetic.yaml --run.resume never
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet $(TORCH)
+	touch $@
+
+$(VENV)/.train: $(VENV)/.torch pyproject.toml setup.py
+	$(RUN)/python -m pip install --quiet --editable '.[train]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.train
+	$(RUN)/python -m pip install --quiet --editable '.[train,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
