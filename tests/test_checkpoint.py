@@ -58,7 +58,7 @@ def test_only_damaged_checkpoints_stop_the_run(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=3)
     checkpoints.save(1, {}, _writer("weights"))
     (tmp_path / "step-00000001" / "part" / "weights").write_text("other!!")
-    with pytest.raises(SgpoError, match="no checkpoint in .* matches its manifest"):
+    with pytest.raises(SgpoError, match=r"no checkpoint in .* matches its manifest"):
         checkpoints.latest()
 
 

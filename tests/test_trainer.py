@@ -145,8 +145,8 @@ def test_the_export_is_a_plain_hugging_face_folder(straight):
 
     model = AutoModelForCausalLM.from_pretrained(straight / "final")
     tokenizer = AutoTokenizer.from_pretrained(straight / "final")
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "farm"}], add_generation_prompt=True, return_dict=True,
-                                        return_tensors="pt")  # fmt: skip
+    turns = [{"role": "user", "content": "farm"}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     assert model.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]
 
 

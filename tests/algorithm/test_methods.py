@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sgpo.algorithm.objective import sgpo_objective
-from sgpo.data.builtin import make_model
+from sgpo.data.builtin import make_model, vocabulary
 from sgpo.data.packing import collate_training
 from sgpo.methods.grpo import policy_sequences
 from sgpo.methods.sft import sft_sequences
@@ -269,7 +269,7 @@ def step_groups():
     generator = torch.Generator().manual_seed(5)
 
     def ids(n):
-        return torch.randint(3, 115, (n,), generator=generator).tolist()
+        return torch.randint(3, len(vocabulary()), (n,), generator=generator).tolist()
 
     groups = []
     for auto, guided in (

@@ -248,7 +248,7 @@ def test_dead_rows_count_for_nothing_whatever_they_hold():
     rows.hidden[3], rows.hidden[5], rows.hidden[N_POLICY + 2] = 1e3, -1e3, 1e3
     leaves = rows.leaves()
     after, _ = objective(rows, leaves)
-    assert float(after) == pytest.approx(float(before), rel=1e-12)
+    assert after.item() == pytest.approx(before.item(), rel=1e-12)
     gradient = torch.autograd.grad(after, leaves[2])[0]
     assert gradient[[3, 5, N_POLICY + 2]].abs().max() == 0
 

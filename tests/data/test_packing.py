@@ -5,16 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgpo.data.builtin import make_model
+from sgpo.data.builtin import make_model, vocabulary
 from sgpo.data.packing import collate, collate_training, length_sorted
 from sgpo.models import PolicyModel
 from sgpo.schema import TrainSequence
 
-PAD = 0
+PAD, VOCAB = 0, len(vocabulary())
 
 
 def ids(seed, count):
-    return tuple(torch.randint(3, 115, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
+    return tuple(torch.randint(3, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
 
 
 PROMPTS = [ids(1, 5), ids(2, 1), ids(3, 9), ids(4, 2)]
