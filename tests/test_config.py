@@ -80,9 +80,11 @@ def test_a_value_out_of_range_names_its_key(load, key, value):
 
 
 GOOD = [
-    ("run.seed", "0", 0), ("rollout.top_p", "1", 1.0), ("rollout.temperature", "1e-2", 0.01), ("optim.lr", "1e-6", 1e-6),
+    ("run.seed", "0", 0), ("rollout.top_p", "1", 1.0), ("rollout.temperature", "1e-2", 0.01),
+    ("optim.lr", "1e-6", 1e-6),
     ("optim.lr", "1E-6", 1e-6), ("optim.lr", "2.5e-05", 2.5e-5), ("optim.lr", "1", 1.0), ("optim.lr", ".5", 0.5),
-    ("optim.betas", "[0.8, 0.99]", (0.8, 0.99)), ("optim.betas", "[.8,.9]", (0.8, 0.9)), ("train.max_steps", "null", None),
+    ("optim.betas", "[0.8, 0.99]", (0.8, 0.99)), ("optim.betas", "[.8,.9]", (0.8, 0.9)),
+    ("train.max_steps", "null", None),
     ("train.max_steps", "~", None), ("train.max_steps", "", None), ("train.max_steps", "7", 7),
     ("algorithm.dual_clip", "3", 3.0), ("algorithm.normalize_std", "false", False), ("log.tensorboard", "on", True),
     ("eval.temperature", "0", 0.0), ("rollout.n_guided", "5", 5), ("algorithm.clip_low", "0", 0.0),
@@ -113,8 +115,18 @@ def test_scientific_floats_in_the_file(load):
 def test_the_defaults_are_the_papers(load):
     config = load()
     algorithm, rollout = config.algorithm, config.rollout
-    assert (algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip, algorithm.max_token_kl) == (0.2, 0.28, None, 1)
-    assert (algorithm.alpha_0, algorithm.alpha_gamma, algorithm.alpha_max, algorithm.alpha) == (0.5, 0.1, 0.8, "adaptive")
+    assert (algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip, algorithm.max_token_kl) == (
+        0.2,
+        0.28,
+        None,
+        1,
+    )
+    assert (algorithm.alpha_0, algorithm.alpha_gamma, algorithm.alpha_max, algorithm.alpha) == (
+        0.5,
+        0.1,
+        0.8,
+        "adaptive",
+    )
     assert (algorithm.distillation, algorithm.target, algorithm.over_limit) == ("forward_kl", "sum", "mask")
     assert (rollout.n_auto, rollout.n_guided, rollout.temperature, rollout.top_p) == (8, 4, 1.0, 0.95)
     assert (rollout.problems_per_step, rollout.max_new_tokens) == (128, 16384)
@@ -210,7 +222,9 @@ def test_possible_pairs(load, overrides):
     load(*overrides)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "word", "- a\n- b\n", "model: [\n", "\tmodel: x", "a: b: c", "a: 1\n---\nb: 2"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "word", "- a\n- b\n", "model: [\n", "\tmodel: x", "a: b: c", "a: 1\n---\nb: 2"]
+)
 def test_what_is_no_mapping_in_yaml(load, text):
     assert "config.yaml" in sentence_of(load, text=text)
 
@@ -224,10 +238,23 @@ def test_yaml_that_wants_to_run_code_is_refused(load, text):
     assert "not valid YAML" in sentence_of(load, text=MINIMAL + text)
 
 
-def test_a_date_that_does_not_exist_is_a_yaml_error(load):
-    """PyYAML reads it as a date and raises a plain ValueError."""
-    assert "config.yaml" in sentence_of(load, text=MINIMAL + "run: {name: 2024-13-45}\n")
-    assert "run.name" in sentence_of(load, "--run.name=2024-13-45")
+@pytest.mark.parametrize("name", ["2024-01-05", "2024-13-45", "off", "yes"])
+def test_words_that_yaml_1_1_takes_for_dates_and_booleans_are_texts(load, name):
+    """PyYAML's own reading makes them a date, a bare ValueError, False and True."""
+    assert load(f"--run.name={name}").run.name == name
+    assert load(text=MINIMAL + f"run: {{name: {name}}}\n").run.name == name
+
+
+@pytest.mark.parametrize("value", ["mask", "clamp", "scale", "off"])
+def test_every_limit_can_be_written_without_quotes(load, value):
+    assert load(f"--algorithm.over_limit={value}").algorithm.over_limit == value
+    assert load(text=MINIMAL + f"algorithm: {{over_limit: {value}}}\n").algorithm.over_limit == value
+
+
+@pytest.mark.parametrize(("word", "value"), [("true", True), ("False", False), ("on", True), ("no", False)])
+def test_words_for_a_switch(load, word, value):
+    assert load(f"--log.tensorboard={word}").log.tensorboard is value
+    assert load(text=MINIMAL + f"log: {{tensorboard: {word}}}\n").log.tensorboard is value
 
 
 def test_a_section_given_twice_is_refused(load):
@@ -285,7 +312,7 @@ def test_an_unreadable_value_names_its_option(load):
 
 @pytest.mark.parametrize("name", [".", ".."])
 def test_a_run_folder_stays_below_the_output_folder(load, name):
-    """"--run.resume never" renames the run folder: it must not be the folder of all runs, or the one above."""
+    """ "--run.resume never" renames the run folder: it must not be the folder of all runs, or the one above."""
     assert "run.name" in sentence_of(load, f"--run.name={name}")
 
 

@@ -33,7 +33,9 @@ class FakeRollouts:
         if on_progress:
             on_progress(len(requests), 0)
         return [
-            Rollout(r, (100 * r.problem_index + r.sample_index,) * (r.problem_index + 1), (), bool(r.sample_index % 2), 0)
+            Rollout(
+                r, (100 * r.problem_index + r.sample_index,) * (r.problem_index + 1), (), bool(r.sample_index % 2), 0
+            )
             for r in requests
         ]
 
@@ -83,7 +85,13 @@ def test_a_row_per_completion():
         (f"p{i:02d}", k) for i in range(3) for k in range(2)
     ]
     row = found.samples[3]
-    assert (row["reward"], row["tokens"], row["truncated"], row["text"], row["kind"]) == (1.0, 2, True, "101 101", "auto")
+    assert (row["reward"], row["tokens"], row["truncated"], row["text"], row["kind"]) == (
+        1.0,
+        2,
+        True,
+        "101 101",
+        "auto",
+    )
 
 
 def test_a_reward_counts_as_right_or_not():
@@ -195,7 +203,9 @@ class Parrot:
     """Answers as told, to see that text reaches the reward intact."""
 
     def __init__(self, tokenizer, texts):
-        self.completions = [(*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id) for text in texts]
+        self.completions = [
+            (*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id) for text in texts
+        ]
 
     def generate(self, requests, sampling, on_progress=None):
         return [Rollout(r, self.completions[r.problem_index], (), False, 0) for r in requests]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from importlib.util import find_spec
 from itertools import pairwise
@@ -15,16 +16,14 @@ from examples.worked_arithmetic import (
     ONE_STEP,
     TWO_STEP,
     WORKED_EXAMPLES,
-    Kind,
     is_held_out,
     main,
     make_split,
-    worked_examples,
     write_chain,
 )
 from sgpo.data.problems import check_disjoint, load_problems
 from sgpo.data.prompts import PromptTemplate
-from sgpo.rewards.answers import last_box
+from sgpo.rewards.answers import last_boxed
 from sgpo.schema import Problem, SgpoError
 
 ROOT = Path(__file__).parents[1]
@@ -82,22 +81,27 @@ def test_the_split_ignores_order_and_kind() -> None:
         assert sides == {True, False}, kind.name
 
 
-def test_worked_examples_are_never_held_out_and_never_the_problem_itself() -> None:
-    eval_texts = {p.problem for seed in range(3) for p in split(True, 600, seed)}
-    for problem in split(False) + split(True):
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text))
+
+
+def test_worked_examples_have_training_operands_and_never_those_of_the_problem() -> None:
+    for problem in split(False, 400) + split(True):
         questions = [turn.content for turn in problem.guidance_turns if turn.role == "user"]
         assert len(set(questions)) == WORKED_EXAMPLES
-        assert problem.problem not in questions
-        assert eval_texts.isdisjoint(questions)
+        for question in questions:
+            assert not is_held_out(numbers(question))
+            assert sorted(numbers(question)) != sorted(problem.extra["operands"])
 
 
-def test_worked_examples_have_other_operands_than_the_problem() -> None:
-    # With one choice besides the problem's own operands in either order, four examples cannot be found.
-    import random
-
-    kind = Kind("tiny", tuple(o for o in TWO_STEP[0].operands if sorted(o) == [2, 3, 4]), "{a}{b}{c}", TWO_STEP[0].steps)
-    with pytest.raises(ValueError):
-        worked_examples(kind, (4, 3, 2), random.Random(0))
+def test_no_worked_example_is_an_eval_problem_of_any_seed() -> None:
+    eval_texts = {
+        problem.problem
+        for seed in range(3)
+        for problem in make_split(TWO_STEP, 600, held_out=True, guided=False, seed=seed)
+    }
+    for problem in split(False) + split(True):
+        assert eval_texts.isdisjoint(turn.content for turn in problem.guidance_turns)
 
 
 def test_answers_and_chains_are_true() -> None:
@@ -115,8 +119,8 @@ def test_answers_and_chains_are_true() -> None:
 
 def test_the_verifier_reads_the_answer_of_a_solution_and_of_the_worked_examples() -> None:
     for problem in split(True, 24):
-        assert last_box(problem.solution or "") == problem.answer
-        assert all(last_box(t.content) for t in problem.guidance_turns if t.role == "assistant")
+        assert last_boxed(problem.solution or "") == problem.answer
+        assert all(last_boxed(t.content) for t in problem.guidance_turns if t.role == "assistant")
 
 
 def test_the_answer_follows_from_the_wording() -> None:
@@ -124,7 +128,7 @@ def test_the_answer_follows_from_the_wording() -> None:
         a, b, c = problem.extra["operands"]
         expected = {"add-add": a + b + c, "add-subtract": a + b - c, "multiply-add": a * b + c}
         assert problem.answer == str(expected[problem.extra["kind"].removeprefix("story-")])
-        assert [int(word.strip("?,")) for word in problem.problem.split() if word.strip("?,").isdigit()] == [a, b, c]
+        assert numbers(problem.problem) == (a, b, c)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(folder: Path, tmp_path: Path) -> None:

@@ -138,8 +138,8 @@ def test_a_missing_folder_is_refused(tmp_path, loader):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("final_logit_softcapping", 30.0), ("final_logit_softcapping", 1.0), ("logit_scale", 0.06), ("logits_scaling", 8.0),
-     ("lm_head_multiplier", 0.04)],
+    [("final_logit_softcapping", 30.0), ("final_logit_softcapping", 1.0), ("logit_scale", 0.06),
+     ("logits_scaling", 8.0), ("lm_head_multiplier", 0.04)],
 )  # fmt: skip
 def test_models_that_change_the_logits_after_the_head_are_refused(folder, name, value):
     set_config(folder, **{name: value})

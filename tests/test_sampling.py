@@ -97,6 +97,13 @@ def test_a_seed_does_not_depend_on_the_company(task):
     assert {r.seed for r in build_requests(task, [0], n_auto=2, n_guided=1, seed=8, step=5)}.isdisjoint(wanted.values())
 
 
+def test_a_seed_belongs_to_the_problem_and_not_to_its_place_in_the_file(task):
+    moved = TaskData(task.problems[::-1], task.prompts[::-1])
+    one = build_requests(task, [3], n_auto=2, n_guided=2, seed=7, step=5)
+    other = build_requests(moved, [0], n_auto=2, n_guided=2, seed=7, step=5)
+    assert [(r.kind, r.prompt_ids, r.seed) for r in one] == [(r.kind, r.prompt_ids, r.seed) for r in other]
+
+
 def test_stale_weights_are_refused(task):
     requests = build_requests(task, [0], n_auto=2, n_guided=0, seed=0, step=0)
     check_version([rollout(r, version=3) for r in requests], 3)

@@ -141,7 +141,7 @@ def _pools() -> dict[tuple[Split, Procedure], tuple[Digits, ...]]:
 
 
 def make_problems(split: Split, *, seed: int, count: int) -> list[Problem]:
-    """`count` different problems with their strategy, the families in turn, in an order drawn from `seed`.
+    """`count` different problems with their strategy, evenly from all families, in an order drawn from `seed`.
 
     Raises SgpoError where the split does not hold that many different problems.
     """
@@ -274,5 +274,5 @@ def make_model(*, seed: int, hidden: int = 128, layers: int = 2) -> Qwen3ForCaus
 def save_builtin(folder: str | Path, *, seed: int) -> None:
     """Writes model, configuration, generation configuration and tokenizer as a Hugging Face folder."""
     model = make_model(seed=seed)
-    model.save_pretrained(folder, safe_serialization=True)
+    model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)

@@ -133,7 +133,7 @@ def test_scoring_is_one_call_even_when_there_is_nothing_to_choose():
 
 
 def test_scores_return_to_their_own_group():
-    """Groups with two, none, one and three correct guided completions: the flat list of scores is dealt out in order."""
+    """Two, none, one and three correct guided completions: the flat list of scores is dealt out in order."""
     groups = [group([0], [1, 1, 0]), group([0], [0, 0]), group([0], [0, 1]), group([0], [1, 1, 1])]
     calls = []
 

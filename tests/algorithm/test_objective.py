@@ -117,7 +117,7 @@ def assert_equal_gradients(loss, leaves, expected, dense_leaves):
 
 @pytest.mark.parametrize("dual_clip", [None, 1.4])
 @pytest.mark.parametrize("off_policy", [False, True], ids=["ratio_1", "old_logprobs"])
-@pytest.mark.parametrize(("distillation", "over_limit"), SWITCHES, ids="-".join)
+@pytest.mark.parametrize(("distillation", "over_limit"), SWITCHES, ids=str)
 def test_value_and_gradient_of_every_switch(distillation, over_limit, off_policy, dual_clip):
     rows, temperature = Rows(n_target=0 if distillation == "none" else N_TARGET), 0.7
     leaves, dense = rows.leaves(), rows.leaves()
@@ -270,7 +270,7 @@ def test_imitation_by_hand():
     weight = torch.tensor([0.5, 0.25, 0.0])
     loss, nll = imitation_objective(torch.zeros(V, H), None, hidden, torch.tensor([0, 3, 8]), weight)
     assert nll.tolist() == pytest.approx([math.log(V)] * 3, rel=1e-6)
-    assert float(loss) == pytest.approx(0.75 * math.log(V), rel=1e-6)
+    assert loss.item() == pytest.approx(0.75 * math.log(V), rel=1e-6)
     assert not nll.requires_grad
 
 
