@@ -93,8 +93,8 @@ def load_task(config: Config, tokenizer: Any, *, split: str) -> TaskData:
     return TaskData(problems, prompt_builder(config, tokenizer).check_all(problems))
 
 
-def check_data(config: Config, train: TaskData, evaluation: TaskData | None) -> None:
-    """What only the data as a whole can tell: enough problems for a step, no overlap with the evaluation."""
+def check_data(config: Config, model_folder: Path, train: TaskData, evaluation: TaskData | None) -> None:
+    """What only the data as a whole can tell: enough problems for a step, lengths, no overlap with the evaluation."""
     if len(train.problems) < config.rollout.problems_per_step:
         raise SgpoError(
             f"{config.data.train} has {len(train.problems)} problems, fewer than "
@@ -112,6 +112,12 @@ def check_data(config: Config, train: TaskData, evaluation: TaskData | None) -> 
             f"a sequence may have {longest + config.rollout.max_new_tokens} tokens (longest prompt {longest} + "
             f"rollout.max_new_tokens {config.rollout.max_new_tokens}), more than engine.micro_batch_tokens = "
             f"{config.engine.micro_batch_tokens}; raise it or lower rollout.max_new_tokens"
+        )
+    positions = json.loads((model_folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    if positions is not None and longest + config.rollout.max_new_tokens > positions:
+        raise SgpoError(
+            f"a sequence may have {longest + config.rollout.max_new_tokens} tokens, more than the {positions} positions "
+            f"of the model in {model_folder}; lower rollout.max_new_tokens or data.max_prompt_tokens"
         )
     if evaluation is not None:
         check_disjoint(train.problems, evaluation.problems)

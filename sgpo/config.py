@@ -7,9 +7,10 @@ cannot work together are refused with one sentence before anything is loaded.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from sgpo.schema import SgpoError
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -24,7 +26,7 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    name: str = Field(default="run", pattern=r"^[\w.-]+$", description="name of the run, also its folder")
+    name: str = Field(default="run", pattern=r"^\w[\w.-]*$", description="name of the run, also its folder")
     output_dir: str = Field(default="runs", description="parent folder of the run folder")
     seed: int = Field(default=0, ge=0, description="decides data order and every sampled token")
     resume: Literal["auto", "never"] = Field(
@@ -118,12 +120,17 @@ class AlgorithmConfig(Section):
 
 class OptimConfig(Section):
     lr: float = Field(default=1e-6, gt=0)
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_ratio: Share = 0.0
+
+
+class WarmupOptimConfig(OptimConfig):
+    lr: float = Field(default=1e-5, gt=0)
+    warmup_ratio: Share = 0.1
 
 
 class EngineConfig(Section):
@@ -152,7 +159,7 @@ class WarmupConfig(Section):
         default=50, ge=1, description="steps between validations; the last step is always validated"
     )
     max_tokens: int = Field(default=16384, ge=1, description="longer demonstrations are refused at the start, by id")
-    optim: OptimConfig = OptimConfig(lr=1e-5, warmup_ratio=0.1)
+    optim: WarmupOptimConfig = WarmupOptimConfig()
 
 
 class EvalConfig(Section):
@@ -195,6 +202,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _pairs(self) -> Config:
+        if self.algorithm.method == "grpo" and not self.algorithm.autonomous_grpo:
+            raise ValueError("method: grpo and algorithm.autonomous_grpo: false leave no loss; switch the latter on")
         if self.algorithm.method == "grpo" and self.rollout.n_guided > 0:
             raise ValueError("method: grpo uses no guided rollouts; set rollout.n_guided to 0")
         needs_guided = self.algorithm.method == "sgpo" and self.algorithm.distillation != "none"
@@ -216,7 +225,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SgpoError(f"config {path} does not exist; give a YAML file such as configs/quickstart.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -233,6 +242,38 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise SgpoError("; ".join(_sentence(path, item) for item in error.errors())) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without its surprises: `off` and `2024-01-05` are texts, and a key given twice is refused.
+
+    YAML 1.1 reads off, on, yes and no as booleans (pydantic still takes these words for a boolean knob), and keeps the
+    last of two equal keys without a word.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":timestamp"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.constructor.ConstructorError(problem=f"{twice[0]} is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def _read_yaml(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Yields (dotted key, value) from `--a.b value` and `--a.b=value`; values are read as YAML."""
     rest = list(arguments)
@@ -242,11 +283,11 @@ def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
             raise SgpoError(f"unexpected argument {word!r}; options are written --section.key value")
         key, equals, value = word[2:].partition("=")
         if not equals:
-            if not rest:
+            if not rest or rest[0].startswith("--"):
                 raise SgpoError(f"option --{key} lacks a value; write --{key} VALUE")
             value = rest.pop(0)
         try:
-            yield key, yaml.safe_load(value)
+            yield key, _read_yaml(value)
         except yaml.YAMLError:
             raise SgpoError(f"the value of --{key}, {value!r}, is not readable as YAML") from None
 
@@ -267,7 +308,8 @@ def describe() -> str:
     lines = []
     for key, info in known_keys().items():
         default = "required" if info.is_required() else f"default {info.default!r}"
-        kind = str(info.annotation).replace("typing.", "").removeprefix("<class '").removesuffix("'>")
+        annotation = re.sub(r"Annotated\[(\w+), .*?\]\)\]", r"\1", str(info.annotation))
+        kind = annotation.replace("typing.", "").removeprefix("<class '").removesuffix("'>")
         lines.append(f"  --{key}  ({kind}, {default})" + (f": {info.description}" if info.description else ""))
     return "\n".join(lines)
 

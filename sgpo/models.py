@@ -15,7 +15,14 @@ from sgpo.schema import SgpoError
 LossFn = Callable[..., tuple[torch.Tensor, Any]]
 
 # Models that change the logits after the head: the fused losses would silently compute something else.
-_UNSUPPORTED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+# Each with the values that change nothing.
+_UNSUPPORTED_LOGITS = {
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "lm_head_multiplier": (None, 1),
+    "output_multiplier": (None, 1),
+}
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -25,8 +32,11 @@ def load_tokenizer(path: str | Path) -> Any:
     _require_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise SgpoError(f"no tokenizer can be loaded from {path}: {_first_line(error)}") from error
+    if not tokenizer.encode("1", add_special_tokens=False):
+        # For some model types transformers makes up an empty tokenizer where the files are missing.
+        raise SgpoError(f"no tokenizer can be loaded from {path}: it has no vocabulary; add the tokenizer's files")
     if tokenizer.eos_token_id is None:
         raise SgpoError(f"the tokenizer in {path} has no eos_token; completions could never end: set one")
     if tokenizer.pad_token_id is None:
@@ -40,18 +50,26 @@ def load_causal_lm(path: str | Path, *, dtype: str, attn_implementation: str = "
 
     _require_folder(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise SgpoError(f"no model can be loaded from {path}: {_first_line(error)}") from error
-    for name in _UNSUPPORTED_LOGITS:
-        if getattr(model.config, name, None) not in (None, 1, 1.0):
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise SgpoError(
+            f"the model in {path} lacks {', '.join(missing[:3])} ({len(missing)} weights in all), which would be "
+            "random numbers; copy the whole checkpoint"
+        )
+    settings = model.config.get_text_config()
+    for name, neutral in _UNSUPPORTED_LOGITS.items():
+        if getattr(settings, name, None) not in neutral:
             raise SgpoError(f"the model in {path} sets {name}, which the fused loss does not support yet")
     return model
 

@@ -69,7 +69,8 @@ class SamplingParams:
 class Rollout:
     """One sampled completion. `completion_ids` ends with an EOS id unless `truncated`.
 
-    `rollout_logprobs` are the sampler's own, of the distribution it sampled from (after temperature and top-p).
+    `rollout_logprobs` are the sampler's own, of the distribution it sampled from (after temperature and top-p); for
+    greedy decoding (temperature 0) those of temperature 1.
     """
 
     request: RolloutRequest

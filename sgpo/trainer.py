@@ -85,7 +85,7 @@ def train(config: Config) -> dict[str, Any]:
     tokenizer = load_tokenizer(model_folder)
     task = assembly.load_task(config, tokenizer, split="train")
     held_out = assembly.load_task(config, tokenizer, split="eval") if config.data.eval else None
-    assembly.check_data(config, task, held_out)
+    assembly.check_data(config, model_folder, task, held_out)
     with ExitStack() as stack:
         rewards = stack.enter_context(assembly.build_rewards(config))
         if config.warmup.enabled:

@@ -183,6 +183,11 @@ def test_a_chat_template_without_generation_prompt(folder, capsys):
     assert "generation prompt" in refused(capsys)
 
 
+def test_sequences_longer_than_the_model_allows(folder, capsys):
+    overrides = ("--rollout.max_new_tokens=250", "--engine.micro_batch_tokens=4096")
+    assert "more than the 256 positions" in refused(capsys, "train", "config.yaml", *overrides)
+
+
 def test_damaged_weights(folder, capsys):
     Path("model/model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00not a header at all")
     assert "no model can be loaded from model" in refused(capsys)

@@ -215,7 +215,7 @@ def test_every_switch_runs_end_to_end(tmp_path, overrides):
     assert all(row["loss"] is not None for row in found)
     assert any((row["grad_norm"] or 0) > 0 for row in found)
     text = " ".join(overrides)
-    distils = not any(word in text for word in ("sft", "none", "grpo="))
+    distils = not any(word in text for word in ("sft", "none", "method=grpo"))
     if "autonomous_grpo=false" in text:
         assert all(row["policy_rows"] == 0 for row in found)
         distils = True

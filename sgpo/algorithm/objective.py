@@ -70,6 +70,8 @@ def sgpo_objective(
             **policy,
         )
         return loss, ObjectiveStats(stats.policy, stats.divergence, stats.policy_loss, stats.distill_loss)
+    if distillation != "sft" and len(hidden) > split:
+        raise ValueError(f"{len(hidden) - split} target rows without teacher_hidden: pass it, or distillation='sft'")
     policy_loss, stats = linear_policy_loss(
         hidden[:split], head, targets[:split], token_weight=policy_weight, bias=bias, **policy
     )

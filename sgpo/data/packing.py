@@ -108,12 +108,16 @@ def collate_training(sequences: Sequence[TrainSequence], pad_id: int, *, with_te
     policy, target = (policy_weight * advantages) != 0, target_weight != 0
     old_logprobs = None
     if any(s.old_logprobs for s in sequences):
+        if any(s.policy_weight * s.advantage and not s.old_logprobs for s in sequences):
+            raise ValueError("old_logprobs are given for some policy sequences of a micro-batch and not for others")
         old = [s.old_logprobs or (0.0,) * len(s.completion_ids) for s in sequences]
         old_logprobs = torch.tensor([x for row in old for x in row], dtype=torch.float32)[policy]
     teacher = None
     if with_teacher:
         distilled = [s for s in sequences if s.target_weight]
         prompts = [s.teacher_prompt_ids or () for s in distilled]
+        if not all(prompts):
+            raise ValueError("a distilled sequence has no teacher_prompt_ids")
         teacher = collate(prompts, [s.completion_ids for s in distilled], pad_id)
     return MicroBatch(
         student=TokenBatch(

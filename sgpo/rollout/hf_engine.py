@@ -24,6 +24,9 @@ class HfEngine:
     ) -> None:
         self._lm: Any = lm.to(device).eval().requires_grad_(False)
         self._lm.config.use_cache = True
+        # generate fills what a call leaves open from the model's own defaults: a repetition penalty would sample from
+        # another distribution than the one that is trained.
+        self._lm.generation_config = GenerationConfig()
         self._weights = self._lm.state_dict()
         self._device = device
         self._eos_ids = list(eos_ids)
