@@ -1,0 +1,105 @@
+"""Raw rows of finished runs, and the README tables made from them.
+
+python -m benchmarks.run_tables                               rewrites the tables of README.md from results/
+python -m benchmarks.run_tables --collect NAME RUN [RUN ...]  first replaces results/NAME.jsonl by these runs' summaries
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sgpo.algorithm.intervals import bootstrap_interval
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def collect(name: str, runs: Sequence[Path]) -> None:
+    """One row per run: its summary, and the versions and machine it ran on."""
+    rows = []
+    for run in runs:
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+        del environment["commit"]  # the summary has it
+        rows.append(json.dumps({**summary, "environment": environment}))
+    (RESULTS / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def load(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def quickstart_table() -> str:
+    """Per method: every seed's accuracy, and the mean gain with a bootstrap interval over seeds."""
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for row in load("quickstart"):
+        by_method.setdefault(row["method"], []).append(row)
+    lines = [
+        "| method | seeds | before | with strategy, before | after, seed by seed | mean gain [95 % over seeds] |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method, rows in sorted(by_method.items(), reverse=True):
+        rows.sort(key=lambda row: row["seed"])
+        gains = [row["accuracy_after"] - row["accuracy_before"] for row in rows]
+        low, high = bootstrap_interval(gains)
+        after = ", ".join(f"{row['accuracy_after']:.2f}" for row in rows)
+        lines.append(
+            f"| {method.upper()} | {len(rows)} | {_mean(rows, 'accuracy_before'):.3f} | "
+            f"{_mean(rows, 'guided_accuracy_before'):.3f} | {after} | "
+            f"{sum(gains) / len(gains):+.3f} [{low:+.3f}, {high:+.3f}] |"
+        )
+    return "\n".join(lines)
+
+
+def real_table() -> str:
+    lines = [
+        "| run | steps | accuracy before | after | with guidance, before | after |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| `{row['run']}` | {row['steps']} | {_with_interval(row, 'before')} | {_with_interval(row, 'after')} | "
+        f"{row['guided_accuracy_before']:.3f} | {row['guided_accuracy_after']:.3f} |"
+        for row in load("real")
+    ]
+    return "\n".join(lines)
+
+
+def rewrite_readme(tables: dict[str, str]) -> None:
+    """Puts each table between its markers <!-- NAME --> and <!-- /NAME -->."""
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
+        text, count = re.subn(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, text, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"README.md: expected the markers of {name} once, found {count}")
+    path.write_text(text, encoding="utf-8")
+
+
+def _mean(rows: Sequence[dict[str, Any]], key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def _with_interval(row: dict[str, Any], moment: str) -> str:
+    low, high = row[f"accuracy_{moment}_interval"]
+    return f"{row[f'accuracy_{moment}']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--collect", metavar="NAME")
+    parser.add_argument("runs", nargs="*", type=Path)
+    arguments = parser.parse_args()
+    if arguments.collect:
+        collect(arguments.collect, arguments.runs)
+    makers = {"quickstart": quickstart_table, "real": real_table}
+    rewrite_readme({name: make() for name, make in makers.items() if (RESULTS / f"{name}.jsonl").exists()})
+
+
+if __name__ == "__main__":
+    main()
