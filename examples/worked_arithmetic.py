@@ -4,13 +4,14 @@ r"""Arithmetic for a small real model, with worked examples as guidance.
 
 writes three files in the format of `sgpo train`:
 
-    warmup.jsonl   one-step problems with a solution: they teach the answer's format, "8 + 5 = 13" and \boxed{13}
     train.jsonl    two-step problems; `guidance_turns` are four solved problems of the same kind as chat turns
     eval.jsonl     the same kinds with other operands
+    warmup.jsonl   solved one-step problems without guidance, and some two-step problems with it, none of them in train
 
-SmolLM2-135M-Instruct rarely chains two steps when it is only asked, and often does after four worked examples of the
-kind: that difference is what SGPO distils. The prompts that go with the files are in
-sgpo/data/templates/arithmetic.yaml.
+The one-step problems teach the form of an answer, "8 + 5 = 13" and \boxed{13}. The share of the two-step ones that is
+shown with its guidance (warmup.guided_share) teaches to follow worked examples, the rest gives the plain prompt a
+small chance of chaining two steps on its own. What is left between the two prompts is what SGPO distils. The prompts
+that go with the files are in sgpo/data/templates/arithmetic.yaml.
 
 A problem belongs to train or eval by its operands alone, whatever their order, the kind, the wording or the seed (see
 `is_held_out`), so no two runs of this script can disagree about it. Worked examples and one-step problems take their
@@ -124,12 +125,6 @@ TWO_STEP = (
         _add_add,
     ),
     Kind(
-        "story-add-subtract",
-        POSITIVE_TRIPLES,
-        "{name} has {a} {thing}, gets {b} and loses {c}. How many {thing} are left?",
-        _add_subtract,
-    ),
-    Kind(
         "story-multiply-add",
         PRODUCT_TRIPLES,
         "{name} has {a} bags of {b} {thing} and {c} more {thing}. How many {thing} in total?",
@@ -206,6 +201,17 @@ def _round_robin(queues: list[Iterator[Problem]]) -> Iterator[Problem]:
         yield from (problem for problem in row if problem is not None)
 
 
+def make_splits(warmup: int, train: int, evaluation: int, seed: int) -> dict[str, list[Problem]]:
+    """The problems of the three files by name; a third of the warm-up are two-step problems that train leaves out."""
+    n_two_step = warmup // 3
+    two_step = make_split(TWO_STEP, n_two_step + train, held_out=False, guided=True, seed=seed)
+    one_step = make_split(ONE_STEP, warmup - n_two_step, held_out=False, guided=False, seed=seed)
+    mixed = one_step + two_step[:n_two_step]
+    random.Random(seed).shuffle(mixed)
+    held_out = make_split(TWO_STEP, evaluation, held_out=True, guided=True, seed=seed)
+    return {"warmup": mixed, "train": two_step[n_two_step:], "eval": held_out}
+
+
 def to_row(problem: Problem) -> dict[str, Any]:
     """The JSON object of a problem as `sgpo train` reads it."""
     row: dict[str, Any] = {"id": problem.id, "problem": problem.problem, "answer": problem.answer}
@@ -245,16 +251,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out-dir", type=Path, required=True, help="folder for warmup.jsonl, train.jsonl, eval.jsonl")
     parser.add_argument("--model", type=Path, help="a model folder: report lengths in its tokens")
     parser.add_argument("--seed", type=int, default=0, help="which problems, names and worked examples")
-    parser.add_argument("--warmup", type=int, default=320, metavar="N", help="one-step problems (default 320)")
+    parser.add_argument("--warmup", type=int, default=144, metavar="N", help="a third of them two-step (default 144)")
     parser.add_argument("--train", type=int, default=600, metavar="N", help="two-step problems (default 600)")
     parser.add_argument("--eval", type=int, default=180, metavar="N", help="held-out problems (default 180)")
     args = parser.parse_args(argv)
     try:
-        splits = {
-            "warmup": make_split(ONE_STEP, args.warmup, held_out=False, guided=False, seed=args.seed),
-            "train": make_split(TWO_STEP, args.train, held_out=False, guided=True, seed=args.seed),
-            "eval": make_split(TWO_STEP, args.eval, held_out=True, guided=True, seed=args.seed),
-        }
+        splits = make_splits(args.warmup, args.train, args.eval, args.seed)
         args.out_dir.mkdir(parents=True, exist_ok=True)
         for name, problems in splits.items():
             write_rows(args.out_dir / f"{name}.jsonl", problems)

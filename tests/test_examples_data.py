@@ -53,10 +53,15 @@ def test_files_load_as_problems_with_guidance(folder: Path) -> None:
     check_disjoint(train, held_out)
 
 
-def test_warmup_file_has_solutions_and_no_guidance(folder: Path) -> None:
-    warmup = load_problems(str(folder / "warmup.jsonl"))
-    assert len(warmup) == 96
-    assert all(p.solution and not p.has_guidance for p in warmup)
+def test_warmup_mixes_one_step_problems_and_guided_two_step_problems_that_train_lacks(folder: Path) -> None:
+    warmup, train = load_problems(str(folder / "warmup.jsonl")), load_problems(str(folder / "train.jsonl"))
+    assert all(p.solution for p in warmup)
+    one_step = {kind.name for kind in ONE_STEP}
+    assert all(p.has_guidance == (p.extra["kind"] not in one_step) for p in warmup)
+    assert (len(warmup), sum(p.has_guidance for p in warmup)) == (96, 32)
+    assert {p.problem for p in warmup}.isdisjoint(p.problem for p in train)
+    assert not any(is_held_out(tuple(p.extra["operands"])) for p in warmup)
+    check_disjoint(warmup, load_problems(str(folder / "eval.jsonl")))
 
 
 def test_problems_are_distinct_within_a_file(folder: Path) -> None:
@@ -98,7 +103,7 @@ def test_no_worked_example_is_an_eval_problem_of_any_seed() -> None:
     eval_texts = {
         problem.problem
         for seed in range(3)
-        for problem in make_split(TWO_STEP, 600, held_out=True, guided=False, seed=seed)
+        for problem in make_split(TWO_STEP, 540, held_out=True, guided=False, seed=seed)
     }
     for problem in split(False) + split(True):
         assert eval_texts.isdisjoint(turn.content for turn in problem.guidance_turns)
@@ -148,9 +153,14 @@ def test_a_prefix_of_a_file_is_balanced_and_a_longer_file_begins_with_the_shorte
     assert split(False, 60) == problems[:60]
 
 
-def test_too_many_problems_are_refused_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--out-dir", str(tmp_path), "--eval", "100000"]) == 2
-    assert "100000 held-out problems were asked for" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "side"), [("--eval", "held-out"), ("--train", "training"), ("--warmup", "training")]
+)
+def test_too_many_problems_are_refused_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, side: str
+) -> None:
+    assert main(["--out-dir", str(tmp_path), option, "100000"]) == 2
+    assert re.fullmatch(rf"error: \d+ {side} problems were asked for, .*: ask for fewer\.\n", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,7 +2,8 @@
 
 generate does the decoding; a logits processor does the sampling. It draws token t of a request from the inverse of the
 cumulative distribution at a uniform number that only the request's seed and t decide, and leaves generate a certain
-choice. So a completion does not depend on which others share its batch, and its log-probability is known.
+choice. So a completion does not depend on which others share its batch, and its log-probability is known. A prompt
+that several requests share is read once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from sgpo.schema import Rollout, RolloutRequest, SamplingParams, SgpoError
 
@@ -75,28 +76,33 @@ class HfEngine:
         self._lm = None
 
     def _batches(self, requests: Sequence[RolloutRequest], max_new_tokens: int) -> list[list[int]]:
-        """Indices by prompt length, at most max_batch_tokens of (longest prompt + new tokens) x rows together."""
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        """Indices by prompt length: like lengths together, rows x (longest prompt + new tokens) within the budget."""
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), requests[i].prompt_ids))
         batches: list[list[int]] = []
         for index in order:
-            width = len(requests[index].prompt_ids) + max_new_tokens
-            if batches and (len(batches[-1]) + 1) * width <= self._max_batch_tokens:
+            length = len(requests[index].prompt_ids)
+            # Padding costs prefill and cache: a prompt twice as long as the shortest starts a batch of its own.
+            fits = batches and (
+                (len(batches[-1]) + 1) * (length + max_new_tokens) <= self._max_batch_tokens
+                and length <= 2 * len(requests[batches[-1][0]].prompt_ids) + 16
+            )
+            if fits:
                 batches[-1].append(index)
             else:
                 batches.append([index])
         return batches
 
     def _generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
-        width = max(len(request.prompt_ids) for request in requests)
-        input_ids = torch.full((len(requests), width), self._pad_id, dtype=torch.int64)
-        mask = torch.zeros_like(input_ids)
-        for row, request in enumerate(requests):
-            input_ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-            mask[row, width - len(request.prompt_ids) :] = 1
+        prompts = sorted({request.prompt_ids for request in requests})
+        row_of = {prompt: row for row, prompt in enumerate(prompts)}
+        rows = torch.tensor([row_of[request.prompt_ids] for request in requests], device=self._device)
+        input_ids, mask = self._pad_left(prompts)
+        width = input_ids.shape[1]
         sampler = SeededSampler([request.seed for request in requests], sampling, self._device)
         output = self._lm.generate(
-            input_ids=input_ids.to(self._device),
-            attention_mask=mask.to(self._device),
+            input_ids=input_ids[rows],
+            attention_mask=mask[rows],
+            past_key_values=self._prefill(input_ids, mask, rows),
             logits_processor=LogitsProcessorList([sampler]),
             generation_config=GenerationConfig(
                 do_sample=False,
@@ -112,6 +118,31 @@ class HfEngine:
             self._rollout(request, ids, values)
             for request, ids, values in zip(requests, completions, logprobs, strict=True)
         ]
+
+    def _prefill(self, input_ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> DynamicCache | None:
+        """The cache of all prompt tokens but the last, computed once per prompt and handed to each of its rows."""
+        if input_ids.shape[1] == 1:
+            return None
+        cache = DynamicCache(config=self._lm.config)
+        self._lm.base_model(
+            input_ids=input_ids[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache.batch_select_indices(rows)
+        return cache
+
+    def _pad_left(self, prompts: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask [B, longest]."""
+        width = max(len(prompt) for prompt in prompts)
+        input_ids = torch.full((len(prompts), width), self._pad_id, dtype=torch.int64)
+        mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        return input_ids.to(self._device), mask.to(self._device)
 
     def _rollout(self, request: RolloutRequest, ids: list[int], logprobs: list[float]) -> Rollout:
         end = next((t + 1 for t, token in enumerate(ids) if token in self._eos_ids), None)
