@@ -106,19 +106,14 @@ def check_data(config: Config, model_folder: Path, train: TaskData, evaluation: 
             f"rollout.problems_per_step = {config.rollout.problems_per_step} must be a multiple of "
             f"algorithm.mini_batches x processes = {share}"
         )
-    longest = max(len(ids) for pair in train.prompts for ids in (pair.plain, pair.guided or ()))
-    if longest + config.rollout.max_new_tokens > config.engine.micro_batch_tokens:
-        raise SgpoError(
-            f"a sequence may have {longest + config.rollout.max_new_tokens} tokens (longest prompt {longest} + "
-            f"rollout.max_new_tokens {config.rollout.max_new_tokens}), more than engine.micro_batch_tokens = "
-            f"{config.engine.micro_batch_tokens}; raise it or lower rollout.max_new_tokens"
-        )
+    prompt = max(len(ids) for pair in train.prompts for ids in (pair.plain, pair.guided or ()))
+    longest = prompt + config.rollout.max_new_tokens
+    sequence = f"a sequence may have {longest} tokens (prompt {prompt} + rollout.max_new_tokens)"
+    if longest > (budget := config.engine.micro_batch_tokens):
+        raise SgpoError(f"{sequence}, more than engine.micro_batch_tokens = {budget}; raise it or lower the other")
     positions = json.loads((model_folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
-    if positions is not None and longest + config.rollout.max_new_tokens > positions:
-        raise SgpoError(
-            f"a sequence may have {longest + config.rollout.max_new_tokens} tokens, more than the {positions} positions "
-            f"of the model in {model_folder}; lower rollout.max_new_tokens or data.max_prompt_tokens"
-        )
+    if positions is not None and longest > positions:
+        raise SgpoError(f"{sequence}, more than {positions}, the positions of {model_folder}; lower max_new_tokens")
     if evaluation is not None:
         check_disjoint(train.problems, evaluation.problems)
 

@@ -26,16 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sgpo", description="Strategy-Guided Policy Optimization")
-    commands = parser.add_subparsers(required=True, metavar="warmup | train | eval | report | env")
+    commands = parser.add_subparsers(
+        required=True, metavar="warmup | train | eval | report | env", parser_class=_Command
+    )
     for name, run, text in (
         ("warmup", _warmup, "SFT warm-up on demonstrations; writes RUN/warmup/best"),
         ("train", _train, "SGPO (or GRPO) training; resumes by itself"),
         ("eval", _eval, "avg@k of a model with a bootstrap interval"),
     ):
-        command = commands.add_parser(
-            name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        command.epilog = _Knobs()
+        command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", type=Path, help="YAML file; any key can be given as --section.key value")
         if name == "eval":
             command.add_argument("--out", type=Path, help="write every sample to this JSONL file")
@@ -49,21 +48,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Knobs(str):
-    """The list of all knobs, made only when help is really printed."""
+class _Command(argparse.ArgumentParser):
+    """Lists all knobs in the help of a command that takes a config; made only when help is really printed."""
 
-    __slots__ = ()
-
-    def __str__(self) -> str:
+    def format_help(self) -> str:
         from sgpo.config import describe
 
-        return "knobs:\n" + describe()
-
-    def __mod__(self, _: object) -> str:
-        return str(self)
-
-    def __bool__(self) -> bool:
-        return True
+        takes_config = any(action.dest == "config" for action in self._actions)
+        return super().format_help() + (f"\nknobs:\n{describe()}\n" if takes_config else "")
 
 
 def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:

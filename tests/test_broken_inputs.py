@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from sgpo.cli import main
+from sgpo.config import known_keys
 
 ROWS = [
     {"id": f"p{i}", "problem": f"farm : {i} 2 3 4 . how many eggs ?", "answer": str(i), "strategy": "pick first ."}
@@ -185,7 +186,7 @@ def test_a_chat_template_without_generation_prompt(folder, capsys):
 
 def test_sequences_longer_than_the_model_allows(folder, capsys):
     overrides = ("--rollout.max_new_tokens=250", "--engine.micro_batch_tokens=4096")
-    assert "more than the 256 positions" in refused(capsys, "train", "config.yaml", *overrides)
+    assert "more than 256, the positions" in refused(capsys, "train", "config.yaml", *overrides)
 
 
 def test_damaged_weights(folder, capsys):
@@ -240,3 +241,12 @@ def test_commands_that_lack_their_data(folder, capsys, command):
 def test_the_unbroken_folder_really_trains(folder, capsys):
     assert main(["train", "config.yaml"]) == 0
     assert Path("runs/broken/summary.json").exists()
+
+
+def test_help_lists_every_knob(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for key in known_keys():
+        assert f"--{key} " in text
