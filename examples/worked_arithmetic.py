@@ -8,10 +8,10 @@ writes three files in the format of `sgpo train`:
     eval.jsonl     the same kinds with other operands
     warmup.jsonl   solved one-step problems without guidance, and some two-step problems with it, none of them in train
 
-The one-step problems teach the form of an answer, "8 + 5 = 13" and \boxed{13}. The share of the two-step ones that is
-shown with its guidance (warmup.guided_share) teaches to follow worked examples, the rest gives the plain prompt a
-small chance of chaining two steps on its own. What is left between the two prompts is what SGPO distils. The prompts
-that go with the files are in sgpo/data/templates/arithmetic.yaml.
+The one-step problems teach the form of an answer, "8 + 5 = 13" and \boxed{13}. The two-step ones, shown with their
+guidance (warmup.guided_share: 1), teach to follow worked examples. The plain prompt still seldom chains two steps: that
+difference is what SGPO distils. A lower guided_share shows some of them plain, so that the plain prompt starts better.
+The prompts that go with the files are in sgpo/data/templates/arithmetic.yaml.
 
 A problem belongs to train or eval by its operands alone, whatever their order, the kind, the wording or the seed (see
 `is_held_out`), so no two runs of this script can disagree about it. Worked examples and one-step problems take their

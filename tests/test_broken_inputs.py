@@ -1,10 +1,12 @@
 """Broken input: one clear sentence, exit code 2, and no rollout before it."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from sgpo.cli import main
@@ -24,6 +26,18 @@ BASE = {
     "train": {"max_steps": 1},
 }
 TEMPLATE = {"system": None, "plain": "{problem}", "guided": "{strategy}\n{problem}"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_group_afterwards():
+    """Training in this process joins a process group of one; later tests must not find it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            patch.setenv(name, "0")  # so that what training sets is undone
+            patch.delenv(name)
+        yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture
@@ -91,12 +105,8 @@ OVERRIDES = [
 
 @pytest.mark.parametrize(("override", "expected"), OVERRIDES, ids=[o for o, _ in OVERRIDES])
 def test_a_bad_knob(folder, capsys, override, expected):
-    if "wandb" in override:
-        pytest.importorskip("torch")
-        import importlib.util
-
-        if importlib.util.find_spec("wandb"):
-            pytest.skip("wandb is installed, so asking for it is no mistake")
+    if "wandb" in override and importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed, so asking for it is no mistake")
     assert expected in refused(capsys, "train", "config.yaml", override)
 
 
