@@ -5,18 +5,16 @@ The model is untrained, so a plug-in reward with variance stands in for correctn
 
 import hashlib
 import json
-import os
 import random
 import resource
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
-from processes import python_path
+from processes import start_ranks
 
 REWARD = """
 def even(completion, answer, problem):
@@ -39,34 +37,11 @@ WARMUP = {"enabled": True, "data": "builtin", "limit": 64, "epochs": 2, "batch_s
           "max_tokens": 128, "optim": {"lr": 1e-3}}  # fmt: skip
 
 
-def start(
-    folder: Path, *overrides: str, config: dict = BASE, processes: int = 1, preexec=None
-) -> list[subprocess.Popen]:
+def start(folder: Path, *overrides: str, config: dict = BASE, **options) -> list[subprocess.Popen]:
     """`sgpo train` in `folder` with the plug-in reward beside it."""
     (folder / "plugin.py").write_text(REWARD)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    port = str(random.randrange(20_000, 40_000))
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "sgpo.cli", "train", "config.yaml", *overrides],
-            cwd=folder,
-            env={
-                **os.environ,
-                "PYTHONPATH": python_path(),
-                "OMP_NUM_THREADS": "1",
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            preexec_fn=preexec,
-        )
-        for rank in range(processes)
-    ]
+    return start_ranks(["-m", "sgpo.cli", "train", "config.yaml", *overrides], folder=folder, **options)
 
 
 def finish(folder: Path, *overrides: str, expect: int = 0, **options) -> str:
