@@ -19,6 +19,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SgpoError as error:
         print(f"sgpo: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("sgpo"):
+            raise
+        print(f"sgpo: the package {error.name} is not installed; pip install 'sgpo[train]'", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("sgpo: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
