@@ -55,7 +55,7 @@ def prepare_run_folder(config: Config) -> Path:
         spare = next(p for n in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.old-{n}")).exists())
         folder.rename(spare)
         print(f"{folder} is set aside as {spare}")
-    if written.exists():
+    if written.exists() and (folder / "metrics.jsonl").exists():  # a start that was refused binds nobody
         _check_same(yaml.safe_load(written.read_text(encoding="utf-8")), resolved, written)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -231,9 +231,15 @@ def test_a_run_folder_with_other_settings(folder, capsys):
     run = Path("runs/broken")
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(yaml.safe_dump({**BASE, "rollout": {**BASE["rollout"], "n_auto": 6}}))
+    (run / "metrics.jsonl").write_text("")
     message = refused(capsys)
     assert "belongs to a run with other settings" in message
     assert "rollout.n_auto (6 -> 2)" in message
+
+
+def test_a_refused_start_can_be_mended(folder, capsys):
+    assert "p1" in refused(capsys, "train", "config.yaml", "--data.max_prompt_tokens=5")
+    assert main(["train", "config.yaml"]) == 0
 
 
 def test_only_damaged_checkpoints(folder, capsys):
