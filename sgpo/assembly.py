@@ -196,6 +196,7 @@ def build_rewards(config: Config) -> RewardPool:
         timeout_s=reward.timeout_s,
         memory_mib=reward.memory_mib,
         max_chars=reward.max_chars,
+        require_box=reward.require_box,
     )
 
 

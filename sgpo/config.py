@@ -78,6 +78,9 @@ class RewardConfig(Section):
     kind: str = Field(
         default="math_verify", description='"math_verify", "exact", or a function as "package.module:function"'
     )
+    require_box: bool = Field(
+        default=True, description="false: where there is no box, Math-Verify looks for an answer in the text"
+    )
     workers: int = Field(default=2, ge=1)
     timeout_s: float = Field(
         default=10.0, gt=0, description="a verdict that takes longer is killed, counted and worth 0"
