@@ -12,8 +12,6 @@ from torch import nn
 
 from sgpo.schema import SgpoError
 
-LossFn = Callable[..., tuple[torch.Tensor, Any]]
-
 # Models that change the logits after the head: the fused losses would silently compute something else.
 # Each with the values that change nothing.
 _UNSUPPORTED_LOGITS = {
