@@ -4,8 +4,8 @@ What: the objective of a micro-batch; the two groups share the head's product op
 Equation: loss = linear_policy_loss(policy rows) + linear_divergence(distillation rows).
 Source: arXiv 2606.24064 Eq. 7, with 1/P, 1/G1, 1/|o| and alpha(q) inside the per-row weights.
 Gradient: the sum of the two (see policy.py and divergence.py), formed in forward.
-Memory: 9·C·V·a + V·H·(a + 2s) + 2·N·H·s, N the rows of both groups (`launch.extra_bytes("sgpo", ...)`). Saved: one dH
-  per group, one dW, one db.
+Memory: `launch.extra_bytes("sgpo", ...)`, N the rows of both groups, no term in N·V. Saved: one dH per group, one dW,
+  one db.
 Precision: as in the two ops; dW is summed over both groups in float32 and rounded once.
 Limits: as in the two ops; on an accelerator two host syncs (the counts of live rows).
 """
@@ -14,12 +14,22 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor
 
 from sgpo_kernels import contracts, launch
-from sgpo_kernels.divergence import DivergenceRows, DivergenceRule, DivergenceStats, Kind, OverLimit
-from sgpo_kernels.linear_rows import weighted_loss
-from sgpo_kernels.policy import PolicyRows, PolicyStats, SurrogateBounds
+from sgpo_kernels.divergence import Kind, OverLimit
+from sgpo_kernels.fused import (
+    DistillInputs,
+    DivergenceStats,
+    Options,
+    PolicyInputs,
+    PolicyStats,
+    divergence_stats,
+    fused_loss,
+    policy_stats,
+)
+from sgpo_kernels.rowmath import ROW_LOSS, Bounds, Rule
 
 
 class SgpoStats(NamedTuple):
@@ -50,6 +60,11 @@ def sgpo_loss(
     over_limit: OverLimit = "mask",
     temperature: float | Tensor = 1.0,
     bias: Tensor | None = None,
+    logit_softcap: float | None = None,
+    column_tolerance: float = 0.0,
+    head_grad: Tensor | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
+    vocab_start: int = 0,
     impl: launch.Impl = "auto",
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, SgpoStats]:
@@ -66,20 +81,20 @@ def sgpo_loss(
     Returns: (loss, SgpoStats): loss 0-d float32 (float64 for float64 inputs), differentiable in policy_hidden,
     distill_hidden, head, bias.
 
-    Raises: TypeError (dtype), ValueError (shape, device, value), NotImplementedError (impl="triton").
+    Raises: TypeError (dtype), ValueError (shape, device, value), NotImplementedError (impl="triton" where Triton cannot
+    run, head_grad inside torch.compile).
     """
     contracts.check_head(policy_hidden, head, bias, ("policy_hidden", "head", "bias"))
     contracts.check_matrix("distill_hidden", distill_hidden, head.shape[1], head)
-    split = policy_hidden.shape[0]
-    contracts.check_temperature(temperature, split + distill_hidden.shape[0], policy_hidden)
-    contracts.check_chunk_rows(chunk_rows)
-    launch.resolve_impl(impl)
-    first, second = (
-        (temperature[:split], temperature[split:]) if isinstance(temperature, Tensor) else (temperature, temperature)
+    policy = PolicyInputs(
+        policy_hidden, policy_targets, old_logprobs, advantages, policy_weight, Bounds(clip_low, clip_high, dual_clip)
     )
-    bounds = SurrogateBounds(clip_low, clip_high, dual_clip)
-    policy = PolicyRows(policy_hidden, head, policy_targets, old_logprobs, advantages, policy_weight, bounds, first)
-    rule = DivergenceRule(kind, max_token_kl, over_limit)
-    distill = DivergenceRows(distill_hidden, teacher_hidden, head, distill_weight, rule, second)
-    loss = weighted_loss([policy, distill], head, bias, chunk_rows)
-    return loss, SgpoStats(policy.stats(), distill.stats(), policy.loss(), distill.loss())
+    distill = DistillInputs(
+        distill_hidden, teacher_hidden, None, None, distill_weight, Rule(kind, max_token_kl, over_limit)
+    )
+    options = Options(
+        temperature, logit_softcap, column_tolerance, head_grad, vocab_group, vocab_start, impl, chunk_rows
+    )
+    result = fused_loss(head, bias, policy, distill, options)
+    parts = result.policy_values[ROW_LOSS].sum(), result.distill_values[ROW_LOSS].sum()
+    return result.loss, SgpoStats(policy_stats(result), divergence_stats(result), *parts)

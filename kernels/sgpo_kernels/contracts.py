@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sgpo_kernels.fused import Options
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KINDS = ("forward_kl", "reverse_kl", "js")
@@ -120,7 +124,7 @@ def check_targets(targets: Tensor, hidden: Tensor) -> None:
 
 
 def check_live_targets(targets: Tensor, vocab: int) -> None:
-    """Ids of the rows that count lie in [0, V); checked on the CPU only."""
+    """Ids of the rows that count lie in [0, V); checked on the CPU only, and inside the operator."""
     if targets.device.type == "cpu" and targets.numel():
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= vocab:
@@ -140,12 +144,15 @@ def check_temperature(temperature: float | Tensor, rows: int, hidden: Tensor) ->
         _same_device("temperature", temperature, hidden.device)
         if temperature.requires_grad:
             raise ValueError(_fail("temperature", "a constant", "a tensor that requires grad", "detach it"))
-        if temperature.device.type == "cpu" and not bool((temperature > 0).all()):
-            raise ValueError(
-                _fail("temperature", "values > 0", f"minimum {float(temperature.min())}", "use greedy scores elsewhere")
-            )
     else:
         check_number("temperature", temperature, low=0.0, open_low=True)
+
+
+def check_temperature_values(temperature: Tensor | None) -> None:
+    """Values > 0; checked on the CPU only, and inside the operator."""
+    if temperature is not None and temperature.device.type == "cpu" and not bool((temperature > 0).all()):
+        low = f"minimum {float(temperature.min())}"
+        raise ValueError(_fail("temperature", "values > 0", low, "use greedy scores elsewhere"))
 
 
 def check_number(name: str, value: object, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
@@ -188,3 +195,63 @@ def check_chunk_rows(chunk_rows: int | None) -> None:
         raise TypeError(_fail("chunk_rows", "a positive int or None", type(chunk_rows).__name__, "pass an int"))
     if chunk_rows < 1:
         raise ValueError(_fail("chunk_rows", "a positive int or None", chunk_rows, "pass None for the default"))
+
+
+def check_policy(
+    hidden: Tensor, targets: Tensor, old_logprobs: Tensor | None, advantages: Tensor, token_weight: Tensor
+) -> None:
+    """Targets and the per-row constants of policy rows."""
+    check_targets(targets, hidden)
+    check_row_values("advantages", advantages, hidden)
+    check_row_values("token_weight", token_weight, hidden)
+    if old_logprobs is not None:
+        check_row_values("old_logprobs", old_logprobs, hidden)
+
+
+def check_shard(vocab_group: object, vocab_start: int) -> None:
+    """A torch.distributed process group (or None), and the first token id of this rank's head rows."""
+    if isinstance(vocab_start, bool) or not isinstance(vocab_start, int) or vocab_start < 0:
+        raise ValueError(_fail("vocab_start", "an int >= 0", vocab_start, "pass the first token id of the shard"))
+    if vocab_group is None and vocab_start:
+        raise ValueError(_fail("vocab_start", "0 without vocab_group", vocab_start, "pass the group of the shards"))
+    if vocab_group is not None and not hasattr(vocab_group, "group_name"):
+        got = type(vocab_group).__name__
+        raise TypeError(_fail("vocab_group", "a torch.distributed process group", got, "pass a group or None"))
+
+
+def check_softcap(logit_softcap: float | None) -> None:
+    """A number > 0, or None for none."""
+    if logit_softcap is not None:
+        check_number("logit_softcap", logit_softcap, low=0.0, open_low=True)
+
+
+def check_options(options: Options, rows: int, head: Tensor) -> None:
+    """The arguments that all loss ops share."""
+    check_temperature(options.temperature, rows, head)
+    check_softcap(options.logit_softcap)
+    check_number("column_tolerance", options.column_tolerance, low=0.0, high=1.0)
+    check_shard(options.vocab_group, options.vocab_start)
+    check_choice("impl", options.impl, ("auto", "triton", "torch"))
+    check_chunk_rows(options.chunk_rows)
+    if options.head_grad is not None:
+        check_head_grad(options.head_grad, head)
+
+
+def check_head_grad(head_grad: Tensor, head: Tensor) -> None:
+    """A buffer of the accumulation dtype, of the head's shape and device, that takes no gradient itself."""
+    check_matrix("head_grad", head_grad, head.shape[1])
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "head_grad is not available inside torch.compile: call the op outside, or leave it out."
+        )
+    wanted = torch.float64 if head.dtype == torch.float64 else torch.float32
+    if head_grad.dtype != wanted:
+        raise TypeError(_fail("head_grad.dtype", str(wanted), head_grad.dtype, "keep the gradient buffer wide"))
+    if head_grad.shape != head.shape:
+        got = tuple(head_grad.shape)
+        raise ValueError(_fail("head_grad.shape", str(tuple(head.shape)), got, "give it the head's shape"))
+    _same_device("head_grad", head_grad, head.device)
+    if head_grad.requires_grad:
+        raise ValueError(_fail("head_grad", "a plain buffer", "a tensor that requires grad", "detach it"))
+    if not head.requires_grad:
+        raise ValueError(_fail("head_grad", "a head that requires grad", "a frozen head", "leave head_grad out"))

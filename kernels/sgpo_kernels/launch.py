@@ -1,4 +1,4 @@
-"""Sizes and choices as pure functions of (N, H, V, dtype, device): chunk rows, head blocks, memory, implementation.
+"""Sizes and choices as pure functions of (N, H, V, dtype, device): chunk rows, blocks, memory, implementation.
 
 Nothing here touches a tensor, so a memory plan can call it before anything is allocated.
 """
@@ -6,8 +6,10 @@ Nothing here touches a tensor, so a memory plan can call it before anything is a
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
-from typing import Literal
+import os
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -15,10 +17,17 @@ Impl = Literal["auto", "triton", "torch"]
 Op = Literal["logprob", "policy", "divergence", "sgpo"]
 
 CPU_CHUNK_BYTES = 64 << 20
-CUDA_CHUNK_ROWS = 1024
-HEAD_BLOCK_BYTES = 64 << 20
+CUDA_CHUNK_ROWS = {"logprob": 1024, "policy": 1024, "divergence": 512, "sgpo": 512}
+# Rows of dz that one dW product takes where operands are narrower than accumulators.
+SLAB_ROWS = 4096
+HEAD_BLOCK_BYTES = {"cpu": 64 << 20, "cuda": 32 << 20}
+ROW_BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
+# Above this share of live columns a chunk is multiplied densely.
+DENSE_SHARE = 0.5
 # Chunk-sized [C, V] tensors in the accumulation dtype that an op holds at the same time, at most.
-WORK_CHUNKS: dict[Op, int] = {"logprob": 4, "policy": 4, "divergence": 9, "sgpo": 9}
+WORK_CHUNKS: dict[Op, float] = {"logprob": 3, "policy": 3, "divergence": 4, "sgpo": 4}
+# Row-block-sized tensors of the plain torch arithmetic.
+WORK_BLOCKS = 10
 
 log = logging.getLogger("sgpo_kernels")
 
@@ -28,18 +37,30 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def chunk_rows(rows: int, hidden: int, vocab: int, dtype: torch.dtype, device_type: str) -> int:
-    """Rows per chunk: about 64 MiB of logits on the CPU, 1024 rows on an accelerator, never more than there are."""
+def chunk_rows(rows: int, hidden: int, vocab: int, dtype: torch.dtype, device_type: str, op: Op = "policy") -> int:
+    """Rows per chunk: about 64 MiB of logits on the CPU; 1024 rows on an accelerator, 512 where two contexts share
+    the memory; never more than there are."""
     if device_type == "cpu":
         limit = CPU_CHUNK_BYTES // (vocab * accumulate_dtype(dtype).itemsize)
     else:
-        limit = CUDA_CHUNK_ROWS
+        limit = CUDA_CHUNK_ROWS[op]
     return max(1, min(rows, limit))
 
 
-def head_block_rows(hidden: int, dtype: torch.dtype) -> int:
-    """Vocabulary rows of dW that one product computes where it cannot add in place (64 MiB of accumulators)."""
-    return max(128, HEAD_BLOCK_BYTES // (hidden * accumulate_dtype(dtype).itemsize))
+def slab_rows(rows: int) -> int:
+    """Rows of dz [S, V] that wait for one dW product: enough to make that product compute-bound."""
+    return min(rows, SLAB_ROWS)
+
+
+def block_rows(columns: int, dtype: torch.dtype, device_type: str) -> int:
+    """Rows of a chunk that plain torch arithmetic handles at a time: what stays in a core's cache on a CPU."""
+    return max(1, ROW_BLOCK_BYTES.get(device_type, 64 << 20) // (columns * accumulate_dtype(dtype).itemsize))
+
+
+def head_block_rows(hidden: int, dtype: torch.dtype, device_type: str) -> int:
+    """Vocabulary rows of dW that one product computes where it cannot add in place."""
+    size = HEAD_BLOCK_BYTES.get(device_type, 32 << 20)
+    return max(128, size // (hidden * accumulate_dtype(dtype).itemsize))
 
 
 def extra_bytes(
@@ -55,32 +76,87 @@ def extra_bytes(
 ) -> int:
     """Upper bound, in bytes, of what one forward and backward of `op` allocates beyond its inputs.
 
-    K·C·V·a (chunks) + V·H·(a·[half on the CPU] + [dW]·(a + 2·s)) + 2·N·H·s + 6·C·H·a + block + 32·N·a + 4·V·a, with
-    K = WORK_CHUNKS, C rows per chunk, s and a the bytes of the input and of the accumulation dtype. No term in N·V.
+    K·C·V·a (chunks) + S·V·s (slab, accelerators) + 10·B·V·a (row blocks of plain torch) + V·H·(a·[half on the CPU] +
+    [dW]·(a + 2·s)) + 2·N·H·s + 6·C·H·a + 2·block + 48·N·a + 8·V·a, with K = WORK_CHUNKS (on an accelerator the 1 or 2
+    buffers of products), C rows per chunk, S slab rows, B rows per row block, s and a the bytes of the input and of
+    the accumulation dtype. No term in N·V.
     """
     size, acc = dtype.itemsize, accumulate_dtype(dtype).itemsize
-    chunk = chunk_rows(rows, hidden, vocab, dtype, device_type) if chunk is None else min(chunk, max(rows, 1))
-    upcast_head = acc if device_type == "cpu" and size != acc else 0
+    chunk = chunk_rows(rows, hidden, vocab, dtype, device_type, op) if chunk is None else min(chunk, max(rows, 1))
+    narrow = size != acc
+    upcast_head = acc if device_type == "cpu" and narrow else 0
     head_bytes = vocab * hidden * (upcast_head + (acc + 2 * size if head_grad else 0))
-    block = head_block_rows(hidden, dtype) * hidden * acc if device_type != "cpu" and head_grad else 0
-    chunks = WORK_CHUNKS[op] * chunk * vocab * acc + 6 * chunk * hidden * acc
-    return chunks + head_bytes + 2 * rows * hidden * size + block + 32 * rows * acc + 4 * vocab * acc + 4096
+    block = 2 * head_block_rows(hidden, dtype, device_type) * hidden * acc if head_grad else 0
+    copies = WORK_CHUNKS[op] if device_type == "cpu" or not narrow else (2 if op in ("divergence", "sgpo") else 1)
+    slab = max(chunk, slab_rows(rows)) * (vocab + hidden) * size if device_type != "cpu" and narrow else 0
+    blocks = WORK_BLOCKS * min(chunk, block_rows(vocab, dtype, device_type)) * vocab * acc
+    chunks = int(copies * chunk * vocab * acc) + 6 * chunk * hidden * acc
+    per_row = 2 * rows * hidden * size + 48 * rows * acc
+    return chunks + slab + blocks + head_bytes + min(block, 2 * vocab * hidden * acc) + per_row + 8 * vocab * acc + 4096
 
 
-def resolve_impl(impl: str) -> str:
-    """The implementation that runs: "torch" for "auto" and "torch" (said once in the log for "auto").
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter (the environment variable must be set before it is imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-    Raises: NotImplementedError for "triton", ValueError for an unknown name.
+
+def resolve_impl(impl: str, device_type: str, dtype: torch.dtype) -> str:
+    """The implementation that runs, "triton" or "torch". "auto" takes Triton on CUDA below float64, and says so once.
+
+    Raises: ValueError for an unknown name; NotImplementedError where Triton cannot run: float64, a device other than
+    CUDA (unless Triton's interpreter is on), or no Triton.
     """
-    if impl == "triton":
-        raise NotImplementedError('impl="triton" is not available yet: use impl="auto" or impl="torch".')
-    if impl not in ("auto", "torch"):
+    if impl not in ("auto", "triton", "torch"):
         raise ValueError(f'impl: expected "auto", "triton" or "torch", got {impl!r}.')
     if impl == "auto":
-        _announce_auto()
-    return "torch"
+        installed = importlib.util.find_spec("triton") is not None
+        impl = "triton" if device_type == "cuda" and dtype != torch.float64 and installed else "torch"
+        _announce_auto(impl, device_type, str(dtype))
+    elif impl == "triton":
+        reason = _why_no_triton(device_type, dtype)
+        if reason:
+            raise NotImplementedError(f'impl="triton" {reason}: use impl="auto" or impl="torch".')
+    return impl
+
+
+def _why_no_triton(device_type: str, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return "does not take float64"
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton, which is not installed"
+    if device_type != "cuda" and not interpreting():
+        return f"needs tensors on CUDA, not on {device_type} (or TRITON_INTERPRET=1 before the first import)"
+    return None
 
 
 @functools.cache
-def _announce_auto() -> None:
-    log.info('impl="auto" chose "torch"')
+def _announce_auto(impl: str, device_type: str, dtype: str) -> None:
+    log.info('impl="auto" chose "%s" for %s on %s', impl, dtype, device_type)
+
+
+class Blocks(NamedTuple):
+    """The tile of a Triton kernel [rows, columns], and its warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+    def options(self) -> dict[str, int]:
+        return {"BLOCK_R": self.rows, "BLOCK_V": self.columns, "num_warps": self.warps}
+
+
+# Tiles by kernel, chosen ahead of time for no spills (`python -m sgpo_kernels.aot`). "columns" and "peaks" take scan's.
+DEFAULT_BLOCKS = {
+    "scan": Blocks(4, 1024, 4),
+    "divergence": Blocks(2, 1024, 4),
+    "peaks": Blocks(16, 1024, 8),
+    "gradient": Blocks(4, 1024, 4),
+    "columns": Blocks(16, 128, 4),
+}
+# Measured choices by compute capability, where there are any (benchmarks/tune_blocks.py).
+TUNED_BLOCKS: dict[tuple[int, int], dict[str, Blocks]] = {}
+
+
+def blocks(kernel: str, arch: tuple[int, int] | None) -> Blocks:
+    """The tile for a kernel on a compute capability (None: Triton's interpreter)."""
+    return TUNED_BLOCKS.get(arch or (0, 0), {}).get(kernel, DEFAULT_BLOCKS[kernel])

@@ -1,97 +1,40 @@
 """The one chunk loop that all fused-linear ops share.
 
 What: rows h [N, H] of one or several groups meet one head W [V, H]. Per chunk of C live rows the loop forms the
-  logits, lets the group turn them into row values and dz, and adds dz to dH, dW and db. Rows that carry no weight
-  never enter a product.
-Equation: z = (h Wᵀ + b) / temperature; dH = dz W, dW = dzᵀ h, db = sum dz.
+  logits, lets the group turn them into row values and a table of slopes, and adds dz to dH, dW and db. Rows that carry
+  no weight never enter a product.
+Equation: z = softcap(h Wᵀ + b) / temperature; dH = dz W, dW = dzᵀ h, db = sum dz.
 Source: the chain rule; arXiv 2606.24064 Eq. 1 and Eq. 3 supply the dz.
+Live columns: on a confident model dz is almost empty. With column_tolerance > 0 a column of the chunk is multiplied
+  only where |dz| >= tolerance * (the row's weight) for some row; what each row loses is returned as a bound on
+  sum |dz| over its dropped columns, in units of d loss / d logit. So |error of dH| <= dropped * max |W|. Where more
+  than half of the columns live, the chunk is dense and drops nothing.
 Gradient: weights are known in the forward pass, so loss gradients are formed there; backward multiplies by the
   upstream gradient.
-Memory: K·C·V·a + V·H·(a + 2s) + 2·N·H·s bytes and, for half dtypes on the CPU, one upcast head V·H·a more
-  (`launch.extra_bytes`; a, s = bytes of the accumulation and the input dtype). No term in N·V.
-Precision: logits, row values, dz and the dW accumulator are float32 (float64 for float64 inputs). dz is cast to the
+Memory: `launch.extra_bytes`. No term in N·V.
+Precision: logits, row values and the dW accumulator are float32 (float64 for float64 inputs). dz is rounded to the
   dtype of hidden for the two products; dW is rounded once. Row gradients are divided by a power of two near the
-  largest weight before the cast.
-Limits: one host sync per group on an accelerator (the count of live rows); first derivatives only; float32 products
-  follow torch's own TF32 setting on CUDA.
+  largest weight before they are rounded.
+Limits: one host sync per group on an accelerator (the count of live rows), and with a column tolerance one per chunk
+  (the count of live columns); first derivatives only; float32 products follow torch's own TF32 setting on CUDA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sgpo_kernels import launch
-from sgpo_kernels.rowmath import power_of_two_scale
+from sgpo_kernels.heads import Head, Shard, mm
+from sgpo_kernels.rowmath import DROPPED, SHARE, SLOPE, TOTAL, VALUE_ROWS, Logits, power_of_two_scale
 
-
-def mm(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right with a float32 (float64) result; half operands only reach this on CUDA, where torch can widen the
-    output."""
-    out_dtype = launch.accumulate_dtype(left.dtype)
-    return torch.mm(left, right) if left.dtype == out_dtype else torch.mm(left, right, out_dtype=out_dtype)
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One head ready for products. CPU torch has no `mm(out_dtype=)`, so half dtypes are upcast there, once per
-    call."""
-
-    weight_VH: Tensor
-    bias_V: Tensor | None
-
-    @staticmethod
-    def of(head: Tensor, bias: Tensor | None) -> Projection:
-        acc = launch.accumulate_dtype(head.dtype)
-        operand = head.dtype if head.is_cuda else acc
-        return Projection(head.detach().to(operand), None if bias is None else bias.detach().to(acc))
-
-    def logits(self, hidden_CH: Tensor, temperature: float | Tensor) -> Tensor:
-        """(h Wᵀ + b) / temperature, [C, V] in the accumulation dtype. `temperature` is a float or [C, 1]."""
-        logits_CV = mm(hidden_CH.to(self.weight_VH.dtype), self.weight_VH.t())
-        if self.bias_V is not None:
-            logits_CV.add_(self.bias_V)
-        if isinstance(temperature, Tensor) or temperature != 1.0:
-            logits_CV.div_(temperature)
-        return logits_CV
-
-
-class Chunk(NamedTuple):
-    """One step of the loop: which rows, their temperature, and what a row gradient is multiplied by (None: none is
-    wanted)."""
-
-    rows: Tensor
-    temperature: float | Tensor
-    grad_factor: Tensor | None
-    projection: Projection
-
-
-class RowGroup(Protocol):
-    """Rows of one kind. `index` int64 [live] names the rows that count; `step` sees C of them at a time."""
-
-    hidden: Tensor
-    index: Tensor
-    temperature: float | Tensor
-
-    def weights(self) -> Tensor:
-        """The size of the row gradients, [live], any sign."""
-        ...
-
-    def step(self, chunk: Chunk, logits_CV: Tensor) -> Tensor | None:
-        """Writes the row values of the chunk and returns dz [C, V] times `grad_factor` per row. May overwrite the
-        logits."""
-        ...
-
-
-class LossGroup(RowGroup, Protocol):
-    def loss(self) -> Tensor:
-        """The weighted sum over the rows, 0-d, after the loop."""
-        ...
+# What float32 may lose in TOTAL - kept, relative to the row's |SLOPE|, and in each of the probabilities.
+DROPPED_FLOOR, DROPPED_MARGIN = 2.0**-18, 1e-4
 
 
 class Needs(NamedTuple):
@@ -107,7 +50,8 @@ class Needs(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Gradients divided by `scale`, in the dtypes of their inputs; None where none is wanted."""
+    """Gradients divided by `scale`, in the dtypes of their inputs (head: see `Call.wide_head`); None where none is
+    wanted."""
 
     scale: Tensor
     head: Tensor | None
@@ -115,132 +59,260 @@ class Grads(NamedTuple):
     hidden: tuple[Tensor | None, ...]
 
 
-class _Sums:
-    """The accumulators of dW [V, H] and db [V], allocated at the first live chunk."""
+@dataclass(frozen=True)
+class Call:
+    """What one call of an op has in common for all of its rows."""
 
-    def __init__(self, needs: Needs):
-        self.needs = needs
-        self.head_VH: Tensor | None = None
-        self.bias_V: Tensor | None = None
+    head: Tensor
+    bias: Tensor | None
+    softcap: float | None = None
+    shard: Shard = field(default_factory=Shard)
+    impl: str = "auto"
+    chunk_rows: int | None = None
+    column_tolerance: float = 0.0
+    wide_head: bool = False  # leave dW in the accumulation dtype
 
-    def add_bias(self, dz_CV: Tensor) -> None:
-        if self.needs.bias:
-            total = dz_CV.sum(0)
-            self.bias_V = total if self.bias_V is None else self.bias_V.add_(total)
+    def math(self) -> Any:
+        """The module with the row arithmetic: `rowmath` or `triton_rows`."""
+        name = launch.resolve_impl(self.impl, self.head.device.type, self.head.dtype)
+        return importlib.import_module("sgpo_kernels." + {"torch": "rowmath", "triton": "triton_rows"}[name])
 
-    def add_head(self, dz_CV: Tensor, hidden_CH: Tensor) -> None:
-        if not self.needs.head:
-            return
-        acc = launch.accumulate_dtype(dz_CV.dtype)
-        if self.head_VH is None:
-            shape = (dz_CV.shape[1], hidden_CH.shape[1])
-            self.head_VH = torch.zeros(shape, dtype=acc, device=dz_CV.device)
-        if dz_CV.dtype == acc:
-            self.head_VH.addmm_(dz_CV.t(), hidden_CH)
-            return
-        # A widening product cannot add in place: block by block, so that no second [V, H] exists.
-        block = launch.head_block_rows(hidden_CH.shape[1], acc)
-        for dz_CB, sum_BH in zip(dz_CV.split(block, 1), self.head_VH.split(block, 0), strict=True):
-            sum_BH.add_(mm(dz_CB.t(), hidden_CH))
+
+@dataclass(frozen=True)
+class Chunk:
+    """One step of the loop. `targets_C`: columns of this shard, -1 for none; `factor_C`: what a row gradient is
+    multiplied by (None: none is wanted)."""
+
+    math: Any
+    shard: Shard
+    rows_C: Tensor
+    student: Logits
+    teacher: Logits | None
+    targets_C: Tensor | None
+    factor_C: Tensor | None
+
+
+class RowGroup:
+    """Rows of one kind. `index` int64 [live] names the rows that count, `values` [VALUE_ROWS, N] takes the results."""
+
+    kind = "score"
+    with_entropy = False  # dz has an entropy part (upstream gradients of linear_logprob)
+
+    def __init__(self, hidden: Tensor, index: Tensor, temperature: float | Tensor, targets: Tensor | None = None):
+        acc = launch.accumulate_dtype(hidden.dtype)
+        self.hidden, self.index, self.targets = hidden, index, targets
+        self.values = torch.zeros(VALUE_ROWS, hidden.shape[0], dtype=acc, device=hidden.device)
+        if isinstance(temperature, Tensor):
+            self.inverse_temperature: Tensor | None = temperature.to(acc).reciprocal()
+        else:
+            same = temperature == 1.0
+            self.inverse_temperature = None if same else self.values.new_full((hidden.shape[0],), 1.0 / temperature)
+
+    def teacher(self, head: Head) -> tuple[Tensor, Head] | None:
+        """The other context of the same rows, where there is one."""
+        return None
+
+    def weights(self) -> Tensor:
+        """The size of the row gradients, [live], any sign."""
+        raise NotImplementedError
+
+    def settle(self, chunk: Chunk) -> Tensor:
+        """Writes the row values of the chunk and returns its table (see rowmath)."""
+        raise NotImplementedError
+
+    def gathered(self, chunk: Chunk) -> Tensor:
+        """Row statistics of the student's logits from all shards, [ranks, 4, C]."""
+        return chunk.shard.gather(chunk.math.scan(chunk.student, chunk.targets_C))
 
 
 def live_index(live: Tensor) -> Tensor:
-    """Positions of the rows that count, int64 [live]. On an accelerator this is the op's one host sync."""
+    """Positions of the rows that count, int64 [live]. On an accelerator this is a host sync."""
     return live.nonzero().squeeze(1)
 
 
-def of_rows(temperature: float | Tensor, rows: Tensor, dtype: torch.dtype) -> float | Tensor:
-    """The temperature of a chunk: the float itself, or [C, 1]."""
-    return temperature[rows].to(dtype).unsqueeze(1) if isinstance(temperature, Tensor) else temperature
-
-
-def run(groups: Sequence[RowGroup], head: Tensor, bias: Tensor | None, needs: Needs, chunk_rows: int | None) -> Grads:
+def run(groups: Sequence[RowGroup], call: Call, needs: Needs) -> Grads:
     """Runs every live row of every group through the head once. Call it without gradient tracking."""
+    head, bias = call.head, call.bias
     with torch.autocast(head.device.type, enabled=False):
-        sums = _Sums(needs)
-        acc = launch.accumulate_dtype(head.dtype)
-        scale = torch.ones((), dtype=acc, device=head.device)
+        scale = torch.ones((), dtype=launch.accumulate_dtype(head.dtype), device=head.device)
         hidden_grads = tuple(
             torch.zeros_like(g.hidden) if need else None for g, need in zip(groups, needs.hidden, strict=True)
         )
+        dhead, dbias = None, None
         if any(group.index.numel() for group in groups):
-            projection = Projection.of(head, bias)
             if needs.any:
-                scale = power_of_two_scale(torch.cat([group.weights().to(acc) for group in groups]))
+                scale = power_of_two_scale(torch.cat([group.weights().to(scale.dtype) for group in groups]))
+            loop = _Loop(groups, call, needs, scale)
             for group, hidden_grad in zip(groups, hidden_grads, strict=True):
-                _run_group(group, projection, scale if needs.any else None, sums, hidden_grad, chunk_rows)
-        return Grads(
-            scale,
-            _rounded(sums.head_VH, head) if needs.head else None,
-            _rounded(sums.bias_V, bias) if needs.bias and bias is not None else None,
-            hidden_grads,
+                loop.run(group, hidden_grad)
+            dhead, dbias = loop.finish()
+        if needs.head:
+            wide = scale.dtype if call.wide_head else head.dtype
+            dhead = torch.zeros_like(head, dtype=wide) if dhead is None else dhead.to(wide)
+        if needs.bias and bias is not None:
+            dbias = torch.zeros_like(bias) if dbias is None else dbias.to(bias.dtype)
+        return Grads(scale, dhead, dbias, hidden_grads)
+
+
+class _Loop:
+    """The buffers and accumulators of one call: products [C, V], dW [V, H], db [V] and, where operands are narrower
+    than accumulators, a slab of dz rows, so that dW is updated once per several chunks."""
+
+    def __init__(self, groups: Sequence[RowGroup], call: Call, needs: Needs, scale: Tensor):
+        self.call, self.needs, self.math = call, needs, call.math()
+        self.head = Head.of(call.head, call.bias)
+        self.scale = scale if needs.any else None
+        self.acc, self.operand = scale.dtype, self.head.weight_VH.dtype
+        rows = max(group.index.numel() for group in groups)
+        vocab, width = call.head.shape
+        self.chunk = min(
+            rows, call.chunk_rows or launch.chunk_rows(rows, width, vocab, call.head.dtype, call.head.device.type)
         )
+        contexts = 1 + any(group.teacher(self.head) is not None for group in groups)
+        # Rows begin on 64-byte boundaries, also where V is odd: aligned loads, and an output that cuBLAS takes.
+        padded = -(-vocab // 16) * 16
+        self.products = [self._empty(self.chunk, padded)[:, :vocab] for _ in range(contexts)]
+        self.head_VH: Tensor | None = None
+        self.bias_V: Tensor | None = None
+        total = sum(group.index.numel() for group in groups)
+        self.slab_rows = max(self.chunk, launch.slab_rows(total) if needs.head else 0)
+        self.slab: tuple[Tensor, Tensor] | None = None
+        self.filled = 0
 
+    def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.acc, device=self.call.head.device)
 
-def _run_group(
-    group: RowGroup,
-    projection: Projection,
-    scale: Tensor | None,
-    sums: _Sums,
-    hidden_grad: Tensor | None,
-    chunk_rows: int | None,
-) -> None:
-    (vocab, width), dtype = projection.weight_VH.shape, group.hidden.dtype
-    acc, operand = launch.accumulate_dtype(dtype), projection.weight_VH.dtype
-    size = chunk_rows or launch.chunk_rows(group.index.numel(), width, vocab, dtype, group.hidden.device.type)
-    for rows in group.index.split(size):
-        hidden_CH = group.hidden[rows].to(operand)
-        temperature = of_rows(group.temperature, rows, acc)
-        factor = None if scale is None else (1.0 / (scale * temperature)).reshape(-1)
-        dz_CV = group.step(Chunk(rows, temperature, factor, projection), projection.logits(hidden_CH, temperature))
-        if dz_CV is None:
-            continue
-        sums.add_bias(dz_CV)
-        dz_CV = dz_CV.to(dtype).to(operand)
+    def run(self, group: RowGroup, hidden_grad: Tensor | None) -> None:
+        group.values[SHARE].index_fill_(0, group.index, 1.0)
+        for rows_C in group.index.split(self.chunk):
+            hidden_CH = group.hidden[rows_C].to(self.operand)
+            chunk = self._open(group, rows_C, hidden_CH)
+            table = group.settle(chunk)
+            if chunk.factor_C is None:
+                continue
+            columns_A = self._live_columns(group, chunk, table)
+            if columns_A is None:
+                self._dense(group, chunk, table, hidden_CH, hidden_grad)
+            else:
+                self._sparse(group, chunk, table, columns_A, hidden_CH, hidden_grad)
+        if self.call.column_tolerance:
+            self.call.shard.sum_(group.values[DROPPED])
+
+    def _open(self, group: RowGroup, rows_C: Tensor, hidden_CH: Tensor) -> Chunk:
+        """The products of both contexts. Two products of one shape: equal states give bitwise equal logits."""
+        heat = None if group.inverse_temperature is None else group.inverse_temperature[rows_C]
+        buffers = [buffer[: rows_C.numel()] for buffer in self.products]
+        student = Logits(self.head.products(hidden_CH, buffers[0]), self.head.bias_V, self.call.softcap, heat, {})
+        side, teacher = group.teacher(self.head), None
+        if side is not None:
+            hidden, head = side
+            teacher = Logits(head.products(hidden[rows_C], buffers[1]), head.bias_V, self.call.softcap, heat, {})
+        targets = None if group.targets is None else group.targets[rows_C]
+        if targets is not None:
+            targets = self.call.shard.local(targets, self.call.head.shape[0])
+        factor = None
+        if self.scale is not None:
+            factor = (1.0 / self.scale).expand(rows_C.numel()) if heat is None else heat / self.scale
+        return Chunk(self.math, self.call.shard, rows_C, student, teacher, targets, factor)
+
+    def _live_columns(self, group: RowGroup, chunk: Chunk, table: Tensor) -> Tensor | None:
+        """The columns to multiply; None means all of them."""
+        if not self.call.column_tolerance:
+            return None
+        peaks_V = self.math.peaks(
+            group.kind, chunk.student, chunk.teacher, table, chunk.targets_C, self.call.column_tolerance
+        )
+        # Written so that NaN lives.
+        columns_A = live_index((peaks_V < self.call.column_tolerance).logical_not_())
+        return None if columns_A.numel() > launch.DENSE_SHARE * peaks_V.numel() else columns_A
+
+    def _dense(
+        self, group: RowGroup, chunk: Chunk, table: Tensor, hidden_CH: Tensor, hidden_grad: Tensor | None
+    ) -> None:
+        narrow = self.operand != self.acc
+        out_CV = self._slab_rows(hidden_CH) if narrow else None
+        dz_CV = self.math.gradient(
+            group.kind, chunk.student, chunk.teacher, table, chunk.targets_C, out_CV, with_entropy=group.with_entropy
+        )
+        self._add_bias(None, dz_CV)
+        if not narrow:
+            dz_CV = dz_CV.to(group.hidden.dtype).to(self.operand)
         if hidden_grad is not None:
-            hidden_grad[rows] = mm(dz_CV, projection.weight_VH).to(dtype)
-        sums.add_head(dz_CV, hidden_CH)
+            hidden_grad[chunk.rows_C] = self.call.shard.sum_(mm(dz_CV, self.head.weight_VH)).to(hidden_grad.dtype)
+        if self.needs.head and not narrow:
+            self._head_sum().addmm_(dz_CV.t(), hidden_CH)
 
+    def _sparse(
+        self,
+        group: RowGroup,
+        chunk: Chunk,
+        table: Tensor,
+        columns_A: Tensor,
+        hidden_CH: Tensor,
+        hidden_grad: Tensor | None,
+    ) -> None:
+        dz_CA, kept_C = self.math.gradient_columns(
+            group.kind, chunk.student, chunk.teacher, table, chunk.targets_C, columns_A
+        )
+        assert self.scale is not None
+        lost_C = (table[TOTAL] - kept_C).clamp_(min=0).mul_(1 + DROPPED_MARGIN).add_(DROPPED_FLOOR)
+        group.values[DROPPED, chunk.rows_C] = lost_C * table[SLOPE].abs() * self.scale
+        group.values[SHARE, chunk.rows_C] = columns_A.numel() / chunk.student.products_CV.shape[1]
+        self._add_bias(columns_A, dz_CA)
+        dz_CA = dz_CA.to(group.hidden.dtype).to(self.operand)
+        dhidden_CH = hidden_CH.new_zeros(hidden_CH.shape, dtype=self.acc)
+        block = launch.head_block_rows(hidden_CH.shape[1], self.acc, hidden_CH.device.type)
+        for columns, dz in zip(columns_A.split(block), dz_CA.split(block, 1), strict=True):
+            if hidden_grad is not None:
+                dhidden_CH.add_(mm(dz, self.head.weight_VH[columns]))
+            if self.needs.head:
+                # No column appears twice: the order of the additions is fixed.
+                self._head_sum().index_add_(0, columns, mm(dz.t(), hidden_CH))
+        if hidden_grad is not None:
+            hidden_grad[chunk.rows_C] = self.call.shard.sum_(dhidden_CH).to(hidden_grad.dtype)
 
-def _rounded(total: Tensor | None, like: Tensor) -> Tensor:
-    """The accumulator in the dtype of its input; zeros where no row was live."""
-    return torch.zeros_like(like) if total is None else total.to(like.dtype)
+    def _head_sum(self) -> Tensor:
+        if self.head_VH is None:
+            self.head_VH = torch.zeros_like(self.call.head, dtype=self.acc, memory_format=torch.contiguous_format)
+        return self.head_VH
 
+    def _add_bias(self, columns_A: Tensor | None, dz_CK: Tensor) -> None:
+        if not self.needs.bias:
+            return
+        if self.bias_V is None:
+            self.bias_V = dz_CK.new_zeros(self.call.head.shape[0], dtype=self.acc)
+        total = dz_CK.sum(0, dtype=self.acc)
+        self.bias_V.add_(total) if columns_A is None else self.bias_V.index_add_(0, columns_A, total)
 
-def times(grad: Tensor | None, factor: Tensor) -> Tensor | None:
-    """grad * factor in the dtype of grad, multiplied in the dtype of factor (a 0-d factor would be cast to half
-    first)."""
-    return None if grad is None else torch.mul(grad, factor.reshape(1), out=torch.empty_like(grad))
+    def _slab_rows(self, hidden_CH: Tensor) -> Tensor:
+        """Where the dz of these rows goes, beside their hidden states."""
+        rows = hidden_CH.shape[0]
+        if self.slab is None:
+            vocab, width = self.call.head.shape
+            self.slab = (
+                self._empty(self.slab_rows, vocab, dtype=self.operand),
+                hidden_CH.new_empty(self.slab_rows, width),
+            )
+        if self.filled + rows > self.slab_rows or not self.needs.head:
+            self._flush()
+        dz_SV, hidden_SH = self.slab
+        self.filled += rows
+        hidden_SH[self.filled - rows : self.filled] = hidden_CH
+        return dz_SV[self.filled - rows : self.filled]
 
+    def _flush(self) -> None:
+        """dW += dzᵀ h of the slab. A widening product cannot add in place: block by block of the vocabulary, so that
+        no second [V, H] exists and the block stays in the cache."""
+        if self.slab is not None and self.filled and self.needs.head:
+            dz_SV, hidden_SH = (part[: self.filled] for part in self.slab)
+            block = launch.head_block_rows(hidden_SH.shape[1], self.acc, hidden_SH.device.type)
+            for dz_SB, sum_BH in zip(dz_SV.split(block, 1), self._head_sum().split(block, 0), strict=True):
+                sum_BH.add_(mm(dz_SB.t(), hidden_SH))
+        self.filled = 0
 
-class _LossFunction(torch.autograd.Function):
-    """Sum of the losses of all groups. The gradients are formed in forward, while the logits of a chunk exist."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        groups: Sequence[LossGroup],
-        chunk_rows: int | None,
-        grad_enabled: bool,
-        head: Tensor,
-        bias: Tensor | None,
-        *hidden: Tensor,
-    ) -> Tensor:
-        need_head, need_bias, *need_hidden = (grad_enabled and need for need in ctx.needs_input_grad[3:])
-        grads = run(groups, head, bias, Needs(need_head, need_bias, tuple(need_hidden)), chunk_rows)
-        ctx.save_for_backward(grads.scale, grads.head, grads.bias, *grads.hidden)
-        return torch.stack([group.loss() for group in groups]).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        scale, *grads = ctx.saved_tensors
-        factor = grad_loss.to(scale.dtype) * scale
-        return (None, None, None, *(times(grad, factor) for grad in grads))
-
-
-def weighted_loss(groups: Sequence[LossGroup], head: Tensor, bias: Tensor | None, chunk_rows: int | None) -> Tensor:
-    """The summed loss of the groups, 0-d in the accumulation dtype, differentiable in head, bias and each group's
-    hidden."""
-    apply: Callable[..., Tensor] = _LossFunction.apply  # type: ignore[assignment]
-    return apply(groups, chunk_rows, torch.is_grad_enabled(), head, bias, *(group.hidden for group in groups))
+    def finish(self) -> tuple[Tensor | None, Tensor | None]:
+        """(dW, db) in the accumulation dtype, None where no row was live."""
+        self._flush()
+        self.slab = None
+        self.products.clear()
+        return self.head_VH, self.bias_V

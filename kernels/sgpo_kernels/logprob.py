@@ -5,8 +5,7 @@ Equation: logp_n = z_n[y_n] - log sum_j exp z_nj; entropy_n = -sum_j p_nj log p_
 Source: log pi_theta of arXiv 2606.24064 Eq. 1 and Eq. 4.
 Gradient: d logp / dz = onehot - p; d entropy / dz_j = -p_j (log p_j + entropy). Backward recomputes the logits chunk
   by chunk, for the rows whose upstream gradient is not 0.
-Memory: 4·C·V·a in forward; the same + V·H·(a + 2s) + 2·N·H·s in backward (`launch.extra_bytes("logprob", ...)`).
-  Saved: the inputs.
+Memory: C·V·a in forward; `launch.extra_bytes("logprob", ...)` in both, no term in N·V. Saved: the inputs.
 Precision: float32 logits and statistics (float64 for float64 inputs); dz is cast to the dtype of hidden for the
   products.
 Limits: finite logits; first derivatives only; on an accelerator one host sync in backward.
@@ -17,12 +16,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sgpo_kernels import contracts, launch
-from sgpo_kernels.linear_rows import Chunk, Needs, live_index, run, times
-from sgpo_kernels.rowmath import entropy, log_softmax_, one_hot_minus_
+from sgpo_kernels.heads import Shard
+from sgpo_kernels.linear_rows import Call, Chunk, Needs, RowGroup, live_index, run
+from sgpo_kernels.rowmath import LOGPROB, ROW_ENTROPY
 
 
 def linear_logprob(
@@ -32,6 +32,9 @@ def linear_logprob(
     *,
     temperature: float | Tensor = 1.0,
     bias: Tensor | None = None,
+    logit_softcap: float | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
+    vocab_start: int = 0,
     impl: launch.Impl = "auto",
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -41,90 +44,165 @@ def linear_logprob(
         hidden: [N, H] float16, bfloat16, float32 or float64. head: [V, H], same dtype. bias: [V] or None.
         targets: int64 [N], in [0, V).
         temperature: a float > 0, or float32 [N]; logits are divided by it.
-        impl: "auto", "triton" or "torch". chunk_rows: rows per chunk, None for the default of `launch`.
+        logit_softcap: cap > 0 of cap tanh(z / cap), applied before the temperature; None for none.
+        vocab_group, vocab_start: the process group over which the head's rows are sharded, and the first token id of
+            this rank's piece (see `linear_policy_loss`).
+        impl: "auto" (Triton on CUDA), "triton" or "torch". chunk_rows: rows per chunk, None for that of `launch`.
 
     Returns: (logprobs [N], entropy [N]), float32 (float64 for float64 inputs), both differentiable in hidden, head
     and bias.
 
-    Raises: TypeError (dtype), ValueError (shape, device, value), NotImplementedError (impl="triton").
+    Raises: TypeError (dtype), ValueError (shape, device, value), NotImplementedError (impl="triton" where Triton cannot
+    run).
     """
     contracts.check_head(hidden, head, bias)
     contracts.check_targets(targets, hidden)
-    contracts.check_live_targets(targets, head.shape[0])
     contracts.check_temperature(temperature, hidden.shape[0], hidden)
+    contracts.check_softcap(logit_softcap)
+    contracts.check_shard(vocab_group, vocab_start)
+    contracts.check_choice("impl", impl, ("auto", "triton", "torch"))
     contracts.check_chunk_rows(chunk_rows)
-    launch.resolve_impl(impl)
-    return _LogprobFunction.apply(hidden, head, bias, targets, temperature, chunk_rows)  # type: ignore[return-value]
+    heat = temperature if isinstance(temperature, Tensor) else None
+    group = None if vocab_group is None else vocab_group.group_name
+    return _linear_logprob(
+        hidden,
+        head,
+        bias,
+        targets,
+        1.0 if isinstance(temperature, Tensor) else float(temperature),
+        heat,
+        logit_softcap,
+        group,
+        vocab_start,
+        impl,
+        chunk_rows,
+    )
 
 
-class _ScoreRows:
-    """Forward: every row, values only."""
+class ScoreRows(RowGroup):
+    """Every row, values only; with `slopes` (backward) the rows whose upstream gradient is not 0."""
 
-    def __init__(self, hidden: Tensor, targets: Tensor, temperature: float | Tensor):
-        self.hidden, self.targets, self.temperature = hidden, targets, temperature
-        self.index = torch.arange(hidden.shape[0], device=hidden.device)
-        self.logprobs = hidden.new_zeros(hidden.shape[0], dtype=launch.accumulate_dtype(hidden.dtype))
-        self.entropy = torch.zeros_like(self.logprobs)
-
-    def weights(self) -> Tensor:
-        return torch.ones_like(self.logprobs)
-
-    def step(self, chunk: Chunk, logits_CV: Tensor) -> None:
-        probs_CV = log_softmax_(logits_CV)
-        self.logprobs[chunk.rows] = logits_CV.gather(1, self.targets[chunk.rows].unsqueeze(1)).squeeze(1)
-        self.entropy[chunk.rows] = entropy(logits_CV, probs_CV)
-
-
-class _ScoreGradRows:
-    """Backward: the rows with an upstream gradient, logits recomputed."""
+    with_entropy = True
 
     def __init__(
-        self, hidden: Tensor, targets: Tensor, temperature: float | Tensor, grad_logprobs: Tensor, grad_entropy: Tensor
-    ):
-        self.hidden, self.targets, self.temperature = hidden, targets, temperature
-        self.grad_logprobs, self.grad_entropy = grad_logprobs, grad_entropy
-        self.index = live_index((grad_logprobs != 0) | (grad_entropy != 0))
-
-    def weights(self) -> Tensor:
-        return torch.maximum(self.grad_logprobs.abs(), self.grad_entropy.abs())[self.index]
-
-    def step(self, chunk: Chunk, logits_CV: Tensor) -> Tensor | None:
-        if chunk.grad_factor is None:
-            return None
-        rows = chunk.rows
-        probs_CV = log_softmax_(logits_CV)
-        slope_entropy_C1 = (self.grad_entropy[rows] * chunk.grad_factor).unsqueeze(1)
-        entropy_C1 = entropy(logits_CV, probs_CV).unsqueeze(1)
-        from_entropy_CV = logits_CV.add_(entropy_C1).mul_(probs_CV).mul_(-slope_entropy_C1)
-        slope_C = self.grad_logprobs[rows] * chunk.grad_factor
-        return one_hot_minus_(probs_CV, self.targets[rows], slope_C).add_(from_entropy_CV)
-
-
-class _LogprobFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
+        self,
         hidden: Tensor,
-        head: Tensor,
-        bias: Tensor | None,
         targets: Tensor,
         temperature: float | Tensor,
-        chunk_rows: int | None,
-    ) -> tuple[Tensor, Tensor]:
-        rows = _ScoreRows(hidden, targets, temperature)
-        run([rows], head, bias, Needs(False, False, (False,)), chunk_rows)
-        per_row = temperature if isinstance(temperature, Tensor) else None
-        ctx.save_for_backward(hidden, head, bias, targets, per_row)
-        ctx.temperature, ctx.chunk_rows = (None if per_row is not None else temperature), chunk_rows
-        return rows.logprobs, rows.entropy
+        slopes: tuple[Tensor, Tensor] | None = None,
+    ):
+        if slopes is None:
+            index = torch.arange(hidden.shape[0], device=hidden.device)
+        else:
+            index = live_index((slopes[0] != 0) | (slopes[1] != 0))
+        super().__init__(hidden, index, temperature, targets)
+        self.slopes = slopes
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head, bias, targets, per_row = ctx.saved_tensors
-        need_hidden, need_head, need_bias = ctx.needs_input_grad[:3]
-        temperature = ctx.temperature if per_row is None else per_row
-        rows = _ScoreGradRows(hidden, targets, temperature, grad_logprobs, grad_entropy)
-        grads = run([rows], head, bias, Needs(need_head, need_bias, (need_hidden,)), ctx.chunk_rows)
-        dhidden, dhead, dbias = (times(grad, grads.scale) for grad in (grads.hidden[0], grads.head, grads.bias))
-        return dhidden, dhead, dbias, None, None, None
+    def weights(self) -> Tensor:
+        assert self.slopes is not None
+        return torch.maximum(self.slopes[0].abs(), self.slopes[1].abs())[self.index]
+
+    def settle(self, chunk: Chunk) -> Tensor:
+        parts = self.gathered(chunk)
+        return chunk.math.settle_scores(
+            parts, chunk.shard.rank, chunk.targets_C, self.slopes, chunk.rows_C, chunk.factor_C, self.values
+        )
+
+
+@torch.library.custom_op("sgpo_kernels::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    row_temperature: Tensor | None,
+    logit_softcap: float | None,
+    vocab_group: str | None,
+    vocab_start: int,
+    impl: str,
+    chunk_rows: int | None,
+) -> tuple[Tensor, Tensor]:
+    contracts.check_temperature_values(row_temperature)
+    if vocab_group is None:
+        contracts.check_live_targets(targets, head.shape[0])
+    rows = ScoreRows(hidden, targets, temperature if row_temperature is None else row_temperature)
+    call = Call(head, bias, logit_softcap, Shard(vocab_group, vocab_start), impl, chunk_rows)
+    run([rows], call, Needs(False, False, (False,)))
+    return rows.values[LOGPROB].clone(), rows.values[ROW_ENTROPY].clone()
+
+
+@_linear_logprob.register_fake
+def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    acc = launch.accumulate_dtype(hidden.dtype)
+    return hidden.new_empty(hidden.shape[0], dtype=acc), hidden.new_empty(hidden.shape[0], dtype=acc)
+
+
+@torch.library.custom_op("sgpo_kernels::linear_logprob_backward", mutates_args=())
+def _linear_logprob_backward(
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor,
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    row_temperature: Tensor | None,
+    logit_softcap: float | None,
+    vocab_group: str | None,
+    vocab_start: int,
+    impl: str,
+    chunk_rows: int | None,
+    need_hidden: bool,
+    need_head: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heat = temperature if row_temperature is None else row_temperature
+    rows = ScoreRows(hidden, targets, heat, (grad_logprobs, grad_entropy))
+    call = Call(head, bias, logit_softcap, Shard(vocab_group, vocab_start), impl, chunk_rows)
+    grads = run([rows], call, Needs(need_head, need_bias, (need_hidden,)))
+    found = (grads.hidden[0], grads.head, grads.bias)
+    return tuple(head.new_empty(0) if grad is None else _unscaled_(grad, grads.scale) for grad in found)  # type: ignore[return-value]
+
+
+def _unscaled_(grad: Tensor, scale: Tensor) -> Tensor:
+    """grad * scale in place, multiplied in the dtype of scale (a 0-d factor would be cast to half first)."""
+    return torch.mul(grad, scale.reshape(1), out=grad)
+
+
+@_linear_logprob_backward.register_fake
+def _(
+    grad_logprobs: Tensor, grad_entropy: Tensor, hidden: Tensor, head: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = zip((hidden, head, bias), rest[-3:], strict=True)
+    return tuple(torch.empty_like(x) if need and x is not None else head.new_empty(0) for x, need in wanted)  # type: ignore[return-value]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    hidden, head, bias, targets, temperature, row_temperature, *ctx.rest = inputs
+    ctx.save_for_backward(hidden, head, bias, targets, row_temperature)
+    ctx.temperature = temperature
+
+
+def _backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, head, bias, targets, row_temperature = ctx.saved_tensors
+    need_hidden, need_head, need_bias = ctx.needs_input_grad[:3]
+    dhidden, dhead, dbias = _linear_logprob_backward(
+        grad_logprobs.contiguous(),
+        grad_entropy.contiguous(),
+        hidden,
+        head,
+        bias,
+        targets,
+        ctx.temperature,
+        row_temperature,
+        *ctx.rest,
+        need_hidden,
+        need_head,
+        need_bias,
+    )
+    grads = (dhidden if need_hidden else None, dhead if need_head else None, dbias if need_bias else None)
+    return (*grads, *((None,) * 8))
+
+
+_linear_logprob.register_autograd(_backward, setup_context=_save)

@@ -7,35 +7,21 @@ Equation: loss = sum_n w_n l_n, l_n = -min(r_n A_n, clip(r_n, 1 - clip_low, 1 + 
   with gradient A_n d logp_n.
 Source: arXiv 2606.24064 Eq. 1 (w_n = 1 / (P G1 |o_i|)); dual clip: arXiv 1912.09729.
 Gradient: dl/dz = -A r (onehot - p) / temperature, 0 where a bound is active. Formed in forward.
-Memory: 4·C·V·a + V·H·(a + 2s) + 2·N·H·s (`launch.extra_bytes("policy", ...)`). Saved: dH [N, H], dW [V, H], db [V] in
-  the input dtype.
+Memory: `launch.extra_bytes("policy", ...)`, no term in N·V. Saved: dH [N, H], dW [V, H], db [V] in the input dtype.
 Precision: float32 logits, ratio and dz (float64 for float64 inputs); dz is cast to the dtype of hidden for the
   products.
-Limits: finite logits; first derivatives only; on an accelerator one host sync (the count of live rows). Advantages,
-  weights and old log-probs are constants.
+Limits: finite logits; first derivatives only; on an accelerator one host sync (the count of live rows), with a column
+  tolerance one more per chunk. Advantages, weights and old log-probs are constants.
 """
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
-import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sgpo_kernels import contracts, launch
-from sgpo_kernels.linear_rows import Chunk, live_index, weighted_loss
-from sgpo_kernels.rowmath import entropy, log_softmax_, one_hot_minus_
-
-
-class PolicyStats(NamedTuple):
-    """Per row, no gradient; rows that are not live hold zeros. Log-probs and entropy in nats."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    ratio: Tensor
-    clipped: Tensor
-    live: Tensor
+from sgpo_kernels.fused import Options, PolicyInputs, PolicyStats, fused_loss, policy_stats
+from sgpo_kernels.rowmath import Bounds
 
 
 def linear_policy_loss(
@@ -51,6 +37,11 @@ def linear_policy_loss(
     dual_clip: float | None = None,
     temperature: float | Tensor = 1.0,
     bias: Tensor | None = None,
+    logit_softcap: float | None = None,
+    column_tolerance: float = 0.0,
+    head_grad: Tensor | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
+    vocab_start: int = 0,
     impl: launch.Impl = "auto",
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, PolicyStats]:
@@ -63,99 +54,27 @@ def linear_policy_loss(
         advantages, token_weight: float32 [N]. A row with either at 0 is dropped before any product.
         clip_low, clip_high: the ratio stays in [1 - clip_low, 1 + clip_high]; None switches a side off.
         dual_clip: > 1, or None for none.
-        temperature: a float > 0, or float32 [N]. chunk_rows: rows per chunk, None for the default of `launch`.
+        temperature: a float > 0, or float32 [N].
+        logit_softcap: cap > 0 of cap tanh(z / cap), applied before the temperature; None for none.
+        column_tolerance: 0 is exact. Above 0, backward multiplies only the vocabulary columns whose |dz| reaches the
+            tolerance times the row's weight for some row of the chunk (see linear_rows); `dropped` bounds the rest.
+        head_grad: [V, H] float32 (float64) buffer to which backward adds the head's gradient, unrounded; head.grad
+            then stays as it is.
+        vocab_group, vocab_start: the process group over which the head's rows are sharded in contiguous pieces, and
+            the first token id of this rank's piece. Every rank passes the same rows; losses, statistics and hidden
+            gradients are then whole on every rank.
+        impl: "auto" (Triton on CUDA), "triton" or "torch". chunk_rows: rows per chunk, None for that of `launch`.
 
     Returns: (loss, PolicyStats): loss 0-d float32 (float64 for float64 inputs), differentiable in hidden, head and
     bias; `clipped` marks rows whose gradient a bound removed.
 
-    Raises: TypeError (dtype), ValueError (shape, device, value), NotImplementedError (impl="triton").
+    Raises: TypeError (dtype), ValueError (shape, device, value), NotImplementedError (impl="triton" where Triton cannot
+    run, head_grad inside torch.compile).
     """
     contracts.check_head(hidden, head, bias)
-    contracts.check_temperature(temperature, hidden.shape[0], hidden)
-    contracts.check_chunk_rows(chunk_rows)
-    launch.resolve_impl(impl)
-    rows = PolicyRows(
-        hidden,
-        head,
-        targets,
-        old_logprobs,
-        advantages,
-        token_weight,
-        SurrogateBounds(clip_low, clip_high, dual_clip),
-        temperature,
+    rows = PolicyInputs(hidden, targets, old_logprobs, advantages, token_weight, Bounds(clip_low, clip_high, dual_clip))
+    options = Options(
+        temperature, logit_softcap, column_tolerance, head_grad, vocab_group, vocab_start, impl, chunk_rows
     )
-    return weighted_loss([rows], head, bias, chunk_rows), rows.stats()
-
-
-class SurrogateBounds(NamedTuple):
-    clip_low: float | None
-    clip_high: float | None
-    dual_clip: float | None
-
-
-def clipped_surrogate(ratio: Tensor, advantages: Tensor, bounds: SurrogateBounds) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, d loss / d logp, clipped) per row, before the weight."""
-    lower = -math.inf if bounds.clip_low is None else 1.0 - bounds.clip_low
-    upper = math.inf if bounds.clip_high is None else 1.0 + bounds.clip_high
-    clipped = ((advantages > 0) & (ratio > upper)) | ((advantages < 0) & (ratio < lower))
-    used = torch.where(clipped, ratio.clamp(lower, upper), ratio)
-    if bounds.dual_clip is not None:
-        beyond = (advantages < 0) & (ratio > bounds.dual_clip)
-        clipped, used = clipped | beyond, torch.where(beyond, bounds.dual_clip, used)
-    slope = torch.where(clipped, 0.0, -ratio * advantages)
-    return -used * advantages, slope, clipped
-
-
-class PolicyRows:
-    """The policy rows of one call: constants, row results, and what a chunk of logits turns into."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        head: Tensor,
-        targets: Tensor,
-        old_logprobs: Tensor | None,
-        advantages: Tensor,
-        token_weight: Tensor,
-        bounds: SurrogateBounds,
-        temperature: float | Tensor,
-    ):
-        contracts.check_targets(targets, hidden)
-        contracts.check_row_values("advantages", advantages, hidden)
-        contracts.check_row_values("token_weight", token_weight, hidden)
-        if old_logprobs is not None:
-            contracts.check_row_values("old_logprobs", old_logprobs, hidden)
-        contracts.check_clips(*bounds)
-        acc = launch.accumulate_dtype(hidden.dtype)
-        self.hidden, self.targets, self.bounds, self.temperature = hidden, targets, bounds, temperature
-        self.advantages, self.token_weight = advantages.to(acc), token_weight.to(acc)
-        self.old_logprobs = None if old_logprobs is None else old_logprobs.to(acc)
-        self.live = (advantages != 0) & (token_weight != 0)
-        self.index = live_index(self.live)
-        contracts.check_live_targets(targets[self.index], head.shape[0])
-        self.row_loss = torch.zeros_like(self.advantages)
-        self.logprobs, self.entropy, self.ratio = (torch.zeros_like(self.advantages) for _ in range(3))
-        self.clipped = torch.zeros_like(self.live)
-
-    def weights(self) -> Tensor:
-        return (self.advantages * self.token_weight)[self.index]
-
-    def step(self, chunk: Chunk, logits_CV: Tensor) -> Tensor | None:
-        rows, targets_C = chunk.rows, self.targets[chunk.rows]
-        probs_CV = log_softmax_(logits_CV)
-        logprobs = logits_CV.gather(1, targets_C.unsqueeze(1)).squeeze(1)
-        old = logprobs if self.old_logprobs is None else self.old_logprobs[rows]
-        ratio = (logprobs - old).exp()
-        loss, slope, clipped = clipped_surrogate(ratio, self.advantages[rows], self.bounds)
-        self.row_loss[rows] = loss * self.token_weight[rows]
-        self.logprobs[rows], self.ratio[rows], self.clipped[rows] = logprobs, ratio, clipped
-        self.entropy[rows] = entropy(logits_CV, probs_CV)
-        if chunk.grad_factor is None:
-            return None
-        return one_hot_minus_(probs_CV, targets_C, slope * self.token_weight[rows] * chunk.grad_factor)
-
-    def loss(self) -> Tensor:
-        return self.row_loss.sum()
-
-    def stats(self) -> PolicyStats:
-        return PolicyStats(self.logprobs, self.entropy, self.ratio, self.clipped, self.live)
+    result = fused_loss(head, bias, rows, None, options)
+    return result.loss, policy_stats(result)

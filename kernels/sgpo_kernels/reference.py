@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from sgpo_kernels.combined import SgpoStats
-from sgpo_kernels.divergence import DivergenceStats
-from sgpo_kernels.policy import PolicyStats
+from sgpo_kernels.fused import DivergenceStats, PolicyStats
 
 
-def _log_softmax(hidden: Tensor, head: Tensor, bias: Tensor | None, temperature: float | Tensor) -> Tensor:
-    """log softmax((h Wᵀ + b) / temperature), [N, V] float32 (float64 for float64)."""
+def _log_softmax(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, temperature: float | Tensor, cap: float | None
+) -> Tensor:
+    """log softmax(softcap(h Wᵀ + b) / temperature), [N, V] float32 (float64 for float64)."""
     logits = hidden @ head.t()
     logits = logits if logits.dtype == torch.float64 else logits.float()
     logits = logits if bias is None else logits + bias
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
     return torch.log_softmax(
         logits / (temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature), dim=1
     )
@@ -33,9 +35,15 @@ def _kl(logp: Tensor, logq: Tensor) -> Tensor:
 
 # logp_n = log softmax(z_n)[y_n], entropy_n = -sum p log p: arXiv 2606.24064 Eq. 1, Eq. 4
 def linear_logprob(
-    hidden: Tensor, head: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0, bias: Tensor | None = None
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    logit_softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    logp = _log_softmax(hidden, head, bias, temperature)
+    logp = _log_softmax(hidden, head, bias, temperature, logit_softcap)
     return logp.gather(1, targets.unsqueeze(1)).squeeze(1), -(logp.exp() * logp).sum(1)
 
 
@@ -54,9 +62,17 @@ def linear_policy_loss(
     dual_clip: float | None = None,
     temperature: float | Tensor = 1.0,
     bias: Tensor | None = None,
+    logit_softcap: float | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     live = (token_weight != 0) & (advantages != 0)
-    logprobs, entropy = linear_logprob(hidden, head, torch.where(live, targets, 0), temperature=temperature, bias=bias)
+    logprobs, entropy = linear_logprob(
+        hidden,
+        head,
+        torch.where(live, targets, 0),
+        temperature=temperature,
+        bias=bias,
+        logit_softcap=logit_softcap,
+    )
     ratio = (logprobs - (logprobs.detach() if old_logprobs is None else old_logprobs)).exp()
     low = -math.inf if clip_low is None else 1 - clip_low
     high = math.inf if clip_high is None else 1 + clip_high
@@ -67,7 +83,8 @@ def linear_policy_loss(
         beyond = (advantages < 0) & (loss > -dual_clip * advantages)
         loss, clipped = torch.where(beyond, -dual_clip * advantages, loss), clipped | beyond
     logprobs, entropy, ratio = (torch.where(live, x.detach(), 0) for x in (logprobs, entropy, ratio))
-    stats = PolicyStats(logprobs, entropy, ratio, clipped & live, live)
+    dropped, share = torch.zeros_like(ratio), live.to(ratio.dtype)
+    stats = PolicyStats(logprobs, entropy, ratio, clipped & live, live, dropped, share)
     return torch.where(live, loss * token_weight, 0).sum(), stats
 
 
@@ -84,13 +101,14 @@ def linear_divergence(
     over_limit: str = "mask",
     temperature: float | Tensor = 1.0,
     bias: Tensor | None = None,
+    logit_softcap: float | None = None,
     teacher_head: Tensor | None = None,
     teacher_bias: Tensor | None = None,
 ) -> tuple[Tensor, DivergenceStats]:
     if teacher_head is None:
         teacher_head, teacher_bias = head, bias if teacher_bias is None else teacher_bias
-    student = _log_softmax(hidden, head, bias, temperature)
-    teacher = _log_softmax(teacher_hidden, teacher_head, teacher_bias, temperature).detach()
+    student = _log_softmax(hidden, head, bias, temperature, logit_softcap)
+    teacher = _log_softmax(teacher_hidden, teacher_head, teacher_bias, temperature, logit_softcap).detach()
     middle = torch.logaddexp(student, teacher) - math.log(2)
     divergence = {
         "forward_kl": lambda: _kl(teacher, student),
@@ -107,7 +125,8 @@ def linear_divergence(
     loss = (torch.where(over, beyond, divergence) * token_weight).sum()
     entropies = (-(x.exp() * x).sum(1).detach() for x in (student, teacher))
     value, entropy, teacher_entropy = (torch.where(live, x, 0) for x in (divergence.detach(), *entropies))
-    return loss, DivergenceStats(value, over & live, live, entropy, teacher_entropy)
+    dropped, share = torch.zeros_like(value), live.to(value.dtype)
+    return loss, DivergenceStats(value, over & live, live, entropy, teacher_entropy, dropped, share)
 
 
 # L_GRPO + alpha L_KD with all factors in the weights: arXiv 2606.24064 Eq. 7
@@ -130,6 +149,7 @@ def sgpo_loss(
     over_limit: str = "mask",
     temperature: float | Tensor = 1.0,
     bias: Tensor | None = None,
+    logit_softcap: float | None = None,
 ) -> tuple[Tensor, SgpoStats]:
     split = policy_hidden.shape[0]
     first, second = (
@@ -147,6 +167,7 @@ def sgpo_loss(
         dual_clip=dual_clip,
         temperature=first,
         bias=bias,
+        logit_softcap=logit_softcap,
     )
     distill_loss, divergence = linear_divergence(
         distill_hidden,
@@ -158,5 +179,6 @@ def sgpo_loss(
         over_limit=over_limit,
         temperature=second,
         bias=bias,
+        logit_softcap=logit_softcap,
     )
     return policy_loss + distill_loss, SgpoStats(policy, divergence, policy_loss.detach(), distill_loss.detach())

@@ -1,0 +1,412 @@
+"""The loss ops as one custom operator: policy rows and distillation rows against one head, gradients formed in forward.
+
+What: `sgpo_kernels::fused_loss` takes both groups of rows (either may be absent) and returns the loss, the row values
+  and the gradients for an upstream gradient of 1; its autograd formula multiplies them by the real one. An operator
+  with a fake implementation, so that `torch.compile(fullgraph=True)` keeps the graph whole around it, and so that
+  clips, limits and weights stay run-time values.
+Equation, source: see policy.py, divergence.py, combined.py.
+Gradient: to hidden states, head and bias of the student; first derivatives only.
+Memory: `launch.extra_bytes`. Saved: one dH [N, H] per group, dW [V, H], db [V] in the dtypes of the inputs; dW in the
+  accumulation dtype where it goes to a `head_grad` buffer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgpo_kernels import contracts, launch, linear_rows
+from sgpo_kernels.heads import Head, Shard
+from sgpo_kernels.linear_rows import Call, Chunk, Needs, RowGroup, live_index
+from sgpo_kernels.rowmath import (
+    CLIPPED,
+    DIVERGENCE,
+    DROPPED,
+    LOGPROB,
+    OVER,
+    RATIO,
+    ROW_ENTROPY,
+    ROW_LOSS,
+    SHARE,
+    TEACHER_ENTROPY,
+    VALUE_ROWS,
+    Bounds,
+    Rule,
+)
+
+
+class PolicyStats(NamedTuple):
+    """Per row, no gradient; rows that are not live hold zeros. Log-probs and entropy in nats.
+
+    `dropped` bounds sum |d loss / d logit| over the columns that the backward left out (0 with column_tolerance = 0);
+    `column_share` is the share of the vocabulary's columns that it multiplied for the row's chunk.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    ratio: Tensor
+    clipped: Tensor
+    live: Tensor
+    dropped: Tensor
+    column_share: Tensor
+
+
+class DivergenceStats(NamedTuple):
+    """Per row, no gradient, in nats; rows of weight 0 hold zeros. `divergence` is the value before the limit.
+    `dropped` and `column_share` as in PolicyStats."""
+
+    divergence: Tensor
+    over_limit: Tensor
+    live: Tensor
+    entropy: Tensor
+    teacher_entropy: Tensor
+    dropped: Tensor
+    column_share: Tensor
+
+
+class PolicyRows(RowGroup):
+    """The policy rows of one call."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        old_logprobs: Tensor | None,
+        advantages: Tensor,
+        token_weight: Tensor,
+        bounds: Bounds,
+        temperature: float | Tensor,
+    ):
+        self.live = (advantages != 0) & (token_weight != 0)
+        super().__init__(hidden, live_index(self.live), temperature, targets)
+        acc = self.values.dtype
+        self.advantages, self.token_weight, self.bounds = advantages.to(acc), token_weight.to(acc), bounds
+        self.old_logprobs = None if old_logprobs is None else old_logprobs.to(acc)
+
+    def weights(self) -> Tensor:
+        return (self.advantages * self.token_weight)[self.index]
+
+    def settle(self, chunk: Chunk) -> Tensor:
+        return chunk.math.settle_policy(
+            self.gathered(chunk),
+            chunk.shard.rank,
+            chunk.targets_C,
+            self.old_logprobs,
+            self.advantages,
+            self.token_weight,
+            self.bounds,
+            chunk.rows_C,
+            chunk.factor_C,
+            self.values,
+        )
+
+
+class DivergenceRows(RowGroup):
+    """The distillation rows of one call."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        teacher_hidden: Tensor,
+        teacher_head: Tensor | None,
+        teacher_bias: Tensor | None,
+        token_weight: Tensor,
+        rule: Rule,
+        temperature: float | Tensor,
+    ):
+        self.live = token_weight != 0
+        super().__init__(hidden, live_index(self.live), temperature)
+        self.token_weight, self.rule, self.kind = token_weight.to(self.values.dtype), rule, rule.kind
+        self.teacher_hidden, self.teacher_head, self.teacher_bias = teacher_hidden, teacher_head, teacher_bias
+        self._teacher: tuple[Tensor, Head] | None = None
+
+    def teacher(self, head: Head) -> tuple[Tensor, Head]:
+        if self._teacher is None:
+            own_bias = None if self.teacher_bias is None else self.teacher_bias.detach().to(self.values.dtype)
+            if self.teacher_head is not None:
+                teacher_head = Head.of(self.teacher_head, self.teacher_bias)
+            else:
+                teacher_head = head if own_bias is None else Head(head.weight_VH, own_bias)
+            self._teacher = self.teacher_hidden, teacher_head
+        return self._teacher
+
+    def weights(self) -> Tensor:
+        return self.token_weight[self.index]
+
+    def settle(self, chunk: Chunk) -> Tensor:
+        math, shard = chunk.math, chunk.shard
+        assert chunk.teacher is not None
+        both = shard.gather(torch.cat([math.scan(chunk.student, None), math.scan(chunk.teacher, None)]))
+        table = math.settle_pair(both, shard.rank, chunk.rows_C, self.values)
+        sums_3C = math.divergence_sums(self.kind, chunk.student, chunk.teacher, table)
+        # The third row bounds what this shard drops, and stays with it.
+        shard.sum_(sums_3C[:2])
+        math.settle_divergence(sums_3C, self.token_weight, self.rule, chunk.rows_C, chunk.factor_C, self.values, table)
+        return table
+
+
+class FusedResult(NamedTuple):
+    """The outputs of the operator; gradients that are not wanted, and groups that are absent, are empty tensors."""
+
+    loss: Tensor  # 0-d
+    policy_values: Tensor  # [VALUE_ROWS, Np]
+    policy_live: Tensor  # bool [Np]
+    distill_values: Tensor  # [VALUE_ROWS, Nd]
+    distill_live: Tensor  # bool [Nd]
+    scale: Tensor  # 0-d
+    dhead: Tensor
+    dbias: Tensor
+    dpolicy: Tensor
+    ddistill: Tensor
+
+
+_SCHEMA = """(Tensor head, Tensor? bias,
+    Tensor? policy_hidden, Tensor? distill_hidden,
+    Tensor? targets, Tensor? old_logprobs, Tensor? advantages, Tensor? policy_weight,
+    float? clip_low, float? clip_high, float? dual_clip,
+    Tensor? teacher_hidden, Tensor? teacher_head, Tensor? teacher_bias, Tensor? distill_weight,
+    str kind, float? max_token_kl, str over_limit,
+    float temperature, Tensor? row_temperature, float? logit_softcap, float column_tolerance,
+    str impl, int? chunk_rows, str? vocab_group, int vocab_start,
+    bool need_head, bool need_bias, bool need_policy, bool need_distill, bool wide_head,
+    Tensor? head_grad
+) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"""
+
+
+@torch.library.custom_op("sgpo_kernels::fused_loss", mutates_args=(), schema=_SCHEMA)
+def _fused_loss(
+    head: Tensor,
+    bias: Tensor | None,
+    policy_hidden: Tensor | None,
+    distill_hidden: Tensor | None,
+    targets: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor | None,
+    policy_weight: Tensor | None,
+    clip_low: float | None,
+    clip_high: float | None,
+    dual_clip: float | None,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
+    teacher_bias: Tensor | None,
+    distill_weight: Tensor | None,
+    kind: str,
+    max_token_kl: float | None,
+    over_limit: str,
+    temperature: float,
+    row_temperature: Tensor | None,
+    logit_softcap: float | None,
+    column_tolerance: float,
+    impl: str,
+    chunk_rows: int | None,
+    vocab_group: str | None,
+    vocab_start: int,
+    need_head: bool,
+    need_bias: bool,
+    need_policy: bool,
+    need_distill: bool,
+    wide_head: bool,
+    head_grad: Tensor | None,
+) -> tuple[Tensor, ...]:
+    contracts.check_temperature_values(row_temperature)
+    split = 0 if policy_hidden is None else policy_hidden.shape[0]
+    first: float | Tensor = temperature if row_temperature is None else row_temperature[:split]
+    second: float | Tensor = temperature if row_temperature is None else row_temperature[split:]
+    groups: list[RowGroup] = []
+    if policy_hidden is not None:
+        assert targets is not None
+        assert advantages is not None
+        assert policy_weight is not None
+        bounds = Bounds(clip_low, clip_high, dual_clip)
+        policy = PolicyRows(policy_hidden, targets, old_logprobs, advantages, policy_weight, bounds, first)
+        if vocab_group is None:
+            contracts.check_live_targets(targets[policy.index], head.shape[0])
+        groups.append(policy)
+    if distill_hidden is not None:
+        assert teacher_hidden is not None
+        assert distill_weight is not None
+        rule = Rule(kind, max_token_kl, over_limit)
+        groups.append(
+            DivergenceRows(distill_hidden, teacher_hidden, teacher_head, teacher_bias, distill_weight, rule, second)
+        )
+    shard = Shard(vocab_group, vocab_start)
+    call = Call(head, bias, logit_softcap, shard, impl, chunk_rows, column_tolerance, wide_head)
+    wanted = [need_policy] * (policy_hidden is not None) + [need_distill] * (distill_hidden is not None)
+    grads = linear_rows.run(groups, call, Needs(need_head, need_bias, tuple(wanted)))
+
+    def present(tensor: Tensor | None) -> Tensor:
+        return head.new_empty(0) if tensor is None else tensor
+
+    outputs: list[Tensor] = [torch.stack([group.values[ROW_LOSS].sum() for group in groups]).sum()]
+    found = iter(zip(groups, grads.hidden, strict=True))
+    hidden_grads = []
+    for hidden in (policy_hidden, distill_hidden):
+        group, grad = (None, None) if hidden is None else next(found)
+        outputs += [present(None), present(None)] if group is None else [group.values, group.live]  # type: ignore[attr-defined]
+        hidden_grads.append(present(grad))
+    return (*outputs, grads.scale, present(grads.head), present(grads.bias), *hidden_grads)
+
+
+@_fused_loss.register_fake
+def _(
+    head: Tensor, bias: Tensor | None, policy_hidden: Tensor | None, distill_hidden: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    need_head, need_bias, need_policy, need_distill, wide_head, _ = rest[-6:]
+    acc = launch.accumulate_dtype(head.dtype)
+
+    def empty(*shape: Any, dtype: torch.dtype = acc) -> Tensor:
+        return head.new_empty(shape, dtype=dtype)
+
+    outputs = [empty()]
+    for hidden in (policy_hidden, distill_hidden):
+        rows = None if hidden is None else hidden.shape[0]
+        outputs += [empty(0), empty(0)] if rows is None else [empty(VALUE_ROWS, rows), empty(rows, dtype=torch.bool)]
+    none = head.new_empty(0)
+    dhead = empty(*head.shape, dtype=acc if wide_head else head.dtype) if need_head else none
+    dbias = empty(*bias.shape, dtype=bias.dtype) if need_bias and bias is not None else none
+    grads = [
+        torch.empty_like(hidden) if need and hidden is not None else none
+        for hidden, need in ((policy_hidden, need_policy), (distill_hidden, need_distill))
+    ]
+    return (*outputs, empty(), dhead.clone(), dbias.clone(), *(grad.clone() for grad in grads))
+
+
+@torch.library.custom_op("sgpo_kernels::scaled", mutates_args=())
+def _scaled(grad: Tensor, upstream: Tensor, scale: Tensor) -> Tensor:
+    """grad * upstream * scale in the dtype of grad, multiplied in that of scale (a 0-d factor would be cast to half
+    first). An operator without an autograd formula: a second derivative raises."""
+    return torch.mul(grad, (upstream.to(scale.dtype) * scale).reshape(1), out=torch.empty_like(grad))
+
+
+@_scaled.register_fake
+def _(grad: Tensor, upstream: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(grad)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    result = FusedResult(*output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(result.scale, result.dhead, result.dbias, result.dpolicy, result.ddistill)
+    ctx.inputs, ctx.wanted, ctx.head_grad = len(inputs), inputs[-6:-2], inputs[-1]
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    scale, *saved = ctx.saved_tensors
+    grads: list[Tensor | None] = [None] * ctx.inputs
+    if grad_loss is None:
+        return tuple(grads)
+    wanted = list(zip(saved, ctx.wanted, strict=True))
+    if ctx.head_grad is not None:
+        ctx.head_grad.addcmul_(saved[0], (grad_loss * scale).reshape(1, 1))
+        wanted[0] = saved[0], False
+    for position, (grad, need) in enumerate(wanted):
+        grads[position] = _scaled(grad, grad_loss, scale) if need else None
+    return tuple(grads)
+
+
+_fused_loss.register_autograd(_backward, setup_context=_save)
+
+
+class Options(NamedTuple):
+    """The arguments that all loss ops share, in the operator's terms."""
+
+    temperature: float | Tensor
+    logit_softcap: float | None
+    column_tolerance: float
+    head_grad: Tensor | None
+    vocab_group: Any
+    vocab_start: int
+    impl: str
+    chunk_rows: int | None
+
+
+class PolicyInputs(NamedTuple):
+    hidden: Tensor
+    targets: Tensor
+    old_logprobs: Tensor | None
+    advantages: Tensor
+    token_weight: Tensor
+    bounds: Bounds
+
+
+class DistillInputs(NamedTuple):
+    hidden: Tensor
+    teacher_hidden: Tensor
+    teacher_head: Tensor | None
+    teacher_bias: Tensor | None
+    token_weight: Tensor
+    rule: Rule
+
+
+def fused_loss(
+    head: Tensor, bias: Tensor | None, policy: PolicyInputs | None, distill: DistillInputs | None, options: Options
+) -> FusedResult:
+    """Checks the inputs that both groups share with the head, and calls the operator."""
+    rows = 0
+    if policy is not None:
+        contracts.check_policy(policy.hidden, *policy[1:5])
+        contracts.check_clips(*policy.bounds)
+        rows += policy.hidden.shape[0]
+    if distill is not None:
+        contracts.check_teacher(
+            distill.hidden, distill.teacher_hidden, head, distill.teacher_head, distill.teacher_bias
+        )
+        contracts.check_row_values("token_weight", distill.token_weight, distill.hidden)
+        contracts.check_divergence(*distill.rule)
+        rows += distill.hidden.shape[0]
+    contracts.check_options(options, rows, head)
+    heat = options.temperature
+    heat_rows = heat if isinstance(heat, Tensor) else None
+    group = options.vocab_group
+    grad = torch.is_grad_enabled()
+    p, d = policy, distill
+    output = _fused_loss(
+        head,
+        bias,
+        None if p is None else p.hidden,
+        None if d is None else d.hidden,
+        *((None,) * 4 if p is None else p[1:5]),
+        *(Bounds(None, None, None) if p is None else p.bounds),
+        *((None,) * 4 if d is None else d[1:5]),
+        *(Rule("forward_kl", None, "mask") if d is None else d.rule),
+        1.0 if isinstance(heat, Tensor) else float(heat),
+        heat_rows,
+        options.logit_softcap,
+        float(options.column_tolerance),
+        options.impl,
+        options.chunk_rows,
+        None if group is None else group.group_name,
+        options.vocab_start,
+        grad and head.requires_grad,
+        grad and bias is not None and bias.requires_grad,
+        grad and p is not None and p.hidden.requires_grad,
+        grad and d is not None and d.hidden.requires_grad,
+        options.head_grad is not None,
+        options.head_grad,
+    )
+    return FusedResult(*output)
+
+
+def policy_stats(result: FusedResult) -> PolicyStats:
+    values = result.policy_values
+    clipped = values[CLIPPED] != 0
+    return PolicyStats(
+        values[LOGPROB], values[ROW_ENTROPY], values[RATIO], clipped, result.policy_live, values[DROPPED], values[SHARE]
+    )
+
+
+def divergence_stats(result: FusedResult) -> DivergenceStats:
+    values = result.distill_values
+    over = values[OVER] != 0
+    return DivergenceStats(
+        values[DIVERGENCE],
+        over,
+        result.distill_live,
+        values[ROW_ENTROPY],
+        values[TEACHER_ENTROPY],
+        values[DROPPED],
+        values[SHARE],
+    )

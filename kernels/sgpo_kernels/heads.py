@@ -1,0 +1,82 @@
+"""One head as the chunk loop sees it: products with float32 output, bias, soft-cap, and the shard of the vocabulary.
+
+Equation: z = softcap(h Wᵀ + b) / temperature, softcap(x) = cap tanh(x / cap).
+Vocabulary shards (tensor parallel): every rank holds all rows h and the head rows [start, start + V_r); per chunk one
+  all-gather of the row statistics [4, C] makes the normalisers whole, and for divergences one all-reduce of [2, C].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sgpo_kernels import launch
+
+
+def mm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """left @ right with a float32 (float64) result; half operands only reach this on CUDA, where torch can widen the
+    output."""
+    acc = launch.accumulate_dtype(left.dtype)
+    if left.dtype == acc:
+        return torch.mm(left, right, out=out)
+    return torch.mm(left, right, out_dtype=acc) if out is None else torch.mm(left, right, out_dtype=acc, out=out)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of the vocabulary this rank holds. Without a group: all of it."""
+
+    group_name: str | None = None
+    start: int = 0
+
+    @property
+    def group(self) -> Any:
+        assert self.group_name is not None
+        return dist.distributed_c10d._resolve_process_group(self.group_name)
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group_name is None else dist.get_rank(self.group)
+
+    def gather(self, stats: Tensor) -> Tensor:
+        """[K, C] of this rank -> [ranks, K, C] of all, the same on every rank."""
+        if self.group_name is None:
+            return stats.unsqueeze(0)
+        parts = [torch.empty_like(stats) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, stats.contiguous(), group=self.group)
+        return torch.stack(parts)
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Sum over the ranks, in place."""
+        if self.group_name is not None:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def local(self, targets: Tensor, columns: int) -> Tensor:
+        """Token ids -> columns of this shard, -1 for the ids of other shards."""
+        if self.group_name is None:
+            return targets
+        moved = targets - self.start
+        return torch.where((moved >= 0) & (moved < columns), moved, -1)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head ready for products. CPU torch has no `mm(out_dtype=)`, so half dtypes are upcast there, once per call."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None
+
+    @staticmethod
+    def of(head: Tensor, bias: Tensor | None) -> Head:
+        acc = launch.accumulate_dtype(head.dtype)
+        operand = head.dtype if head.is_cuda else acc
+        return Head(head.detach().to(operand), None if bias is None else bias.detach().to(acc))
+
+    def products(self, hidden_CH: Tensor, out_CV: Tensor) -> Tensor:
+        """h Wᵀ in the accumulation dtype, written to `out_CV`."""
+        return mm(hidden_CH.to(self.weight_VH.dtype), self.weight_VH.t(), out_CV)
