@@ -36,7 +36,7 @@ class Shard:
     @property
     def group(self) -> Any:
         assert self.group_name is not None
-        return dist.distributed_c10d._resolve_process_group(self.group_name)
+        return dist.distributed_c10d._resolve_process_group(self.group_name)  # type: ignore[arg-type]
 
     @property
     def rank(self) -> int:

@@ -141,15 +141,13 @@ class Blocks(NamedTuple):
     columns: int
     warps: int
 
-    def options(self) -> dict[str, int]:
-        return {"BLOCK_R": self.rows, "BLOCK_V": self.columns, "num_warps": self.warps}
 
-
-# Tiles by kernel, chosen ahead of time for no spills (`python -m sgpo_kernels.aot`). "columns" and "peaks" take scan's.
+# Tiles by kernel, chosen ahead of time so that nothing spills (`python -m sgpo_kernels.aot`). "peaks" must keep the
+# columns of "scan", whose tile maxima it reads.
 DEFAULT_BLOCKS = {
     "scan": Blocks(4, 1024, 4),
     "divergence": Blocks(2, 1024, 4),
-    "peaks": Blocks(16, 1024, 8),
+    "peaks": Blocks(8, 1024, 8),
     "gradient": Blocks(4, 1024, 4),
     "columns": Blocks(16, 128, 4),
 }

@@ -16,10 +16,13 @@ import torch
 import triton
 from torch import Tensor
 
-from sgpo_kernels import launch
-from sgpo_kernels import triton_kernels as kernels
+from sgpo_kernels import launch, triton_kernels
 from sgpo_kernels.rowmath import TABLE_ROWS, Bounds, Logits, Rule
 
+# Launch syntax is beyond type checkers.
+kernels: Any = triton_kernels
+# The default of fused multiply-adds changes in Triton 3.10: said here.
+COMPILED: dict[str, Any] = {} if launch.interpreting() else {"enable_fp_fusion": True}
 KINDS = {
     "score": kernels.SCORE,
     "forward_kl": kernels.FORWARD_KL,
@@ -33,6 +36,10 @@ SETTLE_BLOCK = 128
 def _blocks(kernel: str, like: Tensor) -> launch.Blocks:
     arch = torch.cuda.get_device_capability(like.device) if like.is_cuda else None
     return launch.blocks(kernel, arch)
+
+
+def _options(block: launch.Blocks) -> dict[str, Any]:
+    return {"BLOCK_R": block.rows, "BLOCK_V": block.columns, "num_warps": block.warps, **COMPILED}
 
 
 def _side(logits: Logits) -> tuple[Any, ...]:
@@ -69,7 +76,7 @@ def scan(logits: Logits, targets_C: Tensor | None) -> Tensor:
     common = (*_side(logits), heat, logits.softcap or 1.0)
     flags = _flags(logits)
     kernels.scan_tiles[(triton.cdiv(rows, block.rows), tiles)](
-        *common, tile_stats, rows, vocab, tiles, **flags, **block.options()
+        *common, tile_stats, rows, vocab, tiles, **flags, **_options(block)
     )
     if logits.notes is not None:
         logits.notes["tiles"] = tile_stats
@@ -87,6 +94,7 @@ def scan(logits: Logits, targets_C: Tensor | None) -> Tensor:
         BLOCK_R=4,
         BLOCK_T=triton.next_power_of_2(tiles),
         num_warps=4,
+        **COMPILED,
     )
     return stats_4C
 
@@ -158,6 +166,7 @@ def _settle(
         RANKS=ranks,
         BLOCK=SETTLE_BLOCK,
         num_warps=4,
+        **COMPILED,
     )
     return table
 
@@ -176,6 +185,7 @@ def settle_pair(parts_R8C: Tensor, rank: int, rows_C: Tensor, values: Tensor) ->
         RANKS=ranks,
         BLOCK=SETTLE_BLOCK,
         num_warps=4,
+        **COMPILED,
     )
     return table
 
@@ -187,7 +197,7 @@ def divergence_sums(kind: str, student: Logits, teacher: Logits, table: Tensor) 
     partial = table.new_empty(3, rows, tiles)
     arguments, flags = _sides(student, teacher)
     kernels.divergence_tiles[(triton.cdiv(rows, block.rows), tiles)](
-        *arguments, table, partial, rows, vocab, tiles, KIND=KINDS[kind], **flags, **block.options()
+        *arguments, table, partial, rows, vocab, tiles, KIND=KINDS[kind], **flags, **_options(block)
     )
     return partial.sum(2)
 
@@ -216,6 +226,7 @@ def settle_divergence(
         HAS_FACTOR=factor_C is not None,
         BLOCK=SETTLE_BLOCK,
         num_warps=4,
+        **COMPILED,
     )
 
 
@@ -248,7 +259,7 @@ def peaks(
         tile_stats.shape[2],
         KIND=KINDS[kind],
         **flags,
-        **block.options(),
+        **_options(block),
     )
     return found.amax(0)
 
@@ -278,7 +289,7 @@ def gradient(
         KIND=KINDS[kind],
         WITH_ENTROPY=with_entropy,
         **flags,
-        **block.options(),
+        **_options(block),
     )
     return out_CV
 
@@ -308,6 +319,6 @@ def gradient_columns(
         tiles,
         KIND=KINDS[kind],
         **flags,
-        **block.options(),
+        **_options(block),
     )
     return dz_CA, kept.sum(1)

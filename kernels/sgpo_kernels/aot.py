@@ -1,0 +1,187 @@
+"""Compiles every Triton kernel for several GPUs without one, and reports what each takes of the chip.
+
+    python -m sgpo_kernels.aot [--arch 80 90 100] [--json]
+
+What: every kernel, with the options that change its code (kind, bias, soft-cap, temperature, dtype of dz), at the
+  tiles of `launch.blocks`, for a head whose size allows aligned 16-byte accesses. Reported: registers and stack per
+  thread, spills (STL / LDL in the machine code), shared memory, and the widths of global loads and stores.
+Limits: not under TRITON_INTERPRET=1; needs the cuobjdump and nvdisasm that the triton package ships.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sgpo_kernels import launch
+from sgpo_kernels import triton_kernels as kernels
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Shared memory that one block may take, bytes, by compute capability.
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+POINTERS = {"targets_ptr": "*i64", "rows_ptr": "*i64", "live_ptr": "*i64"}
+INTEGERS = {"C", "N", "A", "T", "V", "rank"}
+
+
+class Variant(NamedTuple):
+    """One kernel with its compile-time options; `dz` is the dtype that its out_ptr holds."""
+
+    kernel: str
+    options: dict[str, Any]
+    warps: int
+    dz: str = "bf16"
+
+    @property
+    def name(self) -> str:
+        flags = [f"{key.lower()}={int(value)}" for key, value in self.options.items() if not key.startswith("BLOCK")]
+        return f"{self.kernel}[{' '.join([*flags, self.dz])}]"
+
+
+class Resources(NamedTuple):
+    """What one compiled kernel takes: registers and stack bytes per thread, spill instructions, shared bytes per
+    block, and its global accesses by width in bits."""
+
+    variant: str
+    arch: int
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    loads: dict[str, int]
+    stores: dict[str, int]
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel: each kind without options, and with all of them."""
+    kinds = (kernels.SCORE, kernels.FORWARD_KL, kernels.REVERSE_KL, kernels.JS)
+
+    def tile(name: str, columns: int | None = None) -> tuple[dict[str, Any], int]:
+        block = launch.blocks(name, None)
+        return {"BLOCK_R": block.rows, "BLOCK_V": columns or block.columns}, block.warps
+
+    scan_columns = launch.blocks("scan", None).columns
+    for full in (False, True):
+        one = {"HAS_BIAS": full, "HAS_SOFTCAP": full, "HAS_HEAT": full}
+        two = {**one, "HAS_TEACHER_BIAS": full}
+        block, warps = tile("scan")
+        yield Variant("scan_tiles", {**one, **block}, warps)
+        yield Variant("combine_tiles", {**one, "HAS_TARGETS": full, "BLOCK_R": 4, "BLOCK_T": 256}, 4)
+        for kind in kinds:
+            if kind != kernels.SCORE:
+                block, warps = tile("divergence")
+                yield Variant("divergence_tiles", {"KIND": kind, **two, **block}, warps)
+            block, warps = tile("peaks", scan_columns)
+            yield Variant("peak_tiles", {"KIND": kind, **two, **block}, warps)
+            block, warps = tile("columns")
+            yield Variant("gradient_column_tiles", {"KIND": kind, **two, **block}, warps, "fp32")
+            block, warps = tile("gradient")
+            for dz in ("bf16", "fp16", "fp32"):
+                entropy = full and kind == kernels.SCORE
+                yield Variant("gradient_tiles", {"KIND": kind, "WITH_ENTROPY": entropy, **two, **block}, warps, dz)
+    settle = {"BLOCK": 128}
+    for mode, ranks in itertools.product((kernels.VALUES, kernels.UPSTREAM, kernels.POLICY), (1, 8)):
+        flags = {"MODE": mode, "HAS_OLD": mode == kernels.POLICY, "HAS_FACTOR": mode != kernels.VALUES}
+        yield Variant("settle_scores", {**flags, "RANKS": ranks, **settle}, 4)
+    for ranks in (1, 8):
+        yield Variant("settle_pair", {"RANKS": ranks, **settle}, 4)
+    for over in (kernels.MASK, kernels.CLAMP, kernels.SCALE):
+        yield Variant("settle_divergence", {"OVER": over, "HAS_FACTOR": True, **settle}, 4)
+
+
+def compile_variant(variant: Variant, arch: int) -> Resources:
+    """The resources of one variant on one compute capability (80, 90, 100)."""
+    function = getattr(kernels, variant.kernel)
+    signature, attributes = {}, {}
+    for position, name in enumerate(function.arg_names):
+        if name in variant.options:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = f"*{variant.dz}" if name == "out_ptr" else POINTERS.get(name, "*fp32")
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif name.endswith("stride"):
+            signature[name] = "i32"
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif name in INTEGERS:
+            signature[name] = "i32"
+            if name == "V":
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    source = ASTSource(fn=function, signature=signature, constexprs=dict(variant.options), attrs=attributes)
+    options = {"num_warps": variant.warps, "enable_fp_fusion": True}
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        code = _run("nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return Resources(
+        variant.name,
+        arch,
+        int(found[1]),
+        int(found[2]),
+        len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        binary.metadata.shared,
+        _widths(code, "LDG"),
+        _widths(code, "STG"),
+    )
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _widths(code: str, instruction: str) -> dict[str, int]:
+    """Accesses by width in bits, from the suffixes of the instruction (none: 32)."""
+    counts: dict[str, int] = {}
+    for suffixes in re.findall(rf"\b{instruction}((?:\.\w+)*)", code):
+        width = next((part for part in suffixes.split(".") if part in ("128", "64", "U16", "U8", "S16")), "32")
+        counts[width] = counts.get(width, 0) + 1
+    return counts
+
+
+def table(rows: list[Resources]) -> str:
+    """The resources as a text table."""
+    lines = [f"{'sm':>3} {'regs':>4} {'stack':>5} {'spills':>6} {'shared':>6}  kernel, loads / stores by bits"]
+    for row in rows:
+        numbers = f"{row.arch:>3} {row.registers:>4} {row.stack:>5} {row.spills:>6} {row.shared:>6}"
+        widths = f"{row.loads} / {row.stores}".replace("'", "")
+        lines.append(f"{numbers}  {row.variant} {widths}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Compile the kernels ahead of time and report their resources.")
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of the table")
+    options = parser.parse_args(arguments)
+    if launch.interpreting():
+        print("TRITON_INTERPRET=1 is set: unset it, kernels cannot be compiled in the interpreter.", file=sys.stderr)
+        return 2
+    rows = [compile_variant(variant, arch) for arch in options.arch for variant in variants()]
+    print("\n".join(json.dumps(row._asdict()) for row in rows) if options.json else table(rows))
+    over = [row for row in rows if row.stack or row.spills or row.shared > SHARED_LIMIT[row.arch]]
+    if over:
+        print(
+            f"{len(over)} kernels spill or exceed the shared memory: {over[0].variant} on sm_{over[0].arch}",
+            file=sys.stderr,
+        )
+    return 1 if over else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

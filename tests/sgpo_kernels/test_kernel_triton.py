@@ -1,0 +1,201 @@
+"""The Triton row kernels against float64: in Triton's interpreter on a CPU, compiled on CUDA."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import sgpo_kernels
+import torch
+from sgpo_kernels import launch, reference, rowmath, testing
+from torch import Tensor
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LOSSES = ("policy", "policy_on", "policy_dual", "forward_kl", "reverse_kl", "js", "sgpo")
+KINDS = ("forward_kl", "reverse_kl", "js")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several tiles in each direction at the sizes of these tests."""
+    tiles = {name: block._replace(rows=2, columns=16) for name, block in launch.DEFAULT_BLOCKS.items()}
+    if DEVICE == "cpu":
+        monkeypatch.setattr(launch, "DEFAULT_BLOCKS", tiles)
+
+
+def check(case, **extra) -> dict[str, Tensor]:
+    """Every output, statistic and gradient against float64, with plain torch of the same dtype as the yardstick."""
+    truth, plain = case.results(reference, torch.float64), case.results(reference)
+    for store in (case.leaves, case.fixed):
+        store.update({name: value.to(DEVICE) for name, value in store.items() if isinstance(value, Tensor)})
+    case.upstream = case.upstream.to(DEVICE)
+    ours = {name: value.cpu() for name, value in case.results(impl="triton", **extra).items()}
+    for name, value in ours.items():
+        if value.dtype == torch.bool:
+            assert torch.equal(value, truth[name]), name
+        else:
+            testing.assert_close_to_reference(value, plain[name], truth[name], name=name, cancelled=8.0)
+    return ours
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("bias", "temperature", "softcap"),
+    [(False, 1.0, None), (True, 1.0, None), (True, 0.7, 3.0), (False, "rows", 3.0), (True, "rows", None)],
+)
+def test_every_op_with_every_option(make_case, op, dtype, bias, temperature, softcap):
+    case = make_case(op, dtype, (13, 8, 37), bias=bias, temperature=temperature, logit_softcap=softcap)
+    check(case, chunk_rows=5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("over_limit", ["mask", "clamp", "scale"])
+@pytest.mark.parametrize("limit", [0.05, 0.4, None])
+def test_every_limit(make_case, kind, over_limit, limit):
+    check(make_case(kind, max_token_kl=limit, over_limit=over_limit), chunk_rows=7)
+
+
+@pytest.mark.parametrize("low", [None, 0.2])
+@pytest.mark.parametrize("high", [None, 0.28])
+@pytest.mark.parametrize("dual", [None, 1.2])
+def test_every_combination_of_bounds(make_case, low, high, dual):
+    check(make_case("policy", clip_low=low, clip_high=high, dual_clip=dual), chunk_rows=7)
+
+
+@pytest.mark.parametrize("vocab", [1, 16, 33])
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_ragged_shapes(make_case, op, vocab, rows):
+    check(make_case(op, torch.float32, (rows, 5, vocab), dead=0.0))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_logits_of_a_thousand(make_case, op, sign):
+    case = make_case(op, torch.float32, (6, 4, 19), bias=False)
+    size = sign * 1000 / float(case.leaves["head"][:, 0].abs().max())
+    for name in ("hidden", "policy_hidden", "distill_hidden"):
+        if name in case.leaves:
+            case.leaves[name][:, 0] = size
+    if "teacher_hidden" in case.fixed:
+        case.fixed["teacher_hidden"][:, 0] = -size
+    for name in {"old_logprobs", "max_token_kl"} & set(case.fixed):
+        case.fixed[name] = None
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_states_give_exactly_zero(make_case, kind, dtype):
+    case = make_case(kind, dtype, (9, 8, 37), spread=0.0)
+    ours = check(case)
+    assert not ours["divergence"].any()
+    assert not any(value.any() for name, value in ours.items() if name.startswith("grad."))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("spread", [1e-5, 1e-3, 1e-1])
+def test_small_divergences_keep_their_relative_accuracy(make_case, kind, spread):
+    case = make_case(kind, spread=spread, max_token_kl=None, dead=0.0, bias=False)
+    truth = case.results(reference, torch.float64)["divergence"]
+    ours = check(case)["divergence"].double()
+    assert bool((ours >= 0).all())
+    # What float32 logits leave of a difference of this size, and 1e-4.
+    assert float(((ours - truth).abs() / truth).max()) < 1e-4 + 3e-6 / spread
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_terms_of_a_divergence_match_float64_for_any_difference(kind):
+    """Both series and both closed forms: differences of the log-probabilities from 1e-6 to 30."""
+    size = torch.logspace(-6, 1.5, 60, dtype=torch.float64)
+    logits = torch.randn(60, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    teacher = logits + size.unsqueeze(1) * torch.randn(
+        60, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    eye, weight = torch.eye(16), torch.ones(60)
+    student_h, teacher_h = logits.float(), teacher.float()
+    exact = reference.linear_divergence(
+        student_h.double(), teacher_h.double(), eye.double(), token_weight=weight.double(), kind=kind
+    )[1].divergence
+    inputs = (x.to(DEVICE) for x in (student_h, teacher_h, eye))
+    _, stats = sgpo_kernels.linear_divergence(*inputs, token_weight=weight.to(DEVICE), kind=kind, impl="triton")
+    assert float(((stats.divergence.cpu().double() - exact).abs() / (2e-6 * size + 1e-4 * exact)).max()) < 1
+
+
+@pytest.mark.parametrize("op", LOSSES)
+def test_dead_rows_are_never_read(make_case, op):
+    case = make_case(op)
+    clean = case.results(impl="triton")
+    for name in ("hidden", "policy_hidden", "distill_hidden"):
+        if name in case.leaves:
+            case.leaves[name][case.weights()[-1 if name == "distill_hidden" else 0] == 0] = torch.nan
+    ours = case.results(impl="triton")
+    assert all(torch.equal(value, clean[name]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.05])
+def test_same_bits_and_no_uninitialised_memory(make_case, op, tolerance):
+    case = make_case(op, torch.float32, (13, 8, 37))
+    extra = {} if op == "logprob" else {"column_tolerance": tolerance}
+    first = case.results(impl="triton", chunk_rows=5, **extra)
+    with testing.poisoned_empty(), warnings.catch_warnings():
+        second = case.results(impl="triton", chunk_rows=5, **extra)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("tolerance", [2.0**-8, 0.02, 0.2])
+@pytest.mark.parametrize("options", [{}, {"temperature": "rows", "logit_softcap": 4.0}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("op", LOSSES)
+def test_live_columns_agree_with_plain_torch(make_case, op, tolerance, options):
+    """The same columns, the same dropped mass, the same gradients."""
+    case = make_case(op, torch.float32, (26, 8, 67), logit_scale=5.0, **options)
+    ours, plain = (case.results(impl=impl, column_tolerance=tolerance, chunk_rows=6) for impl in ("triton", "torch"))
+    if tolerance == 0.02 and not options:
+        assert any(bool((value[value > 0] < 1).any()) for name, value in plain.items() if "column_share" in name)
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value, rtol=2e-4, atol=2e-5)
+
+
+def test_tiles_that_are_not_read_hold_no_live_column(make_case):
+    """Peaks of skipped tiles come back as 0; the true ones lie below the tolerance."""
+    from sgpo_kernels import triton_rows
+
+    gen = torch.Generator().manual_seed(3)
+    z = torch.randn(8, 64, generator=gen)
+    z[:, 32:] -= 8
+    z[5, 60] += 12
+    targets = torch.randint(32, (8,), generator=gen)
+    tolerance = 0.01
+    found = {}
+    for name, module in {"triton": triton_rows, "torch": rowmath}.items():
+        logits = rowmath.Logits(z.clone(), None, None, None, {})
+        parts = module.scan(logits, targets).unsqueeze(0)
+        values = torch.zeros(rowmath.VALUE_ROWS, 8)
+        one = torch.ones(8)
+        table = module.settle_policy(
+            parts, 0, targets, None, one, one, rowmath.Bounds(None, None, None), torch.arange(8), one, values
+        )
+        found[name] = module.peaks("score", logits, None, table, targets, tolerance)
+    skipped = found["triton"] == 0
+    assert skipped.any()
+    assert bool((found["torch"][skipped] < tolerance).all())
+    torch.testing.assert_close(found["triton"][~skipped], found["torch"][~skipped])
+
+
+def test_no_gradient_gives_the_same_values(make_case, op):
+    case = make_case(op)
+    full = case.results(impl="triton")
+    with torch.no_grad():
+        ours = case.results(impl="triton")
+    assert all(torch.equal(value, full[name]) for name, value in ours.items())
+
+
+def test_float64_is_refused(make_case, op):
+    with pytest.raises(NotImplementedError, match="float64"):
+        make_case(op, torch.float64).call(sgpo_kernels, impl="triton")
+
+
+def test_without_interpreter_or_cuda_it_says_what_to_do(make_case, op, monkeypatch):
+    monkeypatch.setattr(launch, "interpreting", lambda: False)
+    with pytest.raises(NotImplementedError, match="needs tensors on CUDA, not on cpu"):
+        make_case(op).call(sgpo_kernels, impl="triton")
