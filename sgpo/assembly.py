@@ -231,6 +231,8 @@ def policy_objective(config: Config) -> Objective:
             max_token_kl=None if over_limit == "off" else algorithm.max_token_kl,
             over_limit="mask" if over_limit == "off" else over_limit,
             temperature=config.rollout.temperature,
+            column_tolerance=config.engine.column_tolerance,
+            impl=config.engine.loss_impl,
         )
 
     return objective

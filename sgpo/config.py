@@ -139,6 +139,14 @@ class WarmupOptimConfig(OptimConfig):
 class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     micro_batch_tokens: int = Field(default=16384, ge=1, description="tokens of one forward pass, padding included")
+    loss_impl: Literal["auto", "triton", "torch"] = Field(default="auto", description="auto: Triton on CUDA")
+    column_tolerance: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="0: exact; above: vocabulary columns whose gradient stays below this share of the row's weight are"
+        " left out of backward (2.44e-4 is 2^-12; what is lost is logged as dropped_mass)",
+    )
 
 
 class TrainConfig(Section):

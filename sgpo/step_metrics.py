@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from sgpo_kernels import DivergenceStats, PolicyStats
+
 from sgpo.engine.ranks import Meter
 from sgpo.methods.sgpo import Guidance
 from sgpo.schema import Rollout, ScoredGroup
@@ -70,8 +72,10 @@ def record_passes(meter: Meter, passes: Sequence[Pass]) -> None:
         meter.mean("entropy", float(policy.entropy.sum()), rows)
         meter.mean("ratio_mean", float(policy.ratio.sum()), rows)
         meter.mean("clip_share", float(policy.clipped.sum()), rows)
+        record_columns(meter, policy)
         if divergence is None:
             continue
+        record_columns(meter, divergence)
         rows = len(divergence.divergence)
         meter.sum("distill_rows", rows)
         meter.mean("kl_mean", float(divergence.divergence.sum()), rows)
@@ -79,6 +83,12 @@ def record_passes(meter: Meter, passes: Sequence[Pass]) -> None:
         meter.mean("kl_masked_share", float(divergence.over_limit.sum()), rows)
         if rows:
             meter.max("kl_max", float(divergence.divergence.max()))
+
+
+def record_columns(meter: Meter, stats: PolicyStats | DivergenceStats) -> None:
+    """What the live-column backward multiplied and left out: a bound of sum |d loss / d logit| over the step."""
+    meter.sum("dropped_mass", float(stats.dropped.sum()))
+    meter.mean("column_share", float(stats.column_share.sum()), int(stats.live.sum()))
 
 
 def distilled_trajectory(passes: Sequence[Pass]) -> tuple[tuple[int, ...], list[float], list[bool]] | None:

@@ -37,6 +37,8 @@ def sgpo_objective(
     max_token_kl: float | None = 1.0,
     over_limit: Literal["mask", "clamp", "scale"] = "mask",
     temperature: float = 1.0,
+    column_tolerance: float = 0.0,
+    impl: Literal["auto", "triton", "torch"] = "auto",
 ) -> tuple[torch.Tensor, ObjectiveStats]:
     """Sum over rows of weight x loss.
 
@@ -47,6 +49,7 @@ def sgpo_objective(
         advantages, policy_weight, old_logprobs: fp32 [N_p]; old_logprobs None means a ratio of exactly 1.
         target_weight: fp32 [N_t].
         distillation: divergence of the target rows; "sft" takes their negative log-likelihood instead (ablation).
+        column_tolerance, impl: as in `sgpo_kernels.sgpo_loss`; 0 is exact (imitation always is).
 
     Returns:
         scalar fp32 loss, and row statistics.
@@ -54,6 +57,7 @@ def sgpo_objective(
     split = len(advantages)
     clips = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
     policy = {"old_logprobs": old_logprobs, "advantages": advantages, **clips, "temperature": temperature}
+    policy |= {"column_tolerance": column_tolerance, "impl": impl}
     if teacher_hidden is not None and distillation != "sft" and distillation != "none":
         loss, stats = sgpo_loss(
             hidden[:split],
@@ -75,7 +79,7 @@ def sgpo_objective(
     policy_loss, stats = linear_policy_loss(
         hidden[:split], head, targets[:split], token_weight=policy_weight, bias=bias, **policy
     )
-    target_loss, _ = imitation_objective(head, bias, hidden[split:], targets[split:], target_weight, temperature)
+    target_loss, _ = imitation_objective(head, bias, hidden[split:], targets[split:], target_weight, temperature, impl)
     return policy_loss + target_loss, ObjectiveStats(stats, None, policy_loss.detach(), target_loss.detach())
 
 
@@ -86,7 +90,8 @@ def imitation_objective(
     targets: torch.Tensor,
     weight: torch.Tensor,
     temperature: float = 1.0,
+    impl: Literal["auto", "triton", "torch"] = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted negative log-likelihood of given tokens: (sum of weight x nll, nll [N] without gradient)."""
-    logprobs, _ = linear_logprob(hidden, head, targets, temperature=temperature, bias=bias)
+    logprobs, _ = linear_logprob(hidden, head, targets, temperature=temperature, bias=bias, impl=impl)
     return -(weight * logprobs).sum(), -logprobs.detach()
