@@ -1,0 +1,137 @@
+"""Times the tiles of every Triton row kernel on this GPU and prints the best as a table for `launch.TUNED_BLOCKS`.
+
+    python -m benchmarks.tune_blocks --out FILE.jsonl [--shape qwen2.5-7b] [--rows 1024]
+
+One chunk of calibrated states as a training step has it; each kernel alone, by `triton.testing.do_bench` (median),
+every candidate beside the default. Rows hold ms and the bytes per second that a single pass over the products makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from sgpo_kernels import launch, rowmath, triton_rows
+from sgpo_kernels.launch import Blocks
+from sgpo_kernels.rowmath import Bounds, Logits, Rule
+
+from benchmarks import measure, states
+from benchmarks.ops import SHAPES
+
+# "peaks" follows the columns of "scan": both are searched on the columns that scan prefers.
+TILES = {
+    "scan": ((1, 1024), (2, 1024), (4, 1024), (1, 2048), (2, 2048), (8, 512)),
+    "divergence": ((1, 1024), (2, 1024), (4, 512), (1, 2048)),
+    "peaks": ((2, 1024), (4, 1024), (8, 1024)),
+    "gradient": ((1, 1024), (2, 1024), (4, 1024), (1, 2048), (8, 512)),
+    "columns": ((4, 128), (8, 128), (16, 128), (16, 64), (4, 256)),
+}
+CANDIDATES = {kernel: [Blocks(r, c, warps) for r, c in tiles for warps in (4, 8)] for kernel, tiles in TILES.items()}
+
+
+class Chunk:
+    """The logits and tables of one chunk of policy rows and one of distillation rows."""
+
+    def __init__(self, shape: str, rows: int):
+        found = SHAPES[shape]
+        self.states = states.make(
+            "calibrated", found.hidden, found.vocab, rows, rows, dtype=torch.bfloat16, device="cuda", seed=0
+        )
+        head = self.states.head.t()
+
+        def logits(hidden: torch.Tensor) -> Logits:
+            return Logits(torch.mm(hidden, head, out_dtype=torch.float32), None, None, None, {})
+
+        self.policy = logits(self.states.policy_hidden)
+        self.student, self.teacher = logits(self.states.distill_hidden), logits(self.states.teacher_hidden)
+        self.targets = self.states.policy_targets
+        self.rows = torch.arange(rows, device="cuda")
+        self.one = torch.ones(rows, device="cuda")
+        self.out = torch.empty(rows, found.vocab, device="cuda", dtype=torch.bfloat16)
+        self.values = torch.zeros(rowmath.VALUE_ROWS, rows, device="cuda")
+        self.table = self.settle_policy()
+        self.pair = self.settle_pair()
+        peaks = triton_rows.peaks("score", self.policy, None, self.table, self.targets, 2.0**-12)
+        self.live = (peaks >= 2.0**-12).nonzero().squeeze(1)
+
+    def settle_policy(self) -> torch.Tensor:
+        parts = triton_rows.scan(self.policy, self.targets).unsqueeze(0)
+        bounds = Bounds(0.2, 0.28, None)
+        return triton_rows.settle_policy(
+            parts, 0, self.targets, None, self.one, self.one, bounds, self.rows, self.one, self.values
+        )
+
+    def settle_pair(self) -> torch.Tensor:
+        both = torch.cat([triton_rows.scan(side, None) for side in (self.student, self.teacher)]).unsqueeze(0)
+        table = triton_rows.settle_pair(both, 0, self.rows, self.values)
+        sums = triton_rows.divergence_sums("forward_kl", self.student, self.teacher, table)
+        rule = Rule("forward_kl", 1.0, "mask")
+        triton_rows.settle_divergence(sums, self.one, rule, self.rows, self.one, self.values, table)
+        return table
+
+    def calls(self) -> dict[str, tuple[Callable[[], Any], int]]:
+        """(call, passes over [C, V] float32) per kernel."""
+        score = ("score", self.policy, None, self.table, self.targets)
+        pair = ("forward_kl", self.student, self.teacher, self.pair, None)
+        return {
+            "scan": (lambda: triton_rows.scan(self.policy, self.targets), 1),
+            "divergence": (lambda: triton_rows.divergence_sums(*pair[:4]), 2),
+            "peaks": (lambda: triton_rows.peaks(*score, 2.0**-12), 1),
+            "gradient": (lambda: triton_rows.gradient(*pair, self.out), 2),
+            "columns": (lambda: triton_rows.gradient_columns(*score, self.live), 0),
+        }
+
+
+def tune(chunk: Chunk) -> list[dict[str, Any]]:
+    """A row per kernel and candidate; the fastest of each kernel is marked."""
+    import triton
+
+    rows = []
+    for kernel, (call, passes) in chunk.calls().items():
+        default = launch.DEFAULT_BLOCKS[kernel]
+        found = []
+        for block in dict.fromkeys([default, *CANDIDATES[kernel]]):
+            launch.DEFAULT_BLOCKS[kernel] = block
+            if kernel in ("scan", "peaks"):
+                # peaks reads the tile maxima that scan left.
+                chunk.settle_policy()
+            ms: Any = triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median")
+            bytes_read = passes * chunk.policy.products_CV.nbytes
+            found.append({"kernel": kernel, "block": block, "ms": ms, "tb_per_s": bytes_read / ms / 1e9})
+        best = min(found, key=lambda row: row["ms"])
+        # The columns of scan decide where peaks may skip: the default stays for the kernels after it.
+        launch.DEFAULT_BLOCKS[kernel] = default
+        chunk.settle_policy()
+        rows += [{**row, "default": row["block"] == default, "best": row is best} for row in found]
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Choose the tiles of the row kernels for this GPU.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen2.5-7b")
+    parser.add_argument("--rows", type=int, default=1024)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("error: benchmarks.tune_blocks needs a GPU that torch can see; there is none.", file=sys.stderr)
+        return 2
+    rows = tune(Chunk(options.shape, options.rows))
+    common = {"shape": options.shape, "rows": options.rows, **measure.origin("cuda")}
+    with options.out.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"what": "blocks", **row, **common}) + "\n" for row in rows)
+    print(f"# {torch.cuda.get_device_name()}, {options.shape}, {options.rows} rows")
+    print(f"{torch.cuda.get_device_capability()}: {{")
+    for row in rows:
+        if row["best"]:
+            print(f'    "{row["kernel"]}": {row["block"]},  # {row["ms"]:.3f} ms, {row["tb_per_s"]:.2f} TB/s')
+    print("}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
