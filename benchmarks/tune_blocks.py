@@ -56,8 +56,9 @@ class Chunk:
         self.values = torch.zeros(rowmath.VALUE_ROWS, rows, device="cuda")
         self.table = self.settle_policy()
         self.pair = self.settle_pair()
-        peaks = triton_rows.peaks("score", self.policy, None, self.table, self.targets, 2.0**-12)
-        self.live = (peaks >= 2.0**-12).nonzero().squeeze(1)
+        self.threshold = torch.full((), 2.0**-12, device="cuda")
+        peaks = triton_rows.peaks("score", self.policy, None, self.table, self.targets, self.threshold)
+        self.live = (peaks >= self.threshold).nonzero().squeeze(1)
 
     def settle_policy(self) -> torch.Tensor:
         parts = triton_rows.scan(self.policy, self.targets).unsqueeze(0)
@@ -81,7 +82,7 @@ class Chunk:
         return {
             "scan": (lambda: triton_rows.scan(self.policy, self.targets), 1),
             "divergence": (lambda: triton_rows.divergence_sums(*pair[:4]), 2),
-            "peaks": (lambda: triton_rows.peaks(*score, 2.0**-12), 1),
+            "peaks": (lambda: triton_rows.peaks(*score, self.threshold), 1),
             "gradient": (lambda: triton_rows.gradient(*pair, self.out), 2),
             "columns": (lambda: triton_rows.gradient_columns(*score, self.live), 0),
         }

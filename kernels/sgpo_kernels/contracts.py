@@ -161,7 +161,8 @@ def check_number(name: str, value: object, *, low: float, high: float = math.inf
     wanted = f"a finite number in {bracket}{low}, {high}]"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(_fail(name, wanted, type(value).__name__, "pass a Python number"))
-    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+    # Comparisons alone: torch.compile traces them where the number is a run-time value.
+    if not -math.inf < value < math.inf or value < low or value > high or (open_low and value == low):
         raise ValueError(_fail(name, wanted, value, "correct the setting"))
 
 

@@ -12,6 +12,7 @@ Memory: `launch.extra_bytes`. Saved: one dH [N, H] per group, dW [V, H], db [V] 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -162,13 +163,13 @@ class FusedResult(NamedTuple):
     ddistill: Tensor
 
 
+_NAN = float("nan")
+# `numbers`: clip_low, clip_high, dual_clip, max_token_kl, temperature, column_tolerance; NaN where one is off.
 _SCHEMA = """(Tensor head, Tensor? bias,
     Tensor? policy_hidden, Tensor? distill_hidden,
     Tensor? targets, Tensor? old_logprobs, Tensor? advantages, Tensor? policy_weight,
-    float? clip_low, float? clip_high, float? dual_clip,
     Tensor? teacher_hidden, Tensor? teacher_head, Tensor? teacher_bias, Tensor? distill_weight,
-    str kind, float? max_token_kl, str over_limit,
-    float temperature, Tensor? row_temperature, float? logit_softcap, float column_tolerance,
+    str kind, str over_limit, Tensor numbers, Tensor? row_temperature, float? logit_softcap,
     str impl, int? chunk_rows, str? vocab_group, int vocab_start,
     bool need_head, bool need_bias, bool need_policy, bool need_distill, bool wide_head,
     Tensor? head_grad
@@ -185,20 +186,15 @@ def _fused_loss(
     old_logprobs: Tensor | None,
     advantages: Tensor | None,
     policy_weight: Tensor | None,
-    clip_low: float | None,
-    clip_high: float | None,
-    dual_clip: float | None,
     teacher_hidden: Tensor | None,
     teacher_head: Tensor | None,
     teacher_bias: Tensor | None,
     distill_weight: Tensor | None,
     kind: str,
-    max_token_kl: float | None,
     over_limit: str,
-    temperature: float,
+    numbers: Tensor,
     row_temperature: Tensor | None,
     logit_softcap: float | None,
-    column_tolerance: float,
     impl: str,
     chunk_rows: int | None,
     vocab_group: str | None,
@@ -211,6 +207,8 @@ def _fused_loss(
     head_grad: Tensor | None,
 ) -> tuple[Tensor, ...]:
     contracts.check_temperature_values(row_temperature)
+    *gates, temperature, column_tolerance = numbers.tolist()
+    clip_low, clip_high, dual_clip, max_token_kl = (None if math.isnan(gate) else gate for gate in gates)
     split = 0 if policy_hidden is None else policy_hidden.shape[0]
     first: float | Tensor = temperature if row_temperature is None else row_temperature[:split]
     second: float | Tensor = temperature if row_temperature is None else row_temperature[split:]
@@ -363,19 +361,25 @@ def fused_loss(
     group = options.vocab_group
     grad = torch.is_grad_enabled()
     p, d = policy, distill
+    bounds = Bounds(None, None, None) if p is None else p.bounds
+    rule = Rule("forward_kl", None, "mask") if d is None else d.rule
+    scalars = (*bounds, rule.max_token_kl, 1.0 if isinstance(heat, Tensor) else heat, options.column_tolerance)
+    # A float argument would be a constant of a compiled graph; as a tensor on the CPU it can be annealed. Times 1 and
+    # not `scalar_tensor`: torch.compile keeps a float as a run-time value through arithmetic only.
+    one = torch.ones((), dtype=torch.float64)
+    numbers = torch.stack([one * (_NAN if x is None else x) for x in scalars])
     output = _fused_loss(
         head,
         bias,
         None if p is None else p.hidden,
         None if d is None else d.hidden,
         *((None,) * 4 if p is None else p[1:5]),
-        *(Bounds(None, None, None) if p is None else p.bounds),
         *((None,) * 4 if d is None else d[1:5]),
-        *(Rule("forward_kl", None, "mask") if d is None else d.rule),
-        1.0 if isinstance(heat, Tensor) else float(heat),
+        rule.kind,
+        rule.over_limit,
+        numbers,
         heat_rows,
         options.logit_softcap,
-        float(options.column_tolerance),
         options.impl,
         options.chunk_rows,
         None if group is None else group.group_name,

@@ -56,6 +56,14 @@ class Shard:
             dist.all_reduce(values, group=self.group)
         return values
 
+    def smallest(self, count: int) -> int:
+        """The smallest of the ranks' counts. A host sync, for the CPU."""
+        if self.group_name is None:
+            return count
+        counts = torch.tensor([count])
+        dist.all_reduce(counts, op=dist.ReduceOp.MIN, group=self.group)
+        return int(counts)
+
     def local(self, targets: Tensor, columns: int) -> Tensor:
         """Token ids -> columns of this shard, -1 for the ids of other shards."""
         if self.group_name is None:

@@ -6,9 +6,9 @@ What: rows h [N, H] of one or several groups meet one head W [V, H]. Per chunk o
 Equation: z = softcap(h Wᵀ + b) / temperature; dH = dz W, dW = dzᵀ h, db = sum dz.
 Source: the chain rule; arXiv 2606.24064 Eq. 1 and Eq. 3 supply the dz.
 Live columns: on a confident model dz is almost empty. With column_tolerance > 0 a column of the chunk is multiplied
-  only where |dz| >= tolerance * (the row's weight) for some row; what each row loses is returned as a bound on
-  sum |dz| over its dropped columns, in units of d loss / d logit. So |error of dH| <= dropped * max |W|. Where more
-  than half of the columns live, the chunk is dense and drops nothing.
+  only where |dz| >= tolerance * (the row's weight) * min(1, the chunk's largest sum |dz| / weight) for some row; what
+  each row loses is returned as a bound on sum |dz| over its dropped columns, in units of d loss / d logit. So |error
+  of dH| <= dropped * max |W|. Where more than half of the columns live, the chunk is dense and drops nothing.
 Gradient: weights are known in the forward pass, so loss gradients are formed there; backward multiplies by the
   upstream gradient.
 Memory: `launch.extra_bytes`. No term in N·V.
@@ -31,9 +31,9 @@ from torch import Tensor
 
 from sgpo_kernels import launch
 from sgpo_kernels.heads import Head, Shard, mm
-from sgpo_kernels.rowmath import DROPPED, SHARE, SLOPE, TOTAL, VALUE_ROWS, Logits, power_of_two_scale
+from sgpo_kernels.rowmath import DROPPED, SHARE, SLOPE, STRENGTH, TOTAL, VALUE_ROWS, Logits, power_of_two_scale
 
-# What float32 may lose in TOTAL - kept, relative to the row's |SLOPE|, and in each of the probabilities.
+# What float32 may lose in TOTAL - kept, relative to the row's |SLOPE| max(1, TOTAL), and in each of the probabilities.
 DROPPED_FLOOR, DROPPED_MARGIN = 2.0**-18, 1e-4
 
 
@@ -165,9 +165,7 @@ class _Loop:
         self.acc, self.operand = scale.dtype, self.head.weight_VH.dtype
         rows = max(group.index.numel() for group in groups)
         vocab, width = call.head.shape
-        self.chunk = min(
-            rows, call.chunk_rows or launch.chunk_rows(rows, width, vocab, call.head.dtype, call.head.device.type)
-        )
+        self.chunk = min(rows, call.chunk_rows or self._default_chunk(rows, width, vocab))
         contexts = 1 + any(group.teacher(self.head) is not None for group in groups)
         # Rows begin on 64-byte boundaries, also where V is odd: aligned loads, and an output that cuBLAS takes.
         padded = -(-vocab // 16) * 16
@@ -179,10 +177,18 @@ class _Loop:
         self.slab: tuple[Tensor, Tensor] | None = None
         self.filled = 0
 
+    def _default_chunk(self, rows: int, width: int, vocab: int) -> int:
+        device = self.call.head.device.type
+        chunk = launch.chunk_rows(rows, width, vocab, self.call.head.dtype, device)
+        # It depends on this rank's columns on a CPU only, and all ranks must take the same steps.
+        return self.call.shard.smallest(chunk) if device == "cpu" else chunk
+
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.acc, device=self.call.head.device)
 
     def run(self, group: RowGroup, hidden_grad: Tensor | None) -> None:
+        if not group.index.numel():
+            return
         group.values[SHARE].index_fill_(0, group.index, 1.0)
         for rows_C in group.index.split(self.chunk):
             hidden_CH = group.hidden[rows_C].to(self.operand)
@@ -219,11 +225,12 @@ class _Loop:
         """The columns to multiply; None means all of them."""
         if not self.call.column_tolerance:
             return None
-        peaks_V = self.math.peaks(
-            group.kind, chunk.student, chunk.teacher, table, chunk.targets_C, self.call.column_tolerance
-        )
-        # Written so that NaN lives.
-        columns_A = live_index((peaks_V < self.call.column_tolerance).logical_not_())
+        # Where no row of the chunk has a gradient of the size of its weight, the largest one is the measure.
+        largest = (table[STRENGTH] * table[TOTAL]).amax().clamp(max=1.0)
+        threshold = largest * self.call.column_tolerance
+        peaks_V = self.math.peaks(group.kind, chunk.student, chunk.teacher, table, chunk.targets_C, threshold)
+        # Written so that NaN lives, and nothing does where nothing has a gradient.
+        columns_A = live_index(((peaks_V < threshold) | (peaks_V == 0)).logical_not_())
         return None if columns_A.numel() > launch.DENSE_SHARE * peaks_V.numel() else columns_A
 
     def _dense(
@@ -255,7 +262,8 @@ class _Loop:
             group.kind, chunk.student, chunk.teacher, table, chunk.targets_C, columns_A
         )
         assert self.scale is not None
-        lost_C = (table[TOTAL] - kept_C).clamp_(min=0).mul_(1 + DROPPED_MARGIN).add_(DROPPED_FLOOR)
+        floor_C = DROPPED_FLOOR * table[TOTAL].clamp(min=1.0)
+        lost_C = (table[TOTAL] - kept_C).clamp_(min=0).mul_(1 + DROPPED_MARGIN).add_(floor_C)
         group.values[DROPPED, chunk.rows_C] = lost_C * table[SLOPE].abs() * self.scale
         group.values[SHARE, chunk.rows_C] = columns_A.numel() / chunk.student.products_CV.shape[1]
         self._add_bias(columns_A, dz_CA)

@@ -347,10 +347,10 @@ def peaks(
     teacher: Logits | None,
     table: Tensor,
     targets_C: Tensor | None,
-    tolerance: float,
+    threshold: Tensor,
 ) -> Tensor:
     """[V]: the largest |core| * STRENGTH of each column over the chunk's rows (exact here; an implementation may
-    return any smaller value where it is below the tolerance)."""
+    return any smaller value where it is below the threshold, 0-d)."""
     peaks_V = table.new_zeros(student.products_CV.shape[1])
     for rows in row_blocks(student.products_CV):
         z_T = None if teacher is None else teacher.products_CV[rows]

@@ -354,13 +354,13 @@ def _core(z_S, z_T, is_target, inside, table_ptr, rows, row_inside, C, KIND: tl.
 @triton.jit(do_not_specialize=SIZES)
 def peak_tiles(
     products_ptr, stride, bias_ptr, teacher_ptr, teacher_stride, teacher_bias_ptr, heat_ptr, softcap, table_ptr,
-    targets_ptr, tiles_ptr, teacher_tiles_ptr, tolerance, peaks_ptr, C, V, T,
+    targets_ptr, tiles_ptr, teacher_tiles_ptr, threshold_ptr, peaks_ptr, C, V, T,
     KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_HEAT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """peaks [row blocks, V]: the largest |core| STRENGTH of each column in each block of rows.
 
-    A tile whose largest probabilities (from scan's tile maxima) stay below the tolerance is not read: its peaks are
+    A tile whose largest probabilities (from scan's tile maxima) stay below the threshold is not read: its peaks are
     stored as 0. Reverse KL and JS have no such bound and are always read.
     """
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -368,7 +368,7 @@ def peak_tiles(
     row_inside, column_inside = rows < C, columns < V
     strength = tl.load(table_ptr + 3 * C + rows, mask=row_inside, other=0.0)
     targets = rows * 0 - 1
-    reach = tolerance + 0.0 * strength
+    reach = 1.0 + 0.0 * strength
     if (KIND == SCORE_) | (KIND == FORWARD_KL_):
         top = tl.load(table_ptr + rows, mask=row_inside, other=0.0)
         log_sum = tl.load(table_ptr + C + rows, mask=row_inside, other=0.0)
@@ -384,7 +384,7 @@ def peak_tiles(
             other = tl.load(teacher_tiles_ptr + at, mask=row_inside, other=float("-inf"))
             reach = tl.maximum(reach, tl.exp(other - top - log_sum))
         # Written so that NaN is read.
-        reach = tl.where(reach * strength * 1.0001 < tolerance, 0.0, 1.0)
+        reach = tl.where(reach * strength * 1.0001 < tl.load(threshold_ptr), 0.0, 1.0)
     peaks = tl.zeros([BLOCK_V], tl.float32)
     if tl.max(tl.where(row_inside, reach, 0.0), 0) > 0.0:
         inside = row_inside[:, None] & column_inside[None, :]

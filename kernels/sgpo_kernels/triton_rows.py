@@ -236,7 +236,7 @@ def peaks(
     teacher: Logits | None,
     table: Tensor,
     targets_C: Tensor | None,
-    tolerance: float,
+    threshold: Tensor,
 ) -> Tensor:
     rows, vocab = student.products_CV.shape
     # The column tiles of scan, whose maxima tell which tiles need no reading.
@@ -252,7 +252,7 @@ def peaks(
         table if targets_C is None else targets_C,
         tile_stats,
         other,
-        tolerance,
+        threshold,
         found,
         rows,
         vocab,
