@@ -28,16 +28,32 @@ def test_chunk_rows_of_the_7b_head():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_memory_formula_does_not_hold_the_logits(op, device):
     few, many = (launch.extra_bytes(op, n, 3584, 152064, torch.bfloat16, device) for n in (8192, 16384))
-    assert many - few == 8192 * (2 * 3584 * 2 + 32 * 4)
+    assert many - few == 8192 * (2 * 3584 * 2 + 48 * 4)
     without = launch.extra_bytes(op, 8192, 3584, 152064, torch.bfloat16, device, head_grad=False)
     assert few - without >= 152064 * 3584 * 8
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_head_blocks_cover_64_mib(dtype):
+@pytest.mark.parametrize(("device", "limit"), [("cpu", 64 << 20), ("cuda", 32 << 20)])
+def test_head_blocks_fit_the_cache_of_the_device(dtype, device, limit):
     size = launch.accumulate_dtype(dtype).itemsize
-    assert launch.head_block_rows(3584, dtype) * 3584 * size <= 64 << 20
-    assert launch.head_block_rows(10**9, dtype) == 128
+    assert launch.head_block_rows(3584, dtype, device) * 3584 * size <= limit
+    assert launch.head_block_rows(10**9, dtype, device) == 128
+
+
+def test_row_blocks_stay_in_the_cache_of_a_cpu():
+    assert launch.block_rows(32768, torch.float32, "cpu") == 8
+    assert launch.block_rows(10**9, torch.float32, "cpu") == 1
+    assert launch.block_rows(152064, torch.bfloat16, "cuda") == 110
+
+
+def test_the_7b_shape_stays_under_its_memory_goal():
+    """4.1 GiB beyond inputs, hidden gradients and the rounded head gradients, for any number of rows."""
+    for rows in (9216, 147456):
+        extra = launch.extra_bytes("sgpo", rows, 3584, 152064, torch.bfloat16, "cuda")
+        outputs = 2 * rows * 3584 * 2 + 2 * 152064 * 3584 * 2 + 48 * rows * 4
+        blocks = launch.WORK_BLOCKS * launch.block_rows(152064, torch.bfloat16, "cuda") * 152064 * 4
+        assert (extra - outputs - blocks) / 2**30 < 4.1
 
 
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=5))
@@ -57,21 +73,36 @@ def test_scale_of_nothing_usable_is_one(values):
     assert rowmath.power_of_two_scale(torch.tensor(values)).item() == 1
 
 
-def test_log_softmax_in_place_keeps_accuracy_for_large_logits():
-    logits = torch.randn(8, 100, dtype=torch.float64) + 1000
-    values = logits.float()
-    truth = values.double().log_softmax(1)
-    probs = rowmath.log_softmax_(values)
-    assert (values - truth).abs().max() < 2e-6
-    assert (probs - truth.exp()).abs().max() < 1e-6
+def score_table(logits: torch.Tensor, targets: torch.Tensor) -> tuple[rowmath.Logits, torch.Tensor]:
+    """Finished logits and the row table of policy rows of weight and advantage 1, exactly on-policy."""
+    side = rowmath.Logits(logits.clone(), None, None, None)
+    parts = rowmath.scan(side, targets).unsqueeze(0)
+    one, rows = torch.ones(len(logits), dtype=logits.dtype), torch.arange(len(logits))
+    values = logits.new_zeros(rowmath.VALUE_ROWS, len(logits))
+    bounds = rowmath.Bounds(None, None, None)
+    return side, rowmath.settle_policy(parts, 0, targets, None, one, one, bounds, rows, one, values)
 
 
-def test_one_hot_minus_is_the_gradient_of_the_log_probability():
+def test_log_probabilities_keep_their_accuracy_for_large_logits():
+    values = (torch.randn(8, 100, dtype=torch.float64) + 1000).float()
+    _, table = score_table(values, torch.zeros(8, dtype=torch.int64))
+    ours = rowmath.log_probs(values, table[rowmath.MAX], table[rowmath.LOG_SUM])
+    assert (ours - values.double().log_softmax(1)).abs().max() < 2e-6
+
+
+def test_gradient_of_score_rows_is_the_gradient_of_the_log_probability():
     logits = torch.randn(6, 9, dtype=torch.float64, requires_grad=True)
-    targets, slope = torch.randint(9, (6,)), torch.randn(6, dtype=torch.float64)
-    (slope * logits.log_softmax(1).gather(1, targets.unsqueeze(1)).squeeze(1)).sum().backward()
-    ours = rowmath.one_hot_minus_(logits.detach().softmax(1), targets, slope)
-    torch.testing.assert_close(ours, logits.grad)
+    targets = torch.randint(9, (6,))
+    (-logits.log_softmax(1).gather(1, targets.unsqueeze(1))).sum().backward()
+    side, table = score_table(logits.detach(), targets)
+    torch.testing.assert_close(rowmath.gradient("score", side, None, table, targets, None), logits.grad)
+
+
+def test_total_is_the_sum_of_the_core():
+    logits, targets = torch.randn(6, 9, dtype=torch.float64), torch.randint(9, (6,))
+    side, table = score_table(logits, targets)
+    core, _ = rowmath.core("score", side.products_CV, None, table, targets)
+    torch.testing.assert_close(table[rowmath.TOTAL], core.abs().sum(1))
 
 
 @pytest.mark.parametrize(("shift", "passes"), [(0.0, True), (1.5e-3, True), (2.5e-3, False), (torch.nan, False)])

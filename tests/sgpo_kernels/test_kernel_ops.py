@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import sgpo_kernels
 import torch
-from sgpo_kernels import launch, linear_rows, reference, testing
+from sgpo_kernels import heads, launch, linear_rows, reference, testing
 from torch import Tensor
 
 OPS = ("logprob", "policy", "policy_on", "policy_dual", "forward_kl", "reverse_kl", "js", "sgpo")
@@ -283,12 +283,18 @@ def test_tiny_weights_survive_the_half_dtypes(make_case, op, dtype):
 def test_the_widening_path_of_accelerators(make_case, op, dtype, monkeypatch):
     """On CUDA the operands stay half and dW is summed in blocks; an upcast plays the widening product here."""
 
-    def keep_half(head: Tensor, bias: Tensor | None) -> linear_rows.Projection:
-        return linear_rows.Projection(head.detach(), None if bias is None else bias.float())
+    def keep_half(head: Tensor, bias: Tensor | None) -> heads.Head:
+        return heads.Head(head.detach(), None if bias is None else bias.float())
 
-    monkeypatch.setattr(linear_rows.Projection, "of", keep_half)
-    monkeypatch.setattr(linear_rows, "mm", lambda left, right: left.float() @ right.float())
+    def widening(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mm(left.float(), right.float(), out=out)
+
+    monkeypatch.setattr(heads.Head, "of", keep_half)
+    monkeypatch.setattr(heads, "mm", widening)
+    monkeypatch.setattr(linear_rows, "mm", widening)
+    monkeypatch.setattr(launch, "HEAD_BLOCK_BYTES", {"cpu": 1})
+    assert launch.head_block_rows(24, dtype, "cpu") == 128
     case = make_case(op, dtype, (40, 24, 300))
-    monkeypatch.setattr(launch, "HEAD_BLOCK_BYTES", 1)
-    assert launch.head_block_rows(24, dtype) == 128
-    case.check(chunk_rows=7)
+    for slab in (4096, 20, 7):
+        monkeypatch.setattr(launch, "SLAB_ROWS", slab)
+        case.check(chunk_rows=7)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sgpo_kernels import reference
-from sgpo_kernels.policy import SurrogateBounds, clipped_surrogate
+from sgpo_kernels.rowmath import Bounds, clipped_surrogate
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -60,7 +60,7 @@ def test_on_policy_equals_old_logprobs_of_the_same_weights(make_case):
 @pytest.mark.parametrize(("ratio", "advantage"), [(1.28, 2.0), (0.8, -2.0), (3.0, -2.0)])
 def test_a_ratio_on_a_bound_is_not_clipped(ratio, advantage):
     tensors = (torch.tensor([x], dtype=torch.float64) for x in (ratio, advantage))
-    loss, slope, clipped = clipped_surrogate(*tensors, SurrogateBounds(0.2, 0.28, 3.0))
+    loss, slope, clipped = clipped_surrogate(*tensors, Bounds(0.2, 0.28, 3.0))
     assert not clipped.item()
     assert loss.item() == slope.item() == -ratio * advantage
 
@@ -75,7 +75,7 @@ def test_a_ratio_on_a_bound_is_not_clipped(ratio, advantage):
 @settings(max_examples=300, deadline=None)
 def test_surrogate_is_the_formula(ratio, advantage, low, high, dual):
     tensors = (torch.tensor([x], dtype=torch.float64) for x in (ratio, advantage))
-    loss, slope, clipped = clipped_surrogate(*tensors, SurrogateBounds(low, high, dual))
+    loss, slope, clipped = clipped_surrogate(*tensors, Bounds(low, high, dual))
     objective = min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
     if dual is not None and advantage < 0:
         objective = max(objective, dual * advantage)
