@@ -15,7 +15,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments, overrides = parser.parse_known_args(argv)
     try:
-        return arguments.run(arguments, overrides)
+        code = arguments.run(arguments, overrides)
+        if "torch" in sys.modules:
+            from sgpo.engine import ranks
+
+            ranks.settle()
+        return code
     except SgpoError as error:
         print(f"sgpo: {error}", file=sys.stderr)
         return 2

@@ -7,8 +7,12 @@ Equation: z = softcap(h Wᵀ + b) / temperature; dH = dz W, dW = dzᵀ h, db = s
 Source: the chain rule; arXiv 2606.24064 Eq. 1 and Eq. 3 supply the dz.
 Live columns: on a confident model dz is almost empty. With column_tolerance > 0 a column of the chunk is multiplied
   only where |dz| >= tolerance * (the row's weight) * min(1, the chunk's largest sum |dz| / weight) for some row; what
-  each row loses is returned as a bound on sum |dz| over its dropped columns, in units of d loss / d logit. So |error
-  of dH| <= dropped * max |W|. Where more than half of the columns live, the chunk is dense and drops nothing.
+  each row loses is returned as a bound on sum |dz| over its dropped columns, in units of d loss / d logit. Where more
+  than half of the columns live, the chunk is dense and drops nothing.
+Centring: dz of a row sums to 0, so the sum of what it dropped is known. dH gets it back, multiplied by one mean head
+  row (of the columns that the group's first sparse chunk dropped, weighted by their largest |dz|); on a real model
+  this makes the error of dH several times smaller. The returned bound then includes the sum's size, so that in either
+  case |error of dH| <= dropped * max |W|. Not with a soft-cap or a vocabulary shard, whose dz does not sum to 0.
 Gradient: weights are known in the forward pass, so loss gradients are formed there; backward multiplies by the
   upstream gradient.
 Memory: `launch.extra_bytes`. No term in N·V.
@@ -176,6 +180,8 @@ class _Loop:
         self.slab_rows = max(self.chunk, launch.slab_rows(total) if needs.head else 0)
         self.slab: tuple[Tensor, Tensor] | None = None
         self.filled = 0
+        self.centred = call.softcap is None and call.shard.group_name is None
+        self.centre_H: Tensor | None = None
 
     def _default_chunk(self, rows: int, width: int, vocab: int) -> int:
         device = self.call.head.device.type
@@ -190,13 +196,14 @@ class _Loop:
         if not group.index.numel():
             return
         group.values[SHARE].index_fill_(0, group.index, 1.0)
+        self.centre_H = None
         for rows_C in group.index.split(self.chunk):
             hidden_CH = group.hidden[rows_C].to(self.operand)
             chunk = self._open(group, rows_C, hidden_CH)
             table = group.settle(chunk)
             if chunk.factor_C is None:
                 continue
-            columns_A = self._live_columns(group, chunk, table)
+            columns_A = self._live_columns(group, chunk, table) if self.call.column_tolerance else None
             if columns_A is None:
                 self._dense(group, chunk, table, hidden_CH, hidden_grad)
             else:
@@ -222,16 +229,26 @@ class _Loop:
         return Chunk(self.math, self.call.shard, rows_C, student, teacher, targets, factor)
 
     def _live_columns(self, group: RowGroup, chunk: Chunk, table: Tensor) -> Tensor | None:
-        """The columns to multiply; None means all of them."""
-        if not self.call.column_tolerance:
-            return None
+        """The columns to multiply; None means all of them. The first sparse chunk also settles the mean head row."""
         # Where no row of the chunk has a gradient of the size of its weight, the largest one is the measure.
         largest = (table[STRENGTH] * table[TOTAL]).amax().clamp(max=1.0)
         threshold = largest * self.call.column_tolerance
-        peaks_V = self.math.peaks(group.kind, chunk.student, chunk.teacher, table, chunk.targets_C, threshold)
+        first = self.centred and self.centre_H is None
+        read_from = torch.zeros_like(threshold) if first else threshold
+        peaks_V = self.math.peaks(group.kind, chunk.student, chunk.teacher, table, chunk.targets_C, read_from)
         # Written so that NaN lives, and nothing does where nothing has a gradient.
         columns_A = live_index(((peaks_V < threshold) | (peaks_V == 0)).logical_not_())
-        return None if columns_A.numel() > launch.DENSE_SHARE * peaks_V.numel() else columns_A
+        if columns_A.numel() > launch.DENSE_SHARE * peaks_V.numel():
+            return None
+        if first and columns_A.numel():
+            self.centre_H = self._mean_head_row(peaks_V.index_fill_(0, columns_A, 0.0))
+        return columns_A
+
+    def _mean_head_row(self, weights_V: Tensor) -> Tensor:
+        """The weighted mean of the head's rows, [H]; 0 where all weights are. One pass over the head."""
+        tiny = torch.finfo(weights_V.dtype).tiny
+        weights_1V = (weights_V / weights_V.amax().clamp(min=tiny)).to(self.operand).unsqueeze(0)
+        return mm(weights_1V, self.head.weight_VH).squeeze(0) / weights_1V.sum(dtype=self.acc).clamp(min=tiny)
 
     def _dense(
         self, group: RowGroup, chunk: Chunk, table: Tensor, hidden_CH: Tensor, hidden_grad: Tensor | None
@@ -264,11 +281,16 @@ class _Loop:
         assert self.scale is not None
         floor_C = DROPPED_FLOOR * table[TOTAL].clamp(min=1.0)
         lost_C = (table[TOTAL] - kept_C).clamp_(min=0).mul_(1 + DROPPED_MARGIN).add_(floor_C)
-        group.values[DROPPED, chunk.rows_C] = lost_C * table[SLOPE].abs() * self.scale
+        lost_C.mul_(table[SLOPE].abs())
+        dhidden_CH = hidden_CH.new_zeros(hidden_CH.shape, dtype=self.acc)
+        if self.centre_H is not None:
+            dropped_C = -dz_CA.sum(1)
+            lost_C.add_(dropped_C.abs())
+            dhidden_CH.addr_(dropped_C, self.centre_H)
+        group.values[DROPPED, chunk.rows_C] = lost_C * self.scale
         group.values[SHARE, chunk.rows_C] = columns_A.numel() / chunk.student.products_CV.shape[1]
         self._add_bias(columns_A, dz_CA)
         dz_CA = dz_CA.to(group.hidden.dtype).to(self.operand)
-        dhidden_CH = hidden_CH.new_zeros(hidden_CH.shape, dtype=self.acc)
         block = launch.head_block_rows(hidden_CH.shape[1], self.acc, hidden_CH.device.type)
         for columns, dz in zip(columns_A.split(block), dz_CA.split(block, 1), strict=True):
             if hidden_grad is not None:

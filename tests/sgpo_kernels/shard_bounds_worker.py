@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -86,6 +87,7 @@ def main() -> None:
     ops = op_results({**options, "vocab_start": small[0]}, small)
     torch.save((live, ops), folder / f"{ranks}-{rank}.pt")
     dist.destroy_process_group()
+    time.sleep(0.2)  # gloo's thread lets go of the last collective, which needs the interpreter
 
 
 if __name__ == "__main__":

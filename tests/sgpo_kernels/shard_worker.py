@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -52,6 +53,7 @@ def main() -> None:
     torch.save(saved, folder / f"{impl}-{ranks}-{rank}-{tolerance}.pt")
     if ranks > 1:
         dist.destroy_process_group()
+        time.sleep(0.2)  # gloo's thread lets go of the last collective, which needs the interpreter
 
 
 if __name__ == "__main__":

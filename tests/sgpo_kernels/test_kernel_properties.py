@@ -104,11 +104,9 @@ def confident(kind: str, seed: int, dtype: torch.dtype, shape: tuple[int, int, i
     flat = uniform(rows, 1) < (0.1 if seed % 6 == 5 else 0.0)
     hidden = torch.where(flat, 0.0, sharpness * head[tokens]) + 0.1 * normal(rows, width)
     fixed: dict[str, Any] = {"token_weight": 10 ** (9 * uniform(rows) - 6) * (uniform(rows) > 0.2)}
-    weight = fixed["token_weight"]
     if kind == "policy":
         fixed |= {"targets": tokens, "advantages": normal(rows), "clip_low": 0.2, "clip_high": 0.28}
         fixed["dual_clip"] = 1.5 if seed % 3 else None
-        weight = weight * fixed["advantages"]
         if seed % 2:
             fixed["targets"] = torch.where(uniform(rows) < 0.2, torch.randint(vocab, (rows,), generator=gen), tokens)
     else:
@@ -119,6 +117,7 @@ def confident(kind: str, seed: int, dtype: torch.dtype, shape: tuple[int, int, i
     fixed["temperature"] = (1.0, 0.7, 0.6 + uniform(rows))[(seed // 2) % 3]
     bias = normal(vocab) if (seed // 4) % 2 else None
     cast = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in fixed.items()}
+    weight = cast["token_weight"].double() * (cast["advantages"].double() if kind == "policy" else 1.0)
     if "teacher_hidden" in fixed:
         cast["teacher_hidden"] = fixed["teacher_hidden"].to(dtype)
     states = States(kind, hidden.to(dtype), head.to(dtype), None if bias is None else bias.to(dtype), cast, weight)
@@ -139,14 +138,16 @@ def chunks_of(states: States, size: int) -> list[Tensor]:
 @pytest.mark.parametrize("kind", ["policy", *KINDS])
 @pytest.mark.parametrize("seed", range(24))
 def test_the_live_columns_are_those_of_the_definition(kind, seed, impl):
-    """In float64: which columns each chunk keeps, the gradients of exactly those, the mass of the others."""
+    """In float64: which columns each chunk keeps, the gradients of exactly those, the mass of the others, and what dH
+    gets back for it."""
     states = confident(kind, seed, torch.float64)
     tolerance, size = 2.0 ** -(5 + seed % 10), (60, 17, 5, 1)[seed % 4]
     _, stats, grads = states.run(impl=impl, column_tolerance=tolerance, chunk_rows=size)
     core, dz = states.slopes()
     heat = states.fixed["temperature"]
     relative = core.abs() / states.weight.abs().unsqueeze(1)
-    expected, seen = torch.zeros_like(dz), set()
+    centred, centre = states.fixed["logit_softcap"] is None, None
+    expected, returned, seen = torch.zeros_like(dz), torch.zeros_like(states.hidden), set()
     for rows in chunks_of(states, size):
         # The largest sum |dz| / weight is itself a bound for reverse KL and JS: their sets may be smaller, not larger.
         largest = min(1.0, float(relative[rows].sum(1).max()))
@@ -168,16 +169,25 @@ def test_the_live_columns_are_those_of_the_definition(kind, seed, impl):
             live = torch.zeros_like(live).index_fill_(0, keep, True)
         expected[rows] = dz[rows] * live
         lost = (dz[rows] * ~live).abs().sum(1)
+        if centred and share[0] != 1:
+            centre = (peak * ~live) @ states.head / (peak * ~live).sum() if centre is None else centre
+            total = (dz[rows] * ~live).sum(1)
+            returned[rows] = torch.outer(total, centre)
+            lost += total.abs()
         assert bool((lost <= stats.dropped[rows]).all())
         assert share[0] != 1 or not stats.dropped[rows].any()
-        if kind in ("policy", "forward_kl") and states.fixed["logit_softcap"] is None and share[0] != 1:
+        if kind in ("policy", "forward_kl") and centred and share[0] != 1:
             # Not idle: the mass itself and what rounding may cost, at the row's own slope.
             hottest = 1 / (heat[rows].double() if isinstance(heat, Tensor) else heat)
             ratio = stats.ratio[rows].double() if kind == "policy" else 1.0
             slack = MARGIN * lost + 2.01 * FLOOR * states.weight[rows].abs() * hottest * ratio * 1.01
             assert bool((stats.dropped[rows] <= lost + slack).all())
         seen.add(float(share[0]) == 1)
-    product = {"hidden": expected @ states.head, "head": expected.t() @ states.hidden, "bias": expected.sum(0)}
+    product = {
+        "hidden": expected @ states.head + returned,
+        "head": expected.t() @ states.hidden,
+        "bias": expected.sum(0),
+    }
     for name, grad in grads.items():
         torch.testing.assert_close(grad, product[name], rtol=1e-8, atol=1e-9 * float(product[name].abs().max()))
     missing = (grads["hidden"] - dz @ states.head).abs().amax(1)
@@ -223,9 +233,9 @@ def test_the_bound_holds_where_the_sum_is_a_thousand_times_what_is_dropped(kind,
     student[:, :2] = torch.randn(rows, 2, generator=gen)
     teacher = student + torch.rand(rows, vocab, generator=gen)
     teacher[:, 0] -= depth
-    hidden, weight = student.clone().requires_grad_(), torch.ones(rows)
+    hidden, head, weight = student.clone(), torch.eye(vocab).requires_grad_(), torch.ones(rows)
     options = {"kind": kind, "column_tolerance": 2.0**-8, "chunk_rows": rows, "impl": impl}
-    loss, stats = sgpo_kernels.linear_divergence(hidden, teacher, torch.eye(vocab), token_weight=weight, **options)
+    loss, stats = sgpo_kernels.linear_divergence(hidden, teacher, head, token_weight=weight, **options)
     loss.backward()
     exact = student.double().requires_grad_()
     logp, logq = exact.log_softmax(1), teacher.double().log_softmax(1)
@@ -234,9 +244,9 @@ def test_the_bound_holds_where_the_sum_is_a_thousand_times_what_is_dropped(kind,
     # d JS / d p_S = (log p_S - log m) / 2, so that m may be held.
     value = sums[kind] if kind in sums else logp.exp() * (logp - middle).detach() / 2
     value.sum().backward()
-    assert hidden.grad is not None
+    assert head.grad is not None
     assert exact.grad is not None
-    dropped = ~hidden.grad.any(0)
+    dropped = ~head.grad.any(1)
     assert 0 < int((~dropped).sum()) < 50
     lost = exact.grad[:, dropped].abs().sum(1)
     assert float(lost.min()) > 1e-7

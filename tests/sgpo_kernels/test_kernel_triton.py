@@ -157,7 +157,7 @@ def test_live_columns_agree_with_plain_torch(make_case, op, tolerance, options):
 
 
 def test_tiles_that_are_not_read_hold_no_live_column(make_case):
-    """Peaks of skipped tiles come back as 0; the true ones lie below the tolerance."""
+    """Peaks of skipped tiles come back as 0; the true ones lie below the tolerance. At threshold 0 all are read."""
     from sgpo_kernels import triton_rows
 
     gen = torch.Generator().manual_seed(3)
@@ -176,6 +176,8 @@ def test_tiles_that_are_not_read_hold_no_live_column(make_case):
             parts, 0, targets, None, one, one, rowmath.Bounds(None, None, None), torch.arange(8), one, values
         )
         found[name] = module.peaks("score", logits, None, table, targets, tolerance)
+        everything = module.peaks("score", logits, None, table, targets, torch.zeros(()))
+        torch.testing.assert_close(everything, found.setdefault("everything", everything))
     skipped = found["triton"] == 0
     assert skipped.any()
     assert bool((found["torch"][skipped] < tolerance).all())
