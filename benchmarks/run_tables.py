@@ -69,6 +69,36 @@ def real_table() -> str:
     return "\n".join(lines)
 
 
+def kernels_table() -> str:
+    """The op sgpo, case by case: ratios to ours-torch of the same run, errors against fp64."""
+    lines = [
+        "| rows, hidden states | implementation | time / ours | products per row | forward | peak MiB "
+        "| dH error, policy | distillation | dW error |",
+        "|" + "---|" * 9,
+    ]
+    for case, rows in _sgpo_cases(load("kernels")).items():
+        base = next(row["ms_p50"] for row in rows if row["peer"] == "ours-torch")
+        for row in rows:
+            forward = f"{row['forward_units']:.2f}" if row.get("forward_units") else "-"
+            errors = " | ".join(f"{row[f'{name}_error']:.1e}" for name in ("dpolicy", "ddistill", "dhead"))
+            lines.append(
+                f"| {case} | `{row['peer']}` | {row['ms_p50'] / base:.2f} | {row['units']:.2f} | {forward} | "
+                f"{row['peak_mib']:.0f} | {errors} |"
+            )
+    return "\n".join(lines)
+
+
+def _sgpo_cases(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Finished rows of the op sgpo by case; the sweep over the number of rows has fewer peers and is left out."""
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["op"] == "sgpo" and row["status"] == "ok":
+            states = "SmolLM2-135M" if row["states"].startswith("real:") else row["states"]
+            where = f"{row['policy_rows']} + {row['distill_rows']}, H {row['hidden']}, V {row['vocab']}, {states}"
+            cases.setdefault(where, []).append(row)
+    return {case: found for case, found in cases.items() if len({row["peer"] for row in found}) > 4}
+
+
 def rewrite_readme(tables: dict[str, str]) -> None:
     """Puts each table between its markers <!-- NAME --> and <!-- /NAME -->."""
     path = ROOT / "README.md"
@@ -97,7 +127,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.collect:
         collect(arguments.collect, arguments.runs)
-    makers = {"quickstart": quickstart_table, "real": real_table}
+    makers = {"quickstart": quickstart_table, "real": real_table, "kernels": kernels_table}
     rewrite_readme({name: make() for name, make in makers.items() if (RESULTS / f"{name}.jsonl").exists()})
 
 
