@@ -145,7 +145,7 @@ class EngineConfig(Section):
         ge=0,
         lt=1,
         description="0: exact; above: vocabulary columns whose gradient stays below this share of the row's weight are"
-        " left out of backward (2.44e-4 is 2^-12; what is lost is logged as dropped_mass)",
+        " left out of backward (3.05e-5 is 2^-15; a bound of what is lost is logged as dropped_mass)",
     )
 
 

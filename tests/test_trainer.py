@@ -170,7 +170,7 @@ def test_two_processes_give_the_loss_curve_of_one(plain_run, tmp_path, stage):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["--algorithm.over_limit=clamp"],
+        ["--algorithm.over_limit=clamp", "--engine.column_tolerance=0.05"],
         ["--algorithm.over_limit=scale"],
         ["--algorithm.over_limit=off", "--algorithm.target=all"],
         ["--algorithm.target=mean", "--algorithm.alpha=fixed"],
@@ -191,6 +191,7 @@ def test_every_switch_runs_end_to_end(tmp_path, overrides):
     assert all(row["loss"] is not None for row in found)
     assert any((row["grad_norm"] or 0) > 0 for row in found)
     text = " ".join(overrides)
+    assert ("column_tolerance" in text) == any(row["column_share"] < 1 for row in found)
     distils = not any(word in text for word in ("sft", "none", "method=grpo"))
     if "autonomous_grpo=false" in text:
         assert all(row["policy_rows"] == 0 for row in found)

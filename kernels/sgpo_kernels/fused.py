@@ -41,7 +41,8 @@ from sgpo_kernels.rowmath import (
 class PolicyStats(NamedTuple):
     """Per row, no gradient; rows that are not live hold zeros. Log-probs and entropy in nats.
 
-    `dropped` bounds sum |d loss / d logit| over the columns that the backward left out (0 with column_tolerance = 0);
+    `dropped` bounds sum |d loss / d logit| over the columns that the backward left out, plus the size of their sum (0
+    with column_tolerance = 0; see linear_rows): |error of dH| <= dropped * max |W|;
     `column_share` is the share of the vocabulary's columns that it multiplied for the row's chunk.
     """
 
