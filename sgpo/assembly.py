@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,19 @@ from sgpo.data.prompts import PromptBuilder, PromptTemplate, eos_token_ids
 from sgpo.engine import ranks
 from sgpo.engine.zero import ZeroEngine
 from sgpo.methods.sgpo import SgpoSettings
-from sgpo.models import PolicyModel, eos_ids_of_model, load_causal_lm
+from sgpo.models import PolicyModel, eos_ids_of_folder, load_causal_lm, load_tokenizer
 from sgpo.provenance import environment
 from sgpo.rewards.pool import RewardPool
 from sgpo.schema import Problem, PromptPair, RolloutEngine, SgpoError, TrainSequence
 from sgpo.seeds import seed_of
 from sgpo.steps import Objective
 from sgpo.strategies.calculator import attach_strategies
+from sgpo.synced import SyncedRollouts
 
 BUILTIN = "builtin"
 _BUILTIN_COUNTS = {"train": 4096, "eval": 256}
+_PROBE_TOKENS = 256
+_SYNC_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 # Sections that may change between a checkpoint and its resumption without changing what is learnt.
 _FREE_SECTIONS = ("run", "log", "checkpoint")
 
@@ -111,11 +115,16 @@ def check_data(config: Config, model_folder: Path, train: TaskData, evaluation: 
     sequence = f"a sequence may have {longest} tokens (prompt {prompt} + rollout.max_new_tokens)"
     if longest > (budget := config.engine.micro_batch_tokens):
         raise SgpoError(f"{sequence}, more than engine.micro_batch_tokens = {budget}; raise it or lower the other")
-    positions = json.loads((model_folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    positions = positions_of(model_folder)
     if positions is not None and longest > positions:
         raise SgpoError(f"{sequence}, more than {positions}, the positions of {model_folder}; lower max_new_tokens")
     if evaluation is not None:
         check_disjoint(train.problems, evaluation.problems)
+
+
+def positions_of(model_folder: Path) -> int | None:
+    """Longest sequence that the model was made for."""
+    return json.loads((model_folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
 
 
 def check_packages(config: Config) -> None:
@@ -174,17 +183,76 @@ def build_engine(config: Config, model_folder: Path, optim: OptimConfig, device:
     )
 
 
-def build_rollouts(config: Config, model_folder: Path, tokenizer: Any, device: torch.device) -> RolloutEngine:
-    """The engine named by rollout.engine; each is imported only when it is asked for."""
+def build_rollouts(config: Config, model_folder: Path) -> RolloutEngine:
+    """The engine named by rollout.engine, in this process or in one of its own."""
+    build = partial(rollout_engine, config, model_folder)
+    if config.rollout.placement == "inprocess":
+        return build()
+    from sgpo.rollout.process import EngineProcess
+
+    devices = config.rollout.devices
+    return EngineProcess(
+        build, stall_s=config.rollout.stall_s, devices=devices[ranks.local_rank() % len(devices)] if devices else None
+    )
+
+
+def rollout_engine(config: Config, model_folder: Path) -> RolloutEngine:
+    """The engine itself; each is imported only when it is asked for."""
+    tokenizer = load_tokenizer(model_folder)
+    eos_ids = eos_token_ids(tokenizer, eos_ids_of_folder(model_folder))
+    if config.rollout.engine == "vllm":
+        from sgpo.rollout.vllm_engine import VllmEngine
+
+        return VllmEngine(
+            model_folder, eos_ids=eos_ids, dtype=config.model.dtype, options=vllm_options(config, model_folder)
+        )
     from sgpo.rollout.hf_engine import HfEngine
 
-    lm = load_causal_lm(model_folder, dtype=config.model.dtype, attn_implementation=config.model.attn_implementation)
     return HfEngine(
-        lm,
-        eos_ids=eos_token_ids(tokenizer, eos_ids_of_model(lm)),
+        load_causal_lm(model_folder, dtype=config.model.dtype, attn_implementation=config.model.attn_implementation),
+        eos_ids=eos_ids,
         pad_id=tokenizer.pad_token_id,
-        device=device,
+        device=torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
         max_batch_tokens=config.rollout.max_batch_tokens,
+        stall_s=config.rollout.stall_s,
+    )
+
+
+def vllm_options(config: Config, model_folder: Path) -> Any:
+    """The sizes of the vLLM engine: room for the longest rollout of the run, memory shared with the trainer."""
+    from sgpo.rollout.vllm_engine import VllmOptions
+
+    rollout, chosen = config.rollout, config.rollout.vllm
+    new_tokens = max(rollout.max_new_tokens, config.eval.max_new_tokens if config.data.eval else 0)
+    longest = chosen.max_model_len or config.data.max_prompt_tokens + new_tokens
+    sleep_level = chosen.sleep_level
+    if sleep_level is None:
+        sleep_level = 2 if torch.cuda.is_available() and rollout.placement == "inprocess" else 0
+    return VllmOptions(
+        max_model_len=min(longest, positions_of(model_folder) or longest),
+        max_num_seqs=chosen.max_num_seqs,
+        max_num_batched_tokens=chosen.max_num_batched_tokens,
+        kv_cache_mib=chosen.kv_cache_mib,
+        gpu_memory_utilization=chosen.gpu_memory_utilization,
+        tensor_parallel_size=chosen.tensor_parallel_size,
+        enforce_eager=chosen.enforce_eager,
+        sleep_level=sleep_level,
+        stall_s=rollout.stall_s,
+    )
+
+
+def sync_rollouts(
+    config: Config, engine: ZeroEngine, rollouts: RolloutEngine, task: TaskData, tokenizer: Any
+) -> SyncedRollouts:
+    """The engine bound to the trainer; the probe is the first problem's longer prompt."""
+    probe = task.prompts[0].guided or task.prompts[0].plain
+    return SyncedRollouts(
+        engine,
+        rollouts,
+        probe_ids=probe[:_PROBE_TOKENS],
+        tolerance=config.rollout.sync_tolerance or _SYNC_TOLERANCE[config.model.dtype],
+        token_budget=config.engine.micro_batch_tokens,
+        pad_id=tokenizer.pad_token_id,
     )
 
 

@@ -7,13 +7,14 @@ cannot work together are refused with one sentence before anything is loaded.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sgpo.schema import SgpoError
 
@@ -61,8 +62,55 @@ class DataConfig(Section):
     max_prompt_tokens: int = Field(default=2048, ge=1, description="a longer prompt is refused at the start, by id")
 
 
+class VllmConfig(Section):
+    max_model_len: int | None = Field(
+        default=None, ge=2, description="prompt and completion together; default: the longest that the run may need"
+    )
+    max_num_seqs: int = Field(default=256, ge=1, description="requests that decode at the same time")
+    max_num_batched_tokens: int | None = Field(default=None, ge=1, description="tokens of one forward pass")
+    kv_cache_mib: int | None = Field(
+        default=None, ge=1, description="memory of the KV cache; default: by gpu_memory_utilization, on a CPU 512"
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.4, gt=0, le=1, description="share of the GPU for weights and KV cache; the trainer needs the rest"
+    )
+    tensor_parallel_size: int = Field(default=1, ge=1, description="consecutive ranks that share one engine")
+    enforce_eager: bool = Field(default=False, description="true: no CUDA graphs (less memory, slower decoding)")
+    sleep_level: Literal[0, 1, 2] | None = Field(
+        default=None,
+        description="while the trainer works: 0 keep all, 1 move the weights to the host, 2 drop them (they are synced "
+        "at the next wake); default: 2 in the trainer's process on a GPU, else 0",
+    )
+
+
 class RolloutConfig(Section):
-    engine: Literal["hf"] = "hf"
+    engine: Literal["auto", "vllm", "hf"] = Field(
+        default="auto",
+        validate_default=True,
+        description="auto: vllm where it is installed, else hf (transformers' generate)",
+    )
+    placement: Literal["inprocess", "process"] = Field(
+        default="inprocess", description="process: the engine runs in a process of its own, one per rank"
+    )
+    devices: list[str] | None = Field(
+        default=None, description="placement process: CUDA_VISIBLE_DEVICES of the engine, one entry per local rank"
+    )
+    overlap: bool = Field(
+        default=False,
+        description="sample the next step while this one trains: one step off-policy; needs placement process and "
+        "importance_cap",
+    )
+    importance_cap: float | None = Field(
+        default=None, gt=0, description="weight policy tokens by min(pi_trainer / pi_sampler, cap); default: off"
+    )
+    importance_level: Literal["token", "sequence"] = "token"
+    stall_s: float = Field(default=600.0, gt=0, description="an engine that does not move for so long is cut")
+    sync_tolerance: float | None = Field(
+        default=None,
+        gt=0,
+        description="mean |log-prob gap| in nats between engine and trainer on a fixed text that stops the run after a "
+        "weight sync; default: 1e-3 in float32, 0.1 in bfloat16",
+    )
     problems_per_step: int = Field(default=128, ge=1)
     n_auto: int = Field(default=8, ge=1, description="completions without the strategy (G1)")
     n_guided: int = Field(default=4, ge=0, description="completions with the strategy (G2)")
@@ -72,6 +120,26 @@ class RolloutConfig(Section):
     max_batch_tokens: int = Field(
         default=65536, ge=1, description="hf engine: rows x (prompt + new tokens) of one batch"
     )
+    vllm: VllmConfig = VllmConfig()
+
+    @field_validator("engine")
+    @classmethod
+    def _installed(cls, engine: str) -> str:
+        """What a run folder records is the engine that ran."""
+        found = importlib.util.find_spec("vllm") is not None
+        if engine == "vllm" and not found:
+            raise ValueError("vllm is not installed; pip install 'sgpo[vllm]', or use hf")
+        return ("vllm" if found else "hf") if engine == "auto" else engine
+
+    @model_validator(mode="after")
+    def _pairs(self) -> RolloutConfig:
+        if self.overlap and (self.placement != "process" or self.importance_cap is None):
+            raise ValueError("overlap needs placement: process (to sample meanwhile) and importance_cap (to correct)")
+        if self.placement == "process" and self.vllm.tensor_parallel_size > 1:
+            raise ValueError("placement: process runs one GPU per engine; set vllm.tensor_parallel_size to 1")
+        if self.devices is not None and self.placement != "process":
+            raise ValueError("devices is for placement: process; an engine in the trainer's process has its device")
+        return self
 
 
 class RewardConfig(Section):
@@ -224,6 +292,10 @@ class Config(Section):
             raise ValueError("algorithm.mini_batches must divide rollout.problems_per_step")
         if self.rollout.n_auto == 1 and self.algorithm.autonomous_grpo:
             raise ValueError("rollout.n_auto = 1 gives no group to compare with; use at least 2")
+        if self.rollout.engine == "vllm" and max(self.rollout.temperature, self.eval.temperature) > 2:
+            raise ValueError(
+                "vLLM takes temperatures up to 2; lower rollout.temperature or eval.temperature, or use hf"
+            )
         if self.warmup.enabled and self.warmup.data is None:
             raise ValueError("warmup.enabled needs warmup.data")
         return self

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from sgpo import assembly
 from sgpo.algorithm.intervals import bootstrap_interval
 from sgpo.assembly import TaskData
@@ -17,6 +15,7 @@ from sgpo.models import load_tokenizer
 from sgpo.rewards.pool import RewardItem, RewardPool
 from sgpo.schema import Kind, Rollout, RolloutEngine, RolloutRequest, SamplingParams, Verdict
 from sgpo.seeds import seed_of
+from sgpo.synced import SyncedRollouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class EvalResult:
 
 
 def evaluate(
-    rollouts: RolloutEngine,
+    rollouts: RolloutEngine | SyncedRollouts,
     rewards: RewardPool,
     tokenizer: Any,
     task: TaskData,
@@ -68,7 +67,9 @@ def evaluate(
                 RolloutRequest(index, kind, k, prompt, seed_of(seed, "eval", kind, task.problems[index].id, k))
                 for k in range(samples)
             ]
-    sampled = rollouts.generate(requests, sampling, on_progress)
+    sampled = rollouts.generate(
+        requests, sampling, on_progress, lambda rollout: rewards.begin(reward_item(tokenizer, task, rollout))
+    )
     verdicts = score_rollouts(rewards, tokenizer, task, sampled)
     rows = [
         {
@@ -88,7 +89,6 @@ def evaluate(
 
 def evaluate_model(config: Config) -> dict[str, EvalResult]:
     """`sgpo eval`: the model in model.path on data.eval, plain and, where eval.guided asks for it, guided."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = assembly.resolve_model(config)
     tokenizer = load_tokenizer(folder)
     task = assembly.load_task(config, tokenizer, split="eval")
@@ -97,28 +97,29 @@ def evaluate_model(config: Config) -> dict[str, EvalResult]:
     if settings.guided and any(pair.guided for pair in task.prompts):
         kinds.append("guided")
     with assembly.build_rewards(config) as rewards:
-        rollouts = assembly.build_rollouts(config, folder, tokenizer, device)
+        rollouts = assembly.build_rollouts(config, folder)
         sampling = SamplingParams(settings.temperature, settings.top_p, settings.max_new_tokens)
-        return {
-            kind: evaluate(
-                rollouts, rewards, tokenizer, task, sampling, samples=settings.samples, seed=config.run.seed, kind=kind
-            )
-            for kind in kinds
-        }
+        try:
+            return {
+                kind: evaluate(
+                    rollouts, rewards, tokenizer, task, sampling,
+                    samples=settings.samples, seed=config.run.seed, kind=kind,
+                )
+                for kind in kinds
+            }  # fmt: skip
+        finally:
+            rollouts.close()
 
 
 def score_rollouts(rewards: RewardPool, tokenizer: Any, task: TaskData, rollouts: Sequence[Rollout]) -> list[Verdict]:
     """The verdict on each completion's text, in order."""
-    return rewards.score(
-        [
-            RewardItem(
-                completion=tokenizer.decode(rollout.completion_ids, skip_special_tokens=True),
-                gold=task.problems[rollout.request.problem_index].answer,
-                problem=task.problems[rollout.request.problem_index].problem,
-            )
-            for rollout in rollouts
-        ]
-    )
+    return rewards.score([reward_item(tokenizer, task, rollout) for rollout in rollouts])
+
+
+def reward_item(tokenizer: Any, task: TaskData, rollout: Rollout) -> RewardItem:
+    problem = task.problems[rollout.request.problem_index]
+    completion = tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
+    return RewardItem(completion=completion, gold=problem.answer, problem=problem.problem)
 
 
 def _summary(rows: list[dict[str, Any]], k: int, seed: int) -> EvalResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,12 @@ class PolicyModel(nn.Module):
         return self.head(function, self.hidden(batch.input_ids, batch.rows), teacher_hidden)
 
 
-def eos_ids_of_model(lm: Any) -> int | list[int] | None:
-    return lm.generation_config.eos_token_id if lm.generation_config is not None else None
+def eos_ids_of_folder(path: str | Path) -> int | list[int] | None:
+    """EOS of the model's generation config, or of its config where it has none."""
+    for name in ("generation_config.json", "config.json"):
+        if (file := Path(path) / name).is_file():
+            return json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    return None
 
 
 def _require_folder(path: str | Path) -> None:

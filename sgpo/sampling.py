@@ -38,10 +38,12 @@ def build_requests(
     return built
 
 
-def check_version(rollouts: Sequence[Rollout], expected: int) -> None:
-    """Raises SgpoError if a rollout was sampled from other weights than those about to be trained."""
-    stale = {rollout.policy_version for rollout in rollouts} - {expected}
-    if stale:
+def check_version(rollouts: Sequence[Rollout], expected: int, *, behind: int = 0) -> None:
+    """Raises SgpoError if a rollout was sampled from other weights than those about to be trained.
+
+    `behind` allows those of so many steps earlier.
+    """
+    if stale := {rollout.policy_version for rollout in rollouts} - set(range(expected - behind, expected + 1)):
         raise SgpoError(
             f"the rollout engine sampled with the weights of step {min(stale)} where step {expected} was expected; "
             "the weight sync failed: resume from the last checkpoint"

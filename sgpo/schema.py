@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -14,6 +14,10 @@ class SgpoError(Exception):
 
     The command line prints the sentence without a traceback and exits with code 2.
     """
+
+
+class EngineFailure(SgpoError):
+    """A rollout engine died or hangs. Its next load_weights starts it anew; nothing of the trainer is lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +84,27 @@ class Rollout:
     policy_version: int
 
 
+def rollout_from_json(row: dict[str, Any]) -> Rollout:
+    """Undoes json.dumps(dataclasses.asdict(rollout))."""
+    request = {**row["request"], "prompt_ids": tuple(row["request"]["prompt_ids"])}
+    return Rollout(
+        **{
+            **row,
+            "request": RolloutRequest(**request),
+            "completion_ids": tuple(row["completion_ids"]),
+            "rollout_logprobs": tuple(row["rollout_logprobs"]),
+        }
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class TrainSequence:
     """One completion with all that its loss needs; every weight is per completion token and final (no later division).
 
     `policy_weight` and `advantage` drive the clipped policy loss, `target_weight` the distillation (or imitation) of
     this completion. The teacher of a distilled completion is the same completion after `teacher_prompt_ids`.
-    `old_logprobs` None means that the policy has not moved since the rollout (ratio exactly 1).
+    `old_logprobs` None means that the policy has not moved since the rollout (ratio exactly 1). `rollout_logprobs` are
+    the sampler's; `importance` multiplies the policy weight of each token (None: 1).
     """
 
     prompt_ids: tuple[int, ...]
@@ -96,6 +114,8 @@ class TrainSequence:
     target_weight: float = 0.0
     teacher_prompt_ids: tuple[int, ...] | None = None
     old_logprobs: tuple[float, ...] | None = None
+    rollout_logprobs: tuple[float, ...] | None = None
+    importance: tuple[float, ...] | None = None
 
     @property
     def is_live(self) -> bool:
@@ -135,6 +155,18 @@ class ScoredGroup:
         return [verdict.reward for verdict in self.guided_verdicts]
 
 
+@dataclass(frozen=True, slots=True)
+class SyncReceipt:
+    """What a rollout engine says of the weights it was given.
+
+    checksums: of every tensor as it arrived, by name (`sgpo.checksums.checksum`).
+    probe_logprobs: log pi(id | ids before) of every probe id but the first, temperature 1, by the new weights.
+    """
+
+    checksums: Mapping[str, int]
+    probe_logprobs: tuple[float, ...]
+
+
 class RolloutEngine(Protocol):
     """Samples completions from the weights it was last given."""
 
@@ -143,16 +175,32 @@ class RolloutEngine(Protocol):
         requests: Sequence[RolloutRequest],
         sampling: SamplingParams,
         on_progress: Callable[[int, int], None] | None = None,
+        on_rollout: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
-        """One rollout per request, in the order of the requests; on_progress(finished requests, sampled tokens)."""
+        """One rollout per request, in the order of the requests.
+
+        on_progress(finished requests, sampled tokens) is called now and then, on_rollout as each completion is done.
+
+        Raises EngineFailure where the engine is dead or hangs, SgpoError where it cannot do what is asked.
+        """
         ...
 
-    def load_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
-        """Takes over the trainer's weights, tensor by tensor, under their Hugging Face names."""
+    def load_weights(
+        self, named_tensors: Iterable[tuple[str, Any]], policy_version: int, probe_ids: Sequence[int] = ()
+    ) -> SyncReceipt:
+        """Takes over the trainer's weights, tensor by tensor, under their Hugging Face names.
+
+        An engine may hold a tensor until this returns: whoever yields it must not write into it before. A sleeping
+        engine wakes, a dead one is started anew. After an error the engine holds no policy and refuses to sample.
+        """
         ...
 
-    def sleep(self) -> None: ...
+    def sleep(self) -> None:
+        """Gives back the memory that only rollouts need; the weights may be among it."""
+        ...
 
-    def wake(self) -> None: ...
+    def wake(self) -> None:
+        """Takes the memory again. An engine that dropped its weights needs load_weights before it can sample."""
+        ...
 
     def close(self) -> None: ...

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from sgpo_kernels import DivergenceStats, PolicyStats
 
+from sgpo.algorithm.importance import gap_statistics
 from sgpo.engine.ranks import Meter
 from sgpo.methods.sgpo import Guidance
 from sgpo.schema import Rollout, ScoredGroup
@@ -72,6 +73,7 @@ def record_passes(meter: Meter, passes: Sequence[Pass]) -> None:
         meter.mean("entropy", float(policy.entropy.sum()), rows)
         meter.mean("ratio_mean", float(policy.ratio.sum()), rows)
         meter.mean("clip_share", float(policy.clipped.sum()), rows)
+        record_sampler_gap(meter, done)
         record_columns(meter, policy)
         if divergence is None:
             continue
@@ -83,6 +85,28 @@ def record_passes(meter: Meter, passes: Sequence[Pass]) -> None:
         meter.mean("kl_masked_share", float(divergence.over_limit.sum()), rows)
         if rows:
             meter.max("kl_max", float(divergence.divergence.max()))
+
+
+def record_sampler_gap(meter: Meter, done: Pass) -> None:
+    """How far the sampler's log-probs are from the trainer's, on rows with a gradient.
+
+    With top_p < 1 the sampler's are those of the nucleus, up to -log(top_p) above the trainer's.
+    """
+    sequences = [s for s in done.sequences if s.policy_weight and s.advantage]
+    if not sequences or any(s.rollout_logprobs is None for s in sequences):
+        return
+    sampler = [x for s in sequences for x in s.rollout_logprobs or ()]
+    if all(s.old_logprobs for s in sequences):
+        trainer = [x for s in sequences for x in s.old_logprobs or ()]
+    else:
+        trainer = done.stats.policy.logprobs.tolist()
+    total, largest, k3 = gap_statistics(trainer, sampler)
+    meter.mean("sampler_gap_mean", total, len(sampler))
+    meter.max("sampler_gap_max", largest)
+    meter.mean("sampler_gap_k3", k3, len(sampler))
+    weights = [x for s in sequences for x in s.importance or ()]
+    if weights:
+        meter.means("importance_mean", weights)
 
 
 def record_columns(meter: Meter, stats: PolicyStats | DivergenceStats) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from sgpo import assembly
-from sgpo.config import Config
+from sgpo.algorithm.importance import truncated_importance
+from sgpo.config import Config, RolloutConfig
 from sgpo.engine import ranks
 from sgpo.engine.checkpoint import Checkpoints
 from sgpo.engine.export import export_model
 from sgpo.engine.ranks import Meter
 from sgpo.engine.zero import ZeroEngine, init_distributed, lr_factor
-from sgpo.evaluate import evaluate, score_rollouts
+from sgpo.evaluate import evaluate, reward_item, score_rollouts
 from sgpo.methods.sgpo import Guidance, sgpo_sequences
 from sgpo.metrics import LiveDisplay, MetricsLogger, RolloutTable
 from sgpo.models import load_tokenizer
@@ -32,7 +33,15 @@ from sgpo.provenance import commit
 from sgpo.report import write_report
 from sgpo.rewards.pool import RewardPool
 from sgpo.sampling import build_requests, check_version, problems_of_step, scored_groups
-from sgpo.schema import RolloutEngine, SamplingParams, ScoredGroup, SgpoError, TrainSequence
+from sgpo.schema import (
+    Rollout,
+    RolloutRequest,
+    SamplingParams,
+    ScoredGroup,
+    SgpoError,
+    TrainSequence,
+    rollout_from_json,
+)
 from sgpo.step_metrics import (
     Clock,
     distilled_trajectory,
@@ -42,6 +51,7 @@ from sgpo.step_metrics import (
     record_passes,
 )  # fmt: skip
 from sgpo.steps import Pass, optimizer_step, score_contexts
+from sgpo.synced import SyncedRollouts
 from sgpo.warmup import run_warmup
 
 
@@ -65,7 +75,7 @@ class Session:
     task: assembly.TaskData
     held_out: assembly.TaskData | None
     engine: ZeroEngine
-    rollouts: RolloutEngine
+    rollouts: SyncedRollouts
     rewards: RewardPool
     checkpoints: Checkpoints
     logger: MetricsLogger
@@ -73,6 +83,7 @@ class Session:
     display: LiveDisplay
     total_steps: int
     started: float
+    ahead: list[Rollout] = field(default_factory=list)  # rollout.overlap: those of the next step, once they are there
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -93,10 +104,12 @@ def train(config: Config) -> dict[str, Any]:
         engine = assembly.build_engine(config, model_folder, config.optim, device)
         stack.callback(engine.close)
         checkpoints = Checkpoints(run_dir / "checkpoints", keep_last=config.checkpoint.keep_last)
-        progress = _restore(engine, checkpoints)
-        rollouts = assembly.build_rollouts(config, model_folder, tokenizer, device)
+        progress, ahead = _restore(engine, checkpoints)
+        rollouts = assembly.sync_rollouts(
+            config, engine, assembly.build_rollouts(config, model_folder), task, tokenizer
+        )
         stack.callback(rollouts.close)
-        rollouts.load_weights(engine.named_weights(), progress.step)
+        rollouts.sync(progress.step)
         total_steps, main = _total_steps(config, len(task.problems)), ranks.is_main()
         logger = MetricsLogger(
             run_dir,
@@ -112,6 +125,7 @@ def train(config: Config) -> dict[str, Any]:
             display=stack.enter_context(LiveDisplay(total_steps, title=config.run.name, is_main=main)),
             total_steps=total_steps,
             started=started,
+            ahead=ahead,
         )  # fmt: skip
         _loop(session, progress)
         export_model(engine, tokenizer, run_dir / "final")
@@ -130,11 +144,18 @@ def _loop(s: Session, progress: Progress) -> None:
         meter = Meter()
         clock = Clock(meter)
         groups = _sample_and_score(s, step, clock)
+        if s.config.rollout.overlap and step + 1 < s.total_steps:
+            _begin(s, step + 1)
+        else:
+            s.rollouts.sleep()
         guidance, passes = _update(s, step, groups, meter, clock)
+        if s.config.rollout.overlap and step + 1 < s.total_steps:
+            _collect(s, clock)
         s.display.stage("sync")
-        s.rollouts.load_weights(s.engine.named_weights(), step + 1)
+        report = s.rollouts.sync(step + 1)
         clock.stage("sync")
         clock.finish()
+        meter.maxima(asdict(report))
         done = step + 1
         _log(s, done, groups, guidance, passes, meter)
         if done == s.total_steps or _is_due(s.config.eval.every_steps, done):
@@ -146,18 +167,43 @@ def _loop(s: Session, progress: Progress) -> None:
 
 def _sample_and_score(s: Session, step: int, clock: Clock) -> list[ScoredGroup]:
     """Both groups of this rank's problems of the step, with their verdicts."""
-    rollout, seed = s.config.rollout, s.config.run.seed
-    indices = problems_of_step(len(s.task.problems), per_step=rollout.problems_per_step, seed=seed, step=step)
-    requests = build_requests(s.task, indices, n_auto=rollout.n_auto, n_guided=rollout.n_guided, seed=seed, step=step)
-    s.display.stage("rollout", len(requests))
-    sampling = SamplingParams(rollout.temperature, rollout.top_p, rollout.max_new_tokens)
-    sampled = s.rollouts.generate(requests, sampling, s.display.advance)
-    check_version(sampled, step)
+    indices, requests, sampling = _requests(s, step)
+    if s.ahead:
+        sampled = s.ahead.copy()
+        s.ahead.clear()
+    else:
+        s.display.stage("rollout", len(requests))
+        sampled = s.rollouts.generate(requests, sampling, s.display.advance, _early_verdicts(s))
+    check_version(sampled, step, behind=int(s.config.rollout.overlap))
     clock.stage("rollout")
     s.display.stage("score", len(sampled))
     groups = scored_groups(s.task, indices, sampled, partial(score_rollouts, s.rewards, s.tokenizer, s.task))
     clock.stage("score")
     return groups
+
+
+def _begin(s: Session, step: int) -> None:
+    """Starts on the rollouts of the next step, by the weights that this step is about to change."""
+    _, requests, sampling = _requests(s, step)
+    s.rollouts.begin(requests, sampling, _early_verdicts(s))
+
+
+def _collect(s: Session, clock: Clock) -> None:
+    s.display.stage("rollout")
+    s.ahead.extend(s.rollouts.collect())
+    clock.stage("overlap_wait")
+
+
+def _requests(s: Session, step: int) -> tuple[list[int], list[RolloutRequest], SamplingParams]:
+    rollout, seed = s.config.rollout, s.config.run.seed
+    indices = problems_of_step(len(s.task.problems), per_step=rollout.problems_per_step, seed=seed, step=step)
+    requests = build_requests(s.task, indices, n_auto=rollout.n_auto, n_guided=rollout.n_guided, seed=seed, step=step)
+    return indices, requests, SamplingParams(rollout.temperature, rollout.top_p, rollout.max_new_tokens)
+
+
+def _early_verdicts(s: Session) -> Callable[[Rollout], None]:
+    """Has each completion judged while others are still being sampled."""
+    return lambda rollout: s.rewards.begin(reward_item(s.tokenizer, s.task, rollout))
 
 
 def _update(
@@ -180,8 +226,8 @@ def _update(
     ]
     guidance = [chosen for _, part in planned for chosen in part]
     parts = [sequences for sequences, _ in planned]
-    if batches > 1:
-        parts = [_with_old_logprobs(sequences, score) for sequences in parts]
+    if batches > 1 or config.rollout.importance_cap is not None:
+        parts = [_with_old_logprobs(sequences, score, config.rollout) for sequences in parts]
     clock.stage("target")
 
     s.display.stage("train")
@@ -201,10 +247,23 @@ def _update(
     return guidance, passes
 
 
-def _with_old_logprobs(sequences: Sequence[TrainSequence], score: Any) -> list[TrainSequence]:
-    """Fixes pi_old before the first of several optimizer steps moves the policy."""
+def _with_old_logprobs(sequences: Sequence[TrainSequence], score: Any, rollout: RolloutConfig) -> list[TrainSequence]:
+    """Fixes pi_old before an optimizer step moves the policy, and how far the sampler was from it."""
     logprobs = score([(s.prompt_ids, s.completion_ids) for s in sequences])
-    return [replace(s, old_logprobs=tuple(row)) for s, row in zip(sequences, logprobs, strict=True)]
+    return [
+        replace(s, old_logprobs=tuple(row), importance=_importance(s, row, rollout))
+        for s, row in zip(sequences, logprobs, strict=True)
+    ]
+
+
+def _importance(sequence: TrainSequence, logprobs: Sequence[float], rollout: RolloutConfig) -> tuple[float, ...] | None:
+    if rollout.importance_cap is None or sequence.rollout_logprobs is None:
+        return None
+    return tuple(
+        truncated_importance(
+            logprobs, sequence.rollout_logprobs, cap=rollout.importance_cap, level=rollout.importance_level
+        )
+    )
 
 
 def _log(
@@ -297,21 +356,26 @@ def _save(s: Session, done: int, progress: Progress) -> None:
     def write(folder: Path) -> None:
         s.engine.save(folder / "engine")
         torch.save(torch.get_rng_state(), folder / f"rng-{ranks.rank()}.pt")
+        if s.ahead:
+            rows = [asdict(rollout) for rollout in s.ahead]
+            (folder / f"ahead-{ranks.rank()}.json").write_text(json.dumps(rows), encoding="utf-8")
 
     s.display.stage("save")
     s.checkpoints.save(done, state, write)
 
 
-def _restore(engine: ZeroEngine, checkpoints: Checkpoints) -> Progress:
+def _restore(engine: ZeroEngine, checkpoints: Checkpoints) -> tuple[Progress, list[Rollout]]:
     """Everything as the last whole checkpoint left it, or the beginning."""
     if (found := checkpoints.latest()) is None:
-        return Progress()
+        return Progress(), []
     folder, state = found
     if state.pop("world_size") != ranks.world_size():
         raise SgpoError(f"{folder} was written by another number of processes; resume with as many")
     engine.load(folder / "engine")
     torch.set_rng_state(torch.load(folder / f"rng-{ranks.rank()}.pt", weights_only=True))
-    return Progress(**state)
+    ahead = folder / f"ahead-{ranks.rank()}.json"
+    rows = json.loads(ahead.read_text(encoding="utf-8")) if ahead.exists() else []
+    return Progress(**state), [rollout_from_json(row) for row in rows]
 
 
 def _total_steps(config: Config, problems: int) -> int:

@@ -14,6 +14,7 @@ FLOORS = {
     "sgpo_kernels": 0,
     "sgpo.schema": 1,
     "sgpo.seeds": 1,
+    "sgpo.checksums": 1,
     "sgpo.provenance": 1,
     "sgpo.config": 2,
     "sgpo.algorithm": 2,
@@ -27,13 +28,14 @@ FLOORS = {
     "sgpo.engine": 5,  # an adapter too, but it wraps sgpo.models
     "sgpo.report": 5,
     "sgpo.steps": 6,
-    "sgpo.assembly": 7,
-    "sgpo.sampling": 8,
-    "sgpo.evaluate": 8,
-    "sgpo.step_metrics": 8,
-    "sgpo.warmup": 8,
-    "sgpo.trainer": 9,
-    "sgpo.cli": 10,
+    "sgpo.synced": 7,
+    "sgpo.assembly": 8,
+    "sgpo.sampling": 9,
+    "sgpo.evaluate": 9,
+    "sgpo.step_metrics": 9,
+    "sgpo.warmup": 9,
+    "sgpo.trainer": 10,
+    "sgpo.cli": 11,
 }
 ADAPTERS = ("sgpo.data", "sgpo.strategies", "sgpo.rewards", "sgpo.rollout", "sgpo.models", "sgpo.metrics")
 HOMES = {"deepspeed": "sgpo.engine.zero", "vllm": "sgpo.rollout.vllm_engine"}

@@ -20,7 +20,7 @@ BASE = {
     "run": {"name": "broken"},
     "model": {"path": "model", "dtype": "float32"},
     "data": {"train": "train.jsonl", "max_prompt_tokens": 64, "template": "template.yaml"},
-    "rollout": {"problems_per_step": 4, "n_auto": 2, "n_guided": 2, "max_new_tokens": 4},
+    "rollout": {"engine": "hf", "problems_per_step": 4, "n_auto": 2, "n_guided": 2, "max_new_tokens": 4},
     "reward": {"kind": "exact", "workers": 1},
     "engine": {"micro_batch_tokens": 256},
     "train": {"max_steps": 1},

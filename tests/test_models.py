@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sgpo.data.builtin import END, make_model, vocabulary
-from sgpo.models import PolicyModel, eos_ids_of_model, load_causal_lm, load_tokenizer
+from sgpo.models import PolicyModel, eos_ids_of_folder, load_causal_lm, load_tokenizer
 from sgpo.schema import SgpoError
 
 
@@ -201,7 +201,7 @@ def test_code_of_the_folder_is_not_run(folder):
 
 
 def test_eos_ids_come_from_the_generation_config(folder):
-    assert eos_ids_of_model(load(folder)) == EOS
+    assert eos_ids_of_folder(folder) == EOS
     path = folder / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [EOS, 5]}))
-    assert eos_ids_of_model(load(folder)) == [EOS, 5]
+    assert eos_ids_of_folder(folder) == [EOS, 5]

@@ -106,6 +106,9 @@ def collate_training(sequences: Sequence[TrainSequence], pad_id: int, *, with_te
     policy_weight = per_row([s.policy_weight for s in sequences])
     target_weight = per_row([s.target_weight for s in sequences])
     policy, target = (policy_weight * advantages) != 0, target_weight != 0
+    if any(s.importance for s in sequences):
+        importance = [s.importance or (1.0,) * len(s.completion_ids) for s in sequences]
+        policy_weight = policy_weight * torch.tensor([x for row in importance for x in row], dtype=torch.float32)
     old_logprobs = None
     if any(s.old_logprobs for s in sequences):
         if any(s.policy_weight * s.advantage and not s.old_logprobs for s in sequences):

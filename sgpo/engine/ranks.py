@@ -79,6 +79,10 @@ class Meter:
     def max(self, name: str, value: float) -> None:
         self._maxima[name] = max(self._maxima.get(name, float("-inf")), float(value))
 
+    def maxima(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.max(name, value)
+
     def reduce(self) -> dict[str, float | None]:
         """One value per name over all ranks; a mean of nothing is None. Every rank must call it."""
         merged = Meter()

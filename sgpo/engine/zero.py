@@ -134,11 +134,10 @@ class ZeroEngine:
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full weight) of every parameter and saved buffer; under ZeRO-3 one bucket at a time.
 
-        Collective: every rank must exhaust it. A tensor is only valid until the next one is asked for.
+        Collective: every rank must exhaust it. A tensor keeps its value for as long as somebody holds it, up to the
+        next optimizer step.
         """
-        lm = self.model.lm
-        tied = {name for name, _ in lm.named_parameters(remove_duplicate=False)} - {n for n, _ in lm.named_parameters()}
-        named = [(n, p) for n, p in lm.state_dict(keep_vars=True).items() if n not in tied]
+        named = self._weights()
         if self.zero_stage < 3:
             yield from ((name, tensor.detach()) for name, tensor in named)
             return
@@ -147,6 +146,15 @@ class ZeroEngine:
         for bucket in _buckets(named, _BUCKET_BYTES):
             with GatheredParameters([tensor for _, tensor in bucket]):
                 yield from ((name, tensor.detach()) for name, tensor in bucket)
+
+    def weight_names(self) -> list[str]:
+        """The names that named_weights yields, in its order, from no other source than the model itself."""
+        return [name for name, _ in self._weights()]
+
+    def _weights(self) -> list[tuple[str, torch.Tensor]]:
+        lm = self.model.lm
+        tied = {name for name, _ in lm.named_parameters(remove_duplicate=False)} - {n for n, _ in lm.named_parameters()}
+        return [(name, tensor) for name, tensor in lm.state_dict(keep_vars=True).items() if name not in tied]
 
     def save(self, folder: Path) -> None:
         """Writes this rank's part of parameters, masters and optimizer state. Collective."""

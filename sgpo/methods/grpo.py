@@ -23,6 +23,7 @@ def policy_sequences(group: ScoredGroup, *, problems: int, normalize_std: bool =
             policy_weight=policy_token_weight(
                 problems=problems, group_size=len(group.auto), length=len(rollout.completion_ids)
             ),
+            rollout_logprobs=rollout.rollout_logprobs,
         )
         for rollout, advantage in zip(group.auto, advantages, strict=True)
         if advantage != 0.0

@@ -86,10 +86,17 @@ class RewardPool:
         self._lock = threading.Lock()  # of the counters; pebble's threads take it
         self._pool_lock = threading.Lock()  # of the pool; never taken by pebble's threads, which closing waits for
         self._pending: set[Future[Outcome]] = set()
+        self._begun: dict[_Task, Future[Outcome]] = {}
         self._finished_tasks = 0
         self._closed = False
         self._pool = self._new_pool()
         self._check_start()
+
+    def begin(self, item: RewardItem) -> None:
+        """Starts on an item that `score` will be asked for, so that verdicts come while rollouts go on."""
+        task = self._task(item)
+        if task is not None and task not in self._begun:
+            self._begun[task] = self._schedule(task)
 
     def score(self, items: Sequence[RewardItem]) -> list[Verdict]:
         """One verdict per item, in order. Items with the same final answer to the same gold are verified once.
@@ -155,7 +162,8 @@ class RewardPool:
         """Outcomes of all tasks; those lost together with the pool get a second chance on a new one."""
         outcomes: dict[_Task, Outcome] = {}
         for _ in range(2):
-            futures = {task: self._schedule(task) for task in tasks if task not in outcomes}
+            left = [task for task in tasks if task not in outcomes]
+            futures = {task: self._begun.pop(task, None) or self._schedule(task) for task in left}
             self._wait(list(futures.values()))
             for task, future in futures.items():
                 if outcome := self._outcome(future):

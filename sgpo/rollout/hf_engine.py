@@ -14,14 +14,23 @@ from typing import Any
 import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from sgpo.schema import Rollout, RolloutRequest, SamplingParams, SgpoError
+from sgpo.checksums import checksum
+from sgpo.rollout.guards import Watchdog, is_out_of_memory
+from sgpo.schema import Rollout, RolloutRequest, SamplingParams, SgpoError, SyncReceipt
 
 
 class HfEngine:
     """A RolloutEngine with its own copy of the weights. `lm` is a transformers causal language model."""
 
     def __init__(
-        self, lm: Any, *, eos_ids: Sequence[int], pad_id: int, device: torch.device, max_batch_tokens: int
+        self,
+        lm: Any,
+        *,
+        eos_ids: Sequence[int],
+        pad_id: int,
+        device: torch.device,
+        max_batch_tokens: int,
+        stall_s: float = 600.0,
     ) -> None:
         self._lm: Any = lm.to(device).eval().requires_grad_(False)
         self._lm.config.use_cache = True
@@ -33,7 +42,8 @@ class HfEngine:
         self._eos_ids = list(eos_ids)
         self._pad_id = pad_id
         self._max_batch_tokens = max_batch_tokens
-        self.policy_version = 0
+        self._stall_s = stall_s
+        self.policy_version: int | None = 0
 
     @torch.no_grad()
     def generate(
@@ -41,29 +51,58 @@ class HfEngine:
         requests: Sequence[RolloutRequest],
         sampling: SamplingParams,
         on_progress: Callable[[int, int], None] | None = None,
+        on_rollout: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
+        if self.policy_version is None:
+            raise SgpoError("the rollout engine holds no weights (a sync failed): call load_weights first")
         rollouts: dict[int, Rollout] = {}
         sampled = 0
-        for batch in self._batches(requests, sampling.max_new_tokens):
-            for index, rollout in zip(batch, self._generate([requests[i] for i in batch], sampling), strict=True):
+        batches = self._batches(requests, sampling.max_new_tokens)
+        while batches:
+            batch = batches.pop(0)
+            try:
+                found = self._generate([requests[i] for i in batch], sampling)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                batches[:0] = _halves(batch, error)
+                continue
+            for index, rollout in zip(batch, found, strict=True):
                 rollouts[index] = rollout
                 sampled += len(rollout.completion_ids)
+                if on_rollout is not None:
+                    on_rollout(rollout)
             if on_progress is not None:
                 on_progress(len(rollouts), sampled)
         return [rollouts[i] for i in range(len(requests))]
 
     @torch.no_grad()
-    def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int) -> None:
+    def load_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int, probe_ids: Sequence[int] = ()
+    ) -> SyncReceipt:
+        self.policy_version = None
+        checksums: dict[str, int] = {}
         seen = set()
         for name, tensor in named_tensors:
             if name not in self._weights or self._weights[name].shape != tensor.shape:
                 raise SgpoError(f"weight sync: the rollout model has no weight {name} of shape {tuple(tensor.shape)}")
+            if name in checksums:
+                raise SgpoError(f"weight sync: {name} arrived twice")
+            checksums[name] = checksum(tensor)
             self._weights[name].copy_(tensor)
             seen.add(self._weights[name].data_ptr())
         missing = [name for name, tensor in self._weights.items() if tensor.data_ptr() not in seen]
         if missing:
             raise SgpoError(f"weight sync: no new value arrived for {', '.join(missing[:3])} ({len(missing)} in all)")
         self.policy_version = policy_version
+        return SyncReceipt(checksums, self._probe(probe_ids))
+
+    def _probe(self, ids: Sequence[int]) -> tuple[float, ...]:
+        if len(ids) < 2:
+            return ()
+        tokens = torch.tensor([list(ids)], device=self._device)
+        logprobs = self._lm(input_ids=tokens, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        return tuple(logprobs.gather(-1, tokens[0, 1:, None])[:, 0].tolist())
 
     def sleep(self) -> None:
         """The copy stays where it is; only vLLM has memory worth giving back."""
@@ -99,19 +138,20 @@ class HfEngine:
         input_ids, mask = self._pad_left(prompts)
         width = input_ids.shape[1]
         sampler = SeededSampler([request.seed for request in requests], sampling, self._device)
-        output = self._lm.generate(
-            input_ids=input_ids[rows],
-            attention_mask=mask[rows],
-            past_key_values=self._prefill(input_ids, mask, rows),
-            logits_processor=LogitsProcessorList([sampler]),
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=self._eos_ids,
-                pad_token_id=self._pad_id,
-                use_cache=True,
-            ),
-        )
+        with Watchdog("rollout: transformers' generate", self._stall_s) as sampler.watchdog:
+            output = self._lm.generate(
+                input_ids=input_ids[rows],
+                attention_mask=mask[rows],
+                past_key_values=self._prefill(input_ids, mask, rows),
+                logits_processor=LogitsProcessorList([sampler]),
+                generation_config=GenerationConfig(
+                    do_sample=False,
+                    max_new_tokens=sampling.max_new_tokens,
+                    eos_token_id=self._eos_ids,
+                    pad_token_id=self._pad_id,
+                    use_cache=True,
+                ),
+            )
         completions = output[:, width:].tolist()
         logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
         return [
@@ -152,7 +192,7 @@ class HfEngine:
             completion_ids=tuple(ids[:length]),
             rollout_logprobs=tuple(logprobs[:length]),
             truncated=end is None,
-            policy_version=self.policy_version,
+            policy_version=-1 if self.policy_version is None else self.policy_version,
         )
 
 
@@ -168,8 +208,11 @@ class SeededSampler(LogitsProcessor):
         self._device = device
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.logprobs: list[torch.Tensor] = []
+        self.watchdog: Watchdog | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.watchdog is not None:
+            self.watchdog.beat()
         scores = scores.float()
         if self._sampling.temperature == 0:
             tokens = scores.argmax(-1, keepdim=True)
@@ -192,6 +235,15 @@ class SeededSampler(LogitsProcessor):
         picked = torch.minimum(picked, last)
         logprobs = (probs.gather(-1, picked).double() / total).log().float()
         return picked, logprobs
+
+
+def _halves(batch: list[int], error: BaseException) -> list[list[int]]:
+    if len(batch) == 1:
+        raise SgpoError(f"memory ran out with one rollout at a time: {error}; lower rollout.max_new_tokens") from error
+    print(f"rollout: memory ran out with {len(batch)} requests at once, trying {len(batch) // 2}", flush=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
 
 
 def nucleus_floor(probs: torch.Tensor, top_p: float, *, likeliest: int = 1024) -> torch.Tensor:

@@ -3,34 +3,32 @@
 A new engine joins by one entry in ENGINES: make(folder, eos_ids, max_batch_tokens) -> RolloutEngine.
 """
 
+import importlib.util
 import json
 import math
 import shutil
 
 import pytest
 import torch
+from engine_builders import make_hf, make_vllm
 
 from sgpo.data.builtin import END, make_model, make_tokenizer, vocabulary
 from sgpo.data.builtin import PAD as PAD_TOKEN
 from sgpo.models import load_causal_lm
-from sgpo.rollout.hf_engine import HfEngine, SeededSampler, nucleus_floor
+from sgpo.rollout.hf_engine import SeededSampler, nucleus_floor
 from sgpo.schema import RolloutRequest, SamplingParams, SgpoError
 
 EOS, PAD, VOCAB = vocabulary().index(END), vocabulary().index(PAD_TOKEN), len(vocabulary())
 LONG = 8
 
 
-def make_hf(folder, eos_ids, max_batch_tokens):
-    lm = load_causal_lm(folder, dtype="float32")
-    return HfEngine(lm, eos_ids=eos_ids, pad_id=PAD, device=torch.device("cpu"), max_batch_tokens=max_batch_tokens)
-
-
-ENGINES = {"hf": make_hf}
+NO_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+ENGINES = [pytest.param(make_hf, id="hf"), pytest.param(make_vllm, id="vllm", marks=NO_VLLM)]
 
 
 def sharp_model(seed):
     """The small model with its last norm turned up: an untrained one is close to uniform, and would hide errors."""
-    lm = make_model(seed=seed, hidden=32, layers=2)
+    lm = make_model(seed=seed, hidden=128, layers=2)
     with torch.no_grad():
         lm.model.norm.weight.mul_(5.0)
     return lm.eval()
@@ -49,17 +47,21 @@ def truth(folder):
     return load_causal_lm(folder, dtype="float32").eval()
 
 
-@pytest.fixture(scope="module", params=sorted(ENGINES))
-def make_engine(request, folder):
-    """Builds engines; closes them all in the end."""
-    built = []
+@pytest.fixture(scope="module", params=ENGINES)
+def make_engine(request, folder, truth):
+    """Builds engines, each kind once, for a start takes seconds; one that was there before gets its weights back."""
+    built = {}
 
     def make(*, eos_ids=(EOS,), max_batch_tokens=4096, path=folder):
-        built.append(ENGINES[request.param](path, list(eos_ids), max_batch_tokens))
-        return built[-1]
+        key = (eos_ids, max_batch_tokens, path)
+        if key in built:
+            built[key].load_weights(truth.named_parameters(), 0)
+        else:
+            built[key] = request.param(path, list(eos_ids), max_batch_tokens)
+        return built[key]
 
     yield make
-    for engine in built:
+    for engine in built.values():
         engine.close()
 
 
@@ -239,7 +241,7 @@ def test_without_eos_a_completion_is_truncated_at_the_limit(make_engine):
 def test_sampled_padding_tokens_are_tokens(make_engine):
     """The pad id is an ordinary id to the sampler: it is neither skipped nor taken for an end."""
     requests = [request_of(0, seed=seed) for seed in range(300)]
-    rollouts = make_engine(max_batch_tokens=10**6).generate(requests, SamplingParams(3.0, 1.0, 3))
+    rollouts = make_engine(max_batch_tokens=10**6).generate(requests, SamplingParams(2.0, 1.0, 3))
     assert all(len(r.completion_ids) == 3 or r.completion_ids[-1] == EOS for r in rollouts)
     assert any(PAD in r.completion_ids[:-1] for r in rollouts)
 
@@ -314,10 +316,10 @@ def test_weights_of_another_dtype_are_converted(make_engine):
 
 
 @pytest.mark.parametrize("fault", ["missing", "unknown", "wrong_shape", "nothing"])
-def test_weights_that_do_not_fit_are_refused(make_engine, fault):
+def test_weights_that_do_not_fit_are_refused(make_engine, truth, free, fault):
     engine = make_engine()
     tensors = {name: p.detach() for name, p in other_weights().named_parameters()}
-    name = "model.layers.1.mlp.up_proj.weight"
+    name = "model.layers.1.mlp.down_proj.weight"
     if fault == "missing":
         del tensors[name]
     elif fault == "unknown":
@@ -327,10 +329,13 @@ def test_weights_that_do_not_fit_are_refused(make_engine, fault):
         tensors[name] = tensors[name].T
     else:
         tensors, name = {}, "weight"
-    with pytest.raises(SgpoError, match=name.replace(".", r"\.")) as error:
+    with pytest.raises(SgpoError, match=name.removesuffix(".weight").replace(".", r"\.")) as error:
         engine.load_weights(tensors.items(), 5)
     assert "\n" not in str(error.value)
-    assert {r.policy_version for r in engine.generate(REQUESTS[:1], SamplingParams(1.0, 1.0, 1))} == {0}
+    with pytest.raises(SgpoError, match="load_weights"):
+        engine.generate(REQUESTS[:1], FREE)
+    engine.load_weights(truth.named_parameters(), 6)
+    assert_same(engine.generate(REQUESTS, FREE), free)
 
 
 def test_sleep_and_wake_keep_the_engine_usable(make_engine):
