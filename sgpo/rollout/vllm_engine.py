@@ -10,6 +10,7 @@ import gc
 import os
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -324,6 +325,7 @@ def _build(folder: Path, dtype: str, options: VllmOptions, *, cuda: bool) -> LLM
             generation_config="vllm",  # none of the model's own sampling defaults
             skip_tokenizer_init=True,
             trust_remote_code=False,
+            use_tqdm_on_load=False,
             **sizes,
         )
     except (ValueError, RuntimeError, AssertionError, OSError) as error:
@@ -336,7 +338,8 @@ def _undisturbed() -> Iterator[None]:
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # vLLM reads every attribute of torch.distributed
             yield
     finally:
         random.setstate(python_state)
