@@ -50,6 +50,7 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml setup.py
 
 $(VENV)/.test: $(VENV)/.train
 	$(RUN)/python -m pip install --quiet --editable '.[train,test]'
+	$(RUN)/python examples/vllm_cpu.py
 	touch $@
 
 clean:

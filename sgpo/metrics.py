@@ -457,6 +457,11 @@ class LiveDisplay:
         """A new stage of the step begins ("rollout", "score", "train", "sync", "eval", "warmup"), of `total` items."""
         self._stage = _Stage(name, total, self._clock())
 
+    @property
+    def where(self) -> str:
+        """The step under way, counted from 1, and its stage."""
+        return f"step {self._step + 1}, stage {self._stage.name}"
+
     def advance(self, done: int, tokens: int = 0) -> None:
         """Items and tokens finished since the stage began, as counts so far (a rollout engine's on_progress fits)."""
         stage = self._stage

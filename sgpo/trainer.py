@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,8 @@ from sgpo.steps import Pass, optimizer_step, score_contexts
 from sgpo.synced import SyncedRollouts
 from sgpo.warmup import run_warmup
 
+_LOST_PROCESS = ("Timed out", "timed out", "Connection closed by peer", "Connection reset by peer", "pair closure")
+
 
 @dataclass(slots=True)
 class Progress:
@@ -88,6 +90,11 @@ class Session:
 
 def train(config: Config) -> dict[str, Any]:
     """Runs or resumes the training that `config` describes; returns what it also writes to summary.json."""
+    with _named_losses(config, lambda: "start or end of the run"):
+        return _train(config)
+
+
+def _train(config: Config) -> dict[str, Any]:
     started = time.monotonic()
     assembly.check_packages(config)
     device = init_distributed(config.run.timeout_s)
@@ -127,7 +134,8 @@ def train(config: Config) -> dict[str, Any]:
             started=started,
             ahead=ahead,
         )  # fmt: skip
-        _loop(session, progress)
+        with _named_losses(config, lambda: session.display.where):
+            _loop(session, progress)
         export_model(engine, tokenizer, run_dir / "final")
     summary = _summary(config, progress, progress.wall_s + time.monotonic() - started)
     if main:
@@ -163,6 +171,21 @@ def _loop(s: Session, progress: Progress) -> None:
             _keep_best(s, progress)
         if done == s.total_steps or _is_due(s.config.checkpoint.every_steps, done):
             _save(s, done, progress)
+
+
+@contextmanager
+def _named_losses(config: Config, where: Callable[[], str]) -> Iterator[None]:
+    """Says at which stage another process was lost; gloo only knows that it was."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = next((words for words in _LOST_PROCESS if words in str(error)), None)
+        if lost is None:
+            raise
+        raise SgpoError(
+            f"{where()}: another process of the run died or gave no answer within run.timeout_s = "
+            f"{config.run.timeout_s:.0f} s (its own output says why); the last checkpoint is whole"
+        ) from error
 
 
 def _sample_and_score(s: Session, step: int, clock: Clock) -> list[ScoredGroup]:

@@ -62,7 +62,7 @@ class HfEngine:
             batch = batches.pop(0)
             try:
                 found = self._generate([requests[i] for i in batch], sampling)
-            except Exception as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 batches[:0] = _halves(batch, error)
@@ -185,6 +185,7 @@ class HfEngine:
         return input_ids.to(self._device), mask.to(self._device)
 
     def _rollout(self, request: RolloutRequest, ids: list[int], logprobs: list[float]) -> Rollout:
+        assert self.policy_version is not None
         end = next((t + 1 for t, token in enumerate(ids) if token in self._eos_ids), None)
         length = len(ids) if end is None else end
         return Rollout(
@@ -192,7 +193,7 @@ class HfEngine:
             completion_ids=tuple(ids[:length]),
             rollout_logprobs=tuple(logprobs[:length]),
             truncated=end is None,
-            policy_version=-1 if self.policy_version is None else self.policy_version,
+            policy_version=self.policy_version,
         )
 
 

@@ -96,17 +96,23 @@ class VllmEngine:
             if on_rollout is not None and index in mine:
                 on_rollout(rollout)
 
+        def progress() -> None:
+            if on_progress is not None:
+                tokens = sum(len(rollout.completion_ids) for rollout in rollouts.values())
+                on_progress(len(rollouts), tokens + self._tokens_under_way())
+
         at_once = len(everyone)
         while len(rollouts) < len(everyone):
             left = [i for i in range(len(everyone)) if i not in rollouts]
             try:
-                self._sample(everyone, left[:at_once], sampling, finished, on_progress)
-            except Exception as error:
-                self._forget(left)
+                self._sample(everyone, left[:at_once], sampling, finished, progress)
+            except (RuntimeError, MemoryError) as error:
+                self._forget_unfinished()
                 if not is_out_of_memory(error) or self._options.tensor_parallel_size > 1:
                     self.policy_version = None
                     raise
                 at_once = self._fewer(min(at_once, len(left)), error)
+        progress()
         return [rollouts[i] for i in mine]
 
     def load_weights(
@@ -127,7 +133,8 @@ class VllmEngine:
         if self._asleep:
             self._wake("kv_cache")
             self._asleep = False
-        self._llm.reset_prefix_cache()
+        if not self._llm.reset_prefix_cache():
+            raise SgpoError("weight sync: vLLM could not drop its prefix cache, which holds keys of the old weights")
         self._engine.set_weight_version(str(policy_version))
         self.policy_version = policy_version
         return SyncReceipt(checksums, self._probe(tuple(probe_ids)))
@@ -178,7 +185,7 @@ class VllmEngine:
         chosen: Sequence[int],
         sampling: SamplingParams,
         finished: Callable[[int, Rollout], None],
-        on_progress: Callable[[int, int], None] | None,
+        progress: Callable[[], None],
     ) -> None:
         """Runs the chosen requests to their end, in one continuous batch."""
         for index in chosen:
@@ -187,21 +194,16 @@ class VllmEngine:
             room = self._options.max_model_len - len(request.prompt_ids)
             params = self._params(sampling, request.seed, min(sampling.max_new_tokens, room))
             self._engine.add_request(str(index), prompt, params)
-        done = tokens = 0
         reported = time.monotonic()
         with Watchdog("rollout: vLLM", self._options.stall_s) as watchdog:
             while self._engine.has_unfinished_requests():
                 for output in self._engine.step():
                     index = int(output.request_id)
-                    rollout = self._rollout(requests[index], output.outputs[0])
-                    finished(index, rollout)
-                    done, tokens = done + 1, tokens + len(rollout.completion_ids)
+                    finished(index, self._rollout(requests[index], output.outputs[0]))
                 watchdog.beat()
-                if on_progress is not None and time.monotonic() - reported > _PROGRESS_S:
+                if time.monotonic() - reported > _PROGRESS_S:
                     reported = time.monotonic()
-                    on_progress(done, tokens + self._tokens_under_way())
-        if on_progress is not None:
-            on_progress(done, tokens)
+                    progress()
 
     def _params(self, sampling: SamplingParams, seed: int, max_tokens: int) -> VllmSampling:
         return VllmSampling(
@@ -218,24 +220,26 @@ class VllmEngine:
         )
 
     def _rollout(self, request: RolloutRequest, completion: Any) -> Rollout:
+        assert self.policy_version is not None
         return Rollout(
             request=request,
             completion_ids=tuple(completion.token_ids),
             rollout_logprobs=tuple(completion.logprobs.logprobs),
             truncated=completion.finish_reason != "stop",
-            policy_version=self.policy_version if self.policy_version is not None else -1,
+            policy_version=self.policy_version,
         )
 
     def _tokens_under_way(self) -> int:
         states = self._engine.output_processor.request_states.values()
         return sum(state.detokenizer.num_output_tokens() for state in states if state.detokenizer is not None)
 
-    def _forget(self, indices: Sequence[int]) -> None:
-        """Takes unfinished requests out of the engine after an error; their blocks are freed with them."""
-        self._engine.abort_request([str(index) for index in indices])
-        gc.collect()
-        if self._cuda:
-            torch.cuda.empty_cache()
+    def _forget_unfinished(self) -> None:
+        """Takes out what a failed call has left behind; the blocks are freed with the requests."""
+        if left := list(self._engine.output_processor.request_states):
+            self._engine.abort_request(left, internal=True)
+            gc.collect()
+            if self._cuda:
+                torch.cuda.empty_cache()
 
     def _fewer(self, at_once: int, error: BaseException) -> int:
         if at_once == 1:

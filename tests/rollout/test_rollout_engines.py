@@ -11,10 +11,11 @@ import pytest
 import torch
 from engine_builders import NO_VLLM, make_hf, make_vllm
 
+from sgpo.checksums import checksum
 from sgpo.data.builtin import END, make_model, make_tokenizer, vocabulary
 from sgpo.data.builtin import PAD as PAD_TOKEN
 from sgpo.models import load_causal_lm
-from sgpo.rollout.hf_engine import SeededSampler, nucleus_floor
+from sgpo.rollout.hf_engine import HfEngine, SeededSampler, nucleus_floor
 from sgpo.schema import RolloutRequest, SamplingParams, SgpoError
 
 EOS, PAD, VOCAB = vocabulary().index(END), vocabulary().index(PAD_TOKEN), len(vocabulary())
@@ -360,6 +361,70 @@ def test_the_generation_config_of_the_model_changes_nothing(make_engine, free, f
     config = path / "generation_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **setting}))
     assert_same(make_engine(path=path).generate(REQUESTS, FREE), free)
+
+
+def limit_memory(monkeypatch, engine, rows):
+    """A step over more than `rows` requests runs out of memory; returns the sizes that were tried."""
+    tried = []
+
+    def check(size):
+        tried.append(size)
+        if size > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    if isinstance(engine, HfEngine):
+        generate = engine._lm.generate
+        monkeypatch.setattr(engine._lm, "generate", lambda **kw: (check(len(kw["input_ids"])), generate(**kw))[1])
+    else:
+        runner = engine._engine.model_executor.driver_worker.worker.model_runner
+        execute = runner.execute_model
+        monkeypatch.setattr(
+            runner,
+            "execute_model",
+            lambda output, *rest: (check(len(output.num_scheduled_tokens)), execute(output, *rest))[1],
+        )
+    return tried
+
+
+def test_out_of_memory_goes_on_with_fewer_requests_at_once(make_engine, free, monkeypatch, capsys):
+    engine = make_engine(max_batch_tokens=10**6)
+    tried = limit_memory(monkeypatch, engine, 2)
+    streamed = []
+    found = engine.generate(REQUESTS, FREE, None, streamed.append)
+    assert_same(found, free)
+    assert max(tried) > 2
+    assert sorted(r.request.seed for r in streamed) == [r.seed for r in REQUESTS]
+    assert "memory ran out with" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert_same(engine.generate(REQUESTS, FREE), free)
+
+
+def test_out_of_memory_for_a_single_request_is_one_sentence(make_engine, free, monkeypatch):
+    engine = make_engine(max_batch_tokens=10**6)
+    limit_memory(monkeypatch, engine, 0)
+    with pytest.raises(SgpoError, match="one rollout at a time") as error:
+        engine.generate(REQUESTS, FREE)
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    assert_same(make_engine(max_batch_tokens=10**6).generate(REQUESTS, FREE), free)
+
+
+def test_every_completion_is_handed_out_once_as_it_ends(engine, free):
+    streamed = []
+    found = engine.generate(REQUESTS, FREE, None, streamed.append)
+    assert texts(found) == texts(free)
+    assert sorted(streamed, key=lambda r: r.request.seed) == sorted(found, key=lambda r: r.request.seed)
+
+
+def test_the_receipt_tells_what_arrived_and_what_the_new_weights_say(make_engine):
+    engine, other = make_engine(), other_weights()
+    named = dict(other.named_parameters())
+    probe = tuple(range(3, 60))
+    receipt = engine.load_weights(named.items(), 1, probe)
+    assert receipt.checksums == {name: checksum(tensor) for name, tensor in named.items()}
+    wanted = next_logits(other, probe)[:-1].log_softmax(-1).gather(-1, torch.tensor(probe[1:])[:, None])[:, 0]
+    assert receipt.probe_logprobs == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert engine.load_weights(named.items(), 2).probe_logprobs == ()
 
 
 # The sampler of the hf engine by itself.
