@@ -226,7 +226,7 @@ def same_bits(first: tuple[Output, Gradients], second: tuple[Output, Gradients])
     return all(torch.equal(a.detach(), b.detach()) for a, b in zip(left, right, strict=True))
 
 
-def origin(device: str) -> dict[str, Any]:
+def origin(device: str, program: str = "benchmarks.run") -> dict[str, Any]:
     """Commit, dirty flag, device, versions, threads and command of this process."""
     commit = provenance.commit()
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or "cpu"
@@ -237,7 +237,7 @@ def origin(device: str) -> dict[str, Any]:
         "device_name": name,
         "threads": torch.get_num_threads(),
         "versions": {**provenance.versions(), **_versions(PACKAGES)},
-        "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", program, *sys.argv[1:]]),
     }
 
 
