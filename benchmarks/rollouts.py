@@ -164,9 +164,9 @@ def _quotients(rates: Mapping[str, Sequence[float]], peer: str, name: str, *, kn
 
 
 def _gap(pairs: Sequence[tuple[Completion, Completion]]) -> float:
-    """Largest |log-prob difference| over completions of equal tokens."""
+    """Largest |log-prob difference| over completions of equal tokens; `complaints` tells of a missing one."""
     both = [(a.logprobs, b.logprobs) for a, b in pairs if a.ids == b.ids and a.logprobs and b.logprobs]
-    return max((abs(x - y) for one, other in both for x, y in zip(one, other, strict=True)), default=0.0)
+    return max((abs(x - y) for one, other in both for x, y in zip(one, other, strict=False)), default=0.0)
 
 
 def _quantiles(values: Sequence[float], name: str) -> dict[str, float]:
