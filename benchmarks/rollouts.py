@@ -102,9 +102,19 @@ def complaints(completions: Sequence[Completion], limits: Sequence[int], eos_ids
 
 
 def compare(
-    peers: Sequence[Peer], limits: Sequence[int], eos_ids: Sequence[int], *, rounds: int, device: str, least: float
+    peers: Sequence[Peer],
+    limits: Sequence[int],
+    eos_ids: Sequence[int],
+    *,
+    rounds: int,
+    device: str,
+    least: float,
+    seconds: float = math.inf,
 ) -> Iterator[dict[str, Any]]:
-    """One row per peer, the peers timed in turn after a short warm-up. Every round is checked."""
+    """One row per peer, the peers timed in turn after a short warm-up. Every round is checked.
+
+    No further round begins after `seconds`.
+    """
     times: dict[str, list[float]] = {peer.name: [] for peer in peers}
     rates: dict[str, list[float]] = {peer.name: [] for peer in peers}
     cpu_rates: dict[str, list[float]] = {peer.name: [] for peer in peers}
@@ -115,7 +125,10 @@ def compare(
     synchronize = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
     for peer in peers:
         peer.run(2)
+    end = time.monotonic() + seconds
     for index in range(rounds):
+        if index and time.monotonic() > end:
+            break
         sampled: dict[str, list[Completion]] = {}
         for peer in peers[::-1] if index % 2 else peers:
             peer.reset()
@@ -123,12 +136,12 @@ def compare(
             start, cpu_start = time.perf_counter(), time.process_time()
             returned = peer.run(len(limits))
             synchronize()
-            seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+            spent, cpu_spent = time.perf_counter() - start, time.process_time() - cpu_start
             found = sampled[peer.name] = peer.read(returned)
             tokens[peer.name] = sum(len(one.ids) for one in found)
-            times[peer.name].append(seconds * 1e3)
-            rates[peer.name].append(tokens[peer.name] / seconds)
-            cpu_rates[peer.name].append(tokens[peer.name] / cpu_seconds)
+            times[peer.name].append(spent * 1e3)
+            rates[peer.name].append(tokens[peer.name] / spent)
+            cpu_rates[peer.name].append(tokens[peer.name] / cpu_spent)
             if problem := complaints(found, limits, eos_ids):
                 wrong.setdefault(peer.name, problem)
         for name, found in sampled.items():
@@ -140,7 +153,7 @@ def compare(
         wrong.setdefault(OURS, f"only {min(equal[OURS]):.3f} of the completions are those of bare")
     for peer in peers:
         name = peer.name
-        row: dict[str, Any] = {"part": "throughput", "peer": name, "note": peer.note, "rounds": rounds}
+        row: dict[str, Any] = {"part": "throughput", "peer": name, "note": peer.note, "rounds": len(times[name])}
         if name in wrong:
             yield {**row, "status": "wrong", "reason": wrong[name]}
             continue
@@ -204,8 +217,8 @@ def throughput(options: argparse.Namespace, scratch: Path) -> Iterator[dict[str,
         "max_model_len": sizes.max_model_len,
         "max_num_seqs": sizes.max_num_seqs,
     }
-    least = LEAST_EQUAL[options.device]
-    for row in compare(peers, limits, eos_ids, rounds=options.rounds, device=options.device, least=least):
+    limited = {"rounds": options.rounds, "seconds": options.seconds, "least": LEAST_EQUAL[options.device]}
+    for row in compare(peers, limits, eos_ids, device=options.device, **limited):
         yield {**common, **row}
 
 
@@ -485,6 +498,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--problems", type=int, default=4)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--seconds", type=float, default=600.0, help="no further round begins after that")
     parser.add_argument("--peers", help=f"default all: {', '.join(PEERS)}")
     parser.add_argument("--sync-shapes", default=SYNC_SHAPES, help="VOCABxHIDDENxLAYERS, with commas")
     parser.add_argument("--sync-rounds", type=int, default=5)
