@@ -20,10 +20,10 @@ the LLM inside our engine, since two would not share its memory; the row says so
 EOS nor has its full length, or of ours that differs from bare's, makes the row `wrong`, without a time.
 
 Sync. VllmEngine.load_weights on random Llama models, in this process and through EngineProcess, beside a plain copy of
-the same bytes, by the fastest of the rounds: `checksum_ms` is one side's, the trainer's and the engine's are both in
-`sync_ms`; `probe_ms` is what the engine's log-probs of a fixed text add; `load_ms` is the rest. `extra_mib` is the peak
-of the engine's process (host memory, shared blocks included) beyond what it held before, `trainer_extra_mib` that of
-the sender.
+the same bytes, by the least of the rounds; on a CPU in CPU time of both processes. `checksum_ms` is one side's, the
+trainer's and the engine's are both in `sync_ms`; `probe_ms` is what the engine's log-probs of a fixed text add;
+`load_ms` is the rest. `extra_mib` is the peak of the engine's process (host memory, shared blocks included) beyond what
+it held before, `trainer_extra_mib` that of the sender.
 
 Only ratios are printed for a CPU, since the machine is shared. Exit code 1 where one of ours is wrong.
 """
@@ -131,9 +131,9 @@ def compare(
         if index and time.monotonic() > end:
             break
         sampled: dict[str, list[Completion]] = {}
+        gc.collect()
         for peer in peers[::-1] if index % 2 else peers:
             peer.reset()
-            gc.collect()
             start, cpu_start = time.perf_counter(), time.process_time()
             returned = peer.run(len(limits))
             synchronize()
@@ -413,9 +413,14 @@ def _sync_case(folder: Path, shape: Sequence[int], placement: str, options: argp
         "sync": lambda: load(probe_ids.tolist()),
     }
     try:
-        measure.time_round_robin(runs, rounds=1, device=options.device)
-        times = measure.time_round_robin(runs, rounds=options.sync_rounds, device=options.device)
         child = engine.pid if isinstance(engine, EngineProcess) else None
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for index in range(options.sync_rounds + 1):
+            for name, run in runs.items():
+                begin = _clock(options.device, child)
+                run()
+                if index:
+                    times[name].append((_clock(options.device, child) - begin) * 1e3)
         extra = _peaks([child or os.getpid(), os.getpid()], runs["sync"])
     finally:
         engine.close()
@@ -426,7 +431,12 @@ def _sync_case(folder: Path, shape: Sequence[int], placement: str, options: argp
     arrived = all(sent == receipt.checksums for sent, receipt in receipts)
     size = sum(tensor.nbytes for tensor in named.values())
     row: dict[str, Any] = {"tensors": len(named), "parameters": sum(t.numel() for t in named.values()), "bytes": size}
-    row |= {"rounds": options.sync_rounds, "probe_tokens": PROBE_TOKENS, "probe_gap_mean": gap}
+    row |= {
+        "clock": "cpu" if options.device == "cpu" else "wall",
+        "rounds": options.sync_rounds,
+        "probe_tokens": PROBE_TOKENS,
+        "probe_gap_mean": gap,
+    }
     if not arrived or not gap <= SYNC_TOLERANCE[options.dtype]:
         return {**row, "status": "wrong", "reason": f"checksums agree: {arrived}; log-prob gap {gap:.2e} nats"}
     for name, values in times.items():
@@ -440,6 +450,18 @@ def _sync_case(folder: Path, shape: Sequence[int], placement: str, options: argp
         "extra_mib": extra[0],
         "trainer_extra_mib": extra[1],
     }
+
+
+def _clock(device: str, child: int | None) -> float:
+    """Seconds: on a CPU spent by this process and the child, on a GPU by the clock on the wall."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    spent = time.process_time()
+    if child is not None:
+        fields = Path(f"/proc/{child}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        spent += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # user and system time
+    return spent
 
 
 def _peaks(pids: Sequence[int], run: Callable[[], object]) -> list[float | None]:

@@ -24,7 +24,7 @@ def peer(name, completions=HONEST):
 
 
 def rows_of(peers, least=1.0):
-    return list(rollouts.compare(peers, LIMITS, [EOS], rounds=3, device="cpu", least=least))
+    return list(rollouts.compare(peers, LIMITS, [EOS], rounds=2, device="cpu", least=least))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -51,7 +51,7 @@ def test_the_engines_are_measured_and_agree(tmp_path):
     assert (synced["part"], synced["placement"], synced["status"]) == ("sync", "inprocess", "ok")
     assert synced["bytes"] == 4 * synced["parameters"] > 0
     assert synced["probe_gap_mean"] < 1e-3
-    assert synced["sync_ms_p50"] > synced["copy_ms_p50"] > 0
+    assert synced["sync_ms_min"] > synced["copy_ms_min"] > 0
 
 
 def test_honest_engines_are_compared():
@@ -90,7 +90,7 @@ def test_a_lost_completion_and_a_single_bad_round_are_noticed():
     ours, _ = rows_of([peer("ours", HONEST[:2]), peer("bare")])
     assert ours["reason"] == "2 completions for 3 requests"
     calls = itertools.count()
-    once = Peer("ours", "made up", lambda count: HONEST[: count - (next(calls) == 2)], list)
+    once = Peer("ours", "made up", lambda count: HONEST[: count - (next(calls) == 1)], list)
     assert rows_of([once, peer("bare")])[0]["status"] == "wrong"
 
 
