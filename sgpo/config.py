@@ -109,7 +109,7 @@ class RolloutConfig(Section):
         default=None,
         gt=0,
         description="mean |log-prob gap| in nats between engine and trainer on a fixed text that stops the run after a "
-        "weight sync; default: 1e-3 in float32, 0.1 in bfloat16",
+        "weight sync; default: 2e-4 in float32, 0.1 in bfloat16",
     )
     problems_per_step: int = Field(default=128, ge=1)
     n_auto: int = Field(default=8, ge=1, description="completions without the strategy (G1)")

@@ -69,8 +69,8 @@ class SyncedRollouts:
             problem = str(error)
             for _ in named:  # other ranks wait for this one in the gathers of ZeRO-3
                 pass
-        if problems := [found for found in ranks.gather(problem) if found]:
-            raise SgpoError(f"weights of step {version}: {problems[0]}; the last checkpoint is whole")
+        if problems := dict.fromkeys(found for found in ranks.gather(problem) if found):
+            raise SgpoError(f"weights of step {version}: {'; '.join(problems)}; the last checkpoint is whole")
         self.policy_version = version
         return SyncReport(size[0], sum(gaps) / len(gaps), max(gaps))
 

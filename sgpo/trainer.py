@@ -106,7 +106,7 @@ def train(config: Config) -> dict[str, Any]:
         checkpoints = Checkpoints(run_dir / "checkpoints", keep_last=config.checkpoint.keep_last)
         progress, ahead = _restore(engine, checkpoints)
         rollouts = assembly.sync_rollouts(
-            config, engine, assembly.build_rollouts(config, model_folder), task, tokenizer
+            config, engine, assembly.build_rollouts(config, model_folder, from_scratch=True), task, tokenizer
         )
         stack.callback(rollouts.close)
         rollouts.sync(progress.step)

@@ -27,6 +27,7 @@ from sgpo.schema import EngineFailure, Rollout, RolloutEngine, RolloutRequest, S
 _BUCKET_BYTES = 256 * 2**20
 _HEARTBEAT_S = 1.0
 _START_S = 600.0
+_BROKEN_OFF = "broken off"
 # A launcher's variables would make the child join the trainer's process group.
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -76,21 +77,21 @@ class EngineProcess:
     ) -> SyncReceipt:
         if self._connection is None:
             self._start()
-        assert self._connection is not None
         self._send(("load_weights", (policy_version, tuple(probe_ids))), "weight sync")
-        for bucket in buckets(named_tensors, _BUCKET_BYTES):
+        source = buckets(named_tensors, _BUCKET_BYTES)
+        while True:
             self._answer("weight sync")  # the child asks for each bucket, so that few of them exist at a time
-            descriptor, layout = share(bucket)
             try:
-                self._send(layout, "weight sync")
-                send_handle(self._connection, descriptor, self.pid)
-            except OSError as error:
-                raise self._failure("weight sync", "it died") from error
-            finally:
-                os.close(descriptor)
-        self._answer("weight sync")
-        self._send(None, "weight sync")
-        return self._answer("weight sync")
+                bucket = next(source, None)
+            except BaseException:
+                self._send(_BROKEN_OFF, "weight sync")
+                with suppress(SgpoError):
+                    self._answer("weight sync")
+                raise
+            if bucket is None:
+                self._send(None, "weight sync")
+                return self._answer("weight sync")
+            self._hand_over(bucket)
 
     def sleep(self) -> None:
         self._call("sleep", (), "sleep")
@@ -123,6 +124,17 @@ class EngineProcess:
             raise EngineFailure(f"{stage}: the rollout process is gone")
         self._send((method, arguments), stage)
         return self._answer(stage, event)
+
+    def _hand_over(self, bucket: list[Named]) -> None:
+        assert self._connection is not None
+        descriptor, layout = share(bucket)
+        try:
+            self._send(layout, "weight sync")
+            send_handle(self._connection, descriptor, self.pid)
+        except OSError as error:
+            raise self._failure("weight sync", "it died") from error
+        finally:
+            os.close(descriptor)
 
     def _send(self, message: Any, stage: str) -> None:
         assert self._connection is not None
@@ -247,6 +259,8 @@ def _received(line: _Line, watchdog: Watchdog) -> Iterator[Named]:
         line.say("result", None)  # asks for the next bucket
         if (layout := line.connection.recv()) is None:
             return
+        if layout == _BROKEN_OFF:
+            raise SgpoError("the trainer's weights broke off")
         watchdog.beat()
         yield from receive(recv_handle(line.connection), layout)
 

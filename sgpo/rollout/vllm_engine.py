@@ -10,6 +10,7 @@ import gc
 import os
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ class VllmOptions:
 
     max_model_len: prompt and completion together, in tokens. kv_cache_mib: memory of the KV cache; otherwise on a GPU
     what gpu_memory_utilization of the card leaves, on a CPU 512 MiB. sleep_level: 0 never sleeps, 1 keeps the weights
-    in host memory, 2 drops them.
+    in host memory, 2 drops them. from_scratch: start with meaningless weights, so that the first sync proves that
+    each of them is replaced.
     """
 
     max_model_len: int
@@ -61,18 +63,19 @@ class VllmOptions:
     tensor_parallel_size: int = 1
     enforce_eager: bool = False
     sleep_level: int = 0
+    from_scratch: bool = False
     stall_s: float = 600.0
 
 
 class VllmEngine:
-    """A RolloutEngine on the model in `folder`; it samples from that model until load_weights brings another."""
+    """A RolloutEngine on the model in `folder`; it samples from that model until load_weights brings other weights."""
 
     def __init__(self, folder: Path, *, eos_ids: Sequence[int], dtype: str, options: VllmOptions) -> None:
         self._eos_ids = list(eos_ids)
         self._options = options
         self._asleep = False
         self._cuda = torch.cuda.is_available()
-        self.policy_version: int | None = 0
+        self.policy_version: int | None = None if options.from_scratch else 0
         with _undisturbed():
             self._llm: Any = _build(folder, dtype, options, cuda=self._cuda)
         self._engine: Any = self._llm.llm_engine
@@ -113,18 +116,14 @@ class VllmEngine:
         if self._asleep:
             self._wake("weights")
         checksums: dict[str, int] = {}
-        self._on_model(initialize_layerwise_reload)
+        named_tensors = iter(named_tensors)
+        problem = None
         try:
-            for name, tensor in named_tensors:
-                if name in checksums:
-                    raise SgpoError(f"weight sync: {name} arrived twice")
-                checksums[name] = checksum(tensor)
-                self._load(name, tensor)
-        finally:
-            missing = self._on_model(lambda model: _finish(model, self._engine.model_config))
-        if missing:
-            names = f"{', '.join(missing[:3])} ({len(missing)} in all)"
-            raise SgpoError(f"weight sync: no new value, or only a part of one, arrived for {names}")
+            self._load_all(named_tensors, checksums)
+        except SgpoError as error:
+            problem = str(error)
+        if problem := self._of_any_rank(problem, named_tensors):
+            raise SgpoError(problem)
         if self._asleep:
             self._wake("kv_cache")
             self._asleep = False
@@ -262,6 +261,31 @@ class VllmEngine:
             torch.cuda.empty_cache()  # what the trainer's allocator keeps in reserve is what vLLM now needs
         self._llm.wake_up(tags=[tag])
 
+    def _load_all(self, named_tensors: Iterator[tuple[str, torch.Tensor]], checksums: dict[str, int]) -> None:
+        self._on_model(initialize_layerwise_reload)
+        try:
+            for name, tensor in named_tensors:
+                if name in checksums:
+                    raise SgpoError(f"weight sync: {name} arrived twice")
+                checksums[name] = checksum(tensor)
+                self._load(name, tensor)
+        finally:
+            missing = self._on_model(lambda model: _finish(model, self._engine.model_config))
+        if missing:
+            names = f"{', '.join(missing[:3])} ({len(missing)} in all)"
+            raise SgpoError(f"weight sync: no new value, or only a part of one, arrived for {names}")
+
+    def _of_any_rank(self, problem: str | None, named_tensors: Iterator[Any]) -> str | None:
+        """A problem on any of the ranks that share this engine: none may go on to a forward pass without the others."""
+        if self._options.tensor_parallel_size == 1:
+            return problem
+        for _ in named_tensors:  # gathering what is left may need all ranks too
+            pass
+        group = get_tp_group()
+        problems: list[str | None] = [None] * group.world_size
+        dist.all_gather_object(problems, problem, group=group.cpu_group)
+        return next((found for found in problems if found), None)
+
     def _load(self, name: str, tensor: torch.Tensor) -> None:
         """vLLM's own loader fuses and shards what comes; a layer changes in place once all its parts are there."""
         try:
@@ -316,6 +340,7 @@ def _build(folder: Path, dtype: str, options: VllmOptions, *, cuda: bool) -> LLM
         return LLM(
             str(folder),
             dtype=dtype,  # type: ignore[arg-type]
+            load_format="dummy" if options.from_scratch else "auto",
             tensor_parallel_size=options.tensor_parallel_size,
             enforce_eager=options.enforce_eager or not cuda,
             enable_prefix_caching=True,
@@ -324,6 +349,7 @@ def _build(folder: Path, dtype: str, options: VllmOptions, *, cuda: bool) -> LLM
             generation_config="vllm",  # none of the model's own sampling defaults
             skip_tokenizer_init=True,
             trust_remote_code=False,
+            use_tqdm_on_load=False,
             **sizes,
         )
     except (ValueError, RuntimeError, AssertionError, OSError) as error:
@@ -336,7 +362,8 @@ def _undisturbed() -> Iterator[None]:
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # vLLM reads every attribute of torch.distributed
             yield
     finally:
         random.setstate(python_state)

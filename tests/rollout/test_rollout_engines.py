@@ -3,14 +3,13 @@
 A new engine joins by one entry in ENGINES: make(folder, eos_ids, max_batch_tokens) -> RolloutEngine.
 """
 
-import importlib.util
 import json
 import math
 import shutil
 
 import pytest
 import torch
-from engine_builders import make_hf, make_vllm
+from engine_builders import NO_VLLM, make_hf, make_vllm
 
 from sgpo.data.builtin import END, make_model, make_tokenizer, vocabulary
 from sgpo.data.builtin import PAD as PAD_TOKEN
@@ -22,7 +21,6 @@ EOS, PAD, VOCAB = vocabulary().index(END), vocabulary().index(PAD_TOKEN), len(vo
 LONG = 8
 
 
-NO_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 ENGINES = [pytest.param(make_hf, id="hf"), pytest.param(make_vllm, id="vllm", marks=NO_VLLM)]
 
 
