@@ -200,7 +200,7 @@ def throughput(options: argparse.Namespace, scratch: Path) -> Iterator[dict[str,
     chosen = problems_of_step(len(task.problems), per_step=options.problems, seed=options.seed, step=0)
     group = {"n_auto": N_AUTO, "n_guided": N_GUIDED}
     requests = build_requests(task, chosen, **group, seed=options.seed, step=0)
-    sizes = vllm_options(config, folder)
+    sizes = vllm_options(config, folder, from_scratch=False)
     limits = [min(options.max_new_tokens, sizes.max_model_len - len(request.prompt_ids)) for request in requests]
     eos_ids = eos_token_ids(tokenizer, eos_ids_of_folder(folder))
     peers = _peers(config, folder, requests, limits, eos_ids, names=options.peers, on_cpu=options.device == "cpu")
@@ -261,8 +261,12 @@ def _peers(
 ) -> list[Peer]:
     rollout = config.rollout
     sampling = SamplingParams(rollout.temperature, rollout.top_p, rollout.max_new_tokens)
-    engine: Any = rollout_engine(config, folder)  # before vllm: its module says what vllm is to read when imported
-    hf = rollout_engine(config.model_copy(update={"rollout": rollout.model_copy(update={"engine": "hf"})}), folder)
+    engine: Any = rollout_engine(
+        config, folder, from_scratch=False
+    )  # before vllm: its module says what vllm is to read when imported
+    hf = rollout_engine(
+        config.model_copy(update={"rollout": rollout.model_copy(update={"engine": "hf"})}), folder, from_scratch=False
+    )
     from vllm import SamplingParams as VllmSampling
     from vllm.sampling_params import RequestOutputKind
 
@@ -295,7 +299,7 @@ def _peers(
 
     own, note = engine._llm, "the LLM inside our engine"
     if on_cpu:
-        other: Any = rollout_engine(config, folder)
+        other: Any = rollout_engine(config, folder, from_scratch=False)
         own, note = other._llm, "an LLM of its own"
     peers = [
         Peer(OURS, "in this process", ours(engine), _from_rollouts, engine._llm.reset_prefix_cache),
@@ -315,7 +319,7 @@ def _default_llm(folder: Path, config: Config) -> Any:
 
     from sgpo.rollout.vllm_engine import _undisturbed
 
-    sizes = vllm_options(config, folder)
+    sizes = vllm_options(config, folder, from_scratch=False)
     memory = (sizes.kv_cache_mib or 512) * 2**20
     options = {"max_model_len": sizes.max_model_len, "dtype": config.model.dtype, "kv_cache_memory_bytes": memory}
     with _undisturbed():
