@@ -30,6 +30,7 @@ FLOORS = {
     "sgpo.assembly": 7,
     "sgpo.sampling": 8,
     "sgpo.evaluate": 8,
+    "sgpo.extract": 8,
     "sgpo.step_metrics": 8,
     "sgpo.warmup": 8,
     "sgpo.trainer": 9,
@@ -122,6 +123,7 @@ def test_kernels_import_only_torch_triton_and_the_standard_library():
         ("import sgpo.schema", ("torch",)),
         ("import sgpo.cli", ("torch", "transformers")),
         ("import sgpo.rewards.pool", ("torch", "transformers", "deepspeed")),
+        ("import sgpo.extract, sgpo.strategies.endpoint", ("torch", "transformers", "deepspeed")),
     ],
 )
 def test_imports_stay_light(statement, forbidden):
