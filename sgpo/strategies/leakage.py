@@ -64,6 +64,7 @@ _METHOD_PARTS = re.compile(
 _MARKER = re.compile(
     r"^[ \t]*(?:[-*•][ \t]*)?(?:\*\*)?(?:step[ \t]+)?(\d{1,2})[.):](?=\s)", re.IGNORECASE | re.MULTILINE
 )
+_FRACTION = re.compile(r"-?\d+\s*/\s*\d+|-?\\frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\}")
 _RESULT_WORDS = r"\b(?:answer|result|solution|conclude|therefore|thus|hence|equals?)\b[^.\n]{0,40}?"
 
 
@@ -135,7 +136,7 @@ def find_leaks(strategy: str, solution: Solution, equal: Equal) -> list[Leak]:
     formulas = list(mathtext.expressions(text))
     if len(formulas) > MAX_FORMULAS:
         return [Leak("computation", f"{len(formulas)} formulas")]
-    stated = [e for e in formulas if solution.states(e.text) and not e.text.replace(" ", "").isdigit()]
+    stated = [e for e in formulas if solution.states(e.text) and not _FRACTION.fullmatch(e.text)]
     leaks = [
         *_number_leaks(text, stated, solution),
         *_formula_leaks([e for e in formulas if e not in stated], solution),

@@ -208,4 +208,4 @@ def letters(side: str) -> frozenset[str]:
 
 def is_atom(side: str) -> bool:
     """A bare number, a bare name, or nothing at all."""
-    return bool(re.fullmatch(r"-?[\d.,]*|\\?[A-Za-z]+|[^\w]*", side))
+    return bool(re.fullmatch(r"\(*-?[\d.,]*\)*|\\?[A-Za-z]+|[^\w]*", side))
