@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,12 @@ from processes import start_ranks
 from sgpo.cli import main
 from sgpo.config import known_keys
 from sgpo.data.problems import load_problems
-from sgpo.schema import Rollout
-from sgpo.strategies.asking import Answer, Failure, Question, Sampling
+from sgpo.rewards.answers import after_thinking
+from sgpo.schema import Problem, Rollout
+from sgpo.strategies.asking import Answer, AnswerCache, Asker, Failure, Question, Sampling
+from sgpo.strategies.extraction import Extraction, Settings, Source
 from sgpo.strategies.local import LocalBackend
+from sgpo.strategies.prompts import Templates
 from sgpo.strategies.settings import ExtractConfig
 
 TRACES = Path(__file__).parents[2].parent / "shared" / "data" / "traces_r1_rasbt.jsonl"
@@ -184,6 +188,8 @@ def test_killed_and_started_again(folder, how, kill_at):
         asked_again = {number for number, _ in server.log[asked_before:]}
         assert asked_again
         assert not asked_again & kept
+        answered_before = {number for number, outcome in server.log[:asked_before] if outcome == "answered"}
+        assert len(asked_again & answered_before) <= 4  # no more than were under way
         asked_in_all = len(server.log)
         assert main(arguments(server)) == 0  # everything is in the cache now
         assert len(server.log) == asked_in_all
@@ -350,6 +356,36 @@ def test_a_local_model_whose_answers_are_malformed_is_reported(folder, builtin_f
     assert report_of("out.jsonl")["requests"]["answered"] == 4
     assert main(["strategies", "extract", "extract.yaml", "--max_tokens", "250"]) == 1
     assert "exceed the model's 256 positions" in report_of("out.jsonl")["without_strategy"]["p0"][0]
+
+
+class Cut:
+    """A backend whose first answers are well-formed but cut off, and whose next ones never stop thinking."""
+
+    identity, retries = {}, Counter()
+
+    def answer(self, questions, on_result):
+        for question in questions:
+            text = CLEAN[1] if question.attempt == 0 else f"<think>{CLEAN[1]}"
+            on_result(question, Answer(text, "length" if question.attempt == 0 else "stop"))
+
+
+def test_cut_and_unfinished_answers_are_malformed(tmp_path):
+    sampling = Sampling(1.0, 1.0, 9)
+    source = Source(Problem("p", "How many?", "7"), "It is 7.", "It is 7.")
+    with AnswerCache(tmp_path / "c.jsonl") as cache:
+        asker = Asker(Cut(), cache, lambda count: None)
+        extraction = Extraction(
+            [source],
+            Settings(candidates=2, max_asks=2, sampling=sampling, scoring=sampling, seed=0),
+            Templates.load(),
+            asker,
+            after_thinking=after_thinking,
+            equal=lambda pairs: [False] * len(pairs),
+        )
+        [candidates] = extraction.run()
+    assert [candidate.strategy for candidate in candidates] == [None, None]
+    assert {reason[:16] for reason in extraction.tally.malformed} == {"it was cut off a", "its thinking par"}
+    assert asker.usage.without_token_count == 4
 
 
 class Letters:

@@ -184,6 +184,14 @@ def test_another_model_is_another_key(tmp_path):
     assert len(other.asked) == 1
 
 
+def test_an_answer_is_in_the_file_before_it_is_used(tmp_path):
+    path, seen = tmp_path / "c.jsonl", []
+    with AnswerCache(path) as cache:
+        asker = Asker(Echo(), cache, lambda count: seen.append(len(path.read_bytes().splitlines())))
+        asker.ask([question("a"), question("b")])
+    assert seen == [0, 1, 2]
+
+
 def test_failures_are_not_kept(tmp_path):
     backend = Echo()
     for _ in range(2):
