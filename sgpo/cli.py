@@ -1,4 +1,7 @@
-"""Command line: sgpo warmup | train | eval | report | env. Exit code 2 and one sentence for what the user can mend."""
+"""Command line: sgpo warmup | train | eval | strategies extract | report | env.
+
+Exit code 2 and one sentence for what the user can mend.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sgpo: the package {error.name} is not installed; pip install 'sgpo[train]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("sgpo: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("sgpo: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sgpo", description="Strategy-Guided Policy Optimization")
     commands = parser.add_subparsers(
-        required=True, metavar="warmup | train | eval | report | env", parser_class=_Command
+        required=True, metavar="warmup | train | eval | strategies | report | env", parser_class=_Command
     )
     for name, run, text in (
         ("warmup", _warmup, "SFT warm-up on demonstrations; writes RUN/warmup/best"),
@@ -49,6 +52,16 @@ def _parser() -> argparse.ArgumentParser:
         if name == "eval":
             command.add_argument("--out", type=Path, help="write every sample to this JSONL file")
         command.set_defaults(run=run)
+    strategies = commands.add_parser("strategies", help="strategies out of strong-model responses")
+    actions = strategies.add_subparsers(required=True, metavar="extract", parser_class=_Command)
+    text = "one strategy per problem, from responses; exit code 1 where a problem got none; goes on where it stopped"
+    extract = actions.add_parser(
+        "extract",
+        usage="sgpo strategies extract [config.yaml] --input FILE --output FILE [--key value ...]",
+        help=text,
+        description=text,
+    )
+    extract.set_defaults(run=_extract)
     report = commands.add_parser("report", help="rebuild report.html of a run folder, or compare several")
     report.add_argument("runs", type=Path, nargs="+")
     report.add_argument("--out", type=Path, help="folder of the comparison (several runs)")
@@ -64,8 +77,12 @@ class _Command(argparse.ArgumentParser):
     def format_help(self) -> str:
         from sgpo.config import describe
 
-        takes_config = any(action.dest == "config" for action in self._actions)
-        return super().format_help() + (f"\nknobs:\n{describe()}\n" if takes_config else "")
+        knobs = describe() if any(action.dest == "config" for action in self._actions) else ""
+        if self.get_default("run") is _extract:
+            from sgpo.strategies.settings import ExtractConfig
+
+            knobs = describe(ExtractConfig)
+        return super().format_help() + (f"\nknobs:\n{knobs}\n" if knobs else "")
 
 
 def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -121,6 +138,23 @@ def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         rows = [json.dumps(row) for result in results.values() for row in result.samples]
         arguments.out.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return 0
+
+
+def _extract(_: argparse.Namespace, words: Sequence[str]) -> int:
+    from sgpo.config import load_settings
+    from sgpo.strategies.settings import ExtractConfig
+
+    path = Path(words[0]) if words and not words[0].startswith("--") else None
+    config = load_settings(ExtractConfig, path, words if path is None else words[1:])
+    from sgpo.extract import extract
+
+    report = extract(config)
+    lacking = report["without_strategy"]
+    print(f"{config.output}: a strategy for {report['with_strategy']} of {report['problems']} problems")
+    for problem_id, reasons in list(lacking.items())[:20]:
+        print(f"  none for {problem_id}: {reasons[0]}")
+    print(f"report: {config.report or config.output + '.report.json'}")
+    return 1 if lacking else 0
 
 
 def _report(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -24,6 +24,9 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Settings = TypeVar("Settings", bound=Section)
 
 
 class RunConfig(Section):
@@ -268,7 +271,7 @@ class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig
     data: DataConfig
-    rollout: RolloutConfig = RolloutConfig()
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     reward: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optim: OptimConfig = OptimConfig()
@@ -306,7 +309,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises SgpoError with one sentence per problem: the file, the key, what was expected and the nearest known key.
     """
-    path = Path(path)
+    return load_settings(Config, Path(path), overrides)
+
+
+def load_settings(schema: type[Settings], path: Path | None, overrides: Sequence[str] = ()) -> Settings:
+    """As `load_config`, for any schema; `path` None: the overrides alone."""
+    raw: dict[str, Any] = {} if path is None else _read_sections(schema, path)
+    for key, value in parse_overrides(overrides):
+        _assign(raw, key, value)
+    return checked(schema, raw, "command line" if path is None else str(path))
+
+
+def checked(schema: type[Settings], raw: dict[str, Any], place: str) -> Settings:
+    """The settings in `raw`; SgpoError with one sentence per problem, each starting with `place`."""
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        raise SgpoError("; ".join(_sentence(schema, place, item) for item in error.errors())) from None
+
+
+def _read_sections(schema: type[BaseModel], path: Path) -> dict[str, Any]:
     try:
         raw = _read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -316,13 +338,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except yaml.YAMLError as error:
         raise SgpoError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
-        raise SgpoError(f"config {path} must be a mapping of sections ({', '.join(Config.model_fields)})")
-    for key, value in parse_overrides(overrides):
-        _assign(raw, key, value)
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        raise SgpoError("; ".join(_sentence(path, item) for item in error.errors())) from None
+        raise SgpoError(f"config {path} must be a mapping of sections ({', '.join(schema.model_fields)})")
+    return raw
 
 
 class _Loader(yaml.SafeLoader):
@@ -386,10 +403,10 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, A
     return keys
 
 
-def describe() -> str:
-    """All knobs with type, default and meaning, for `sgpo train --help`."""
+def describe(schema: type[BaseModel] = Config) -> str:
+    """All knobs with type, default and meaning, for the help of a command."""
     lines = []
-    for key, info in known_keys().items():
+    for key, info in known_keys(schema).items():
         default = "required" if info.is_required() else f"default {info.default!r}"
         annotation = re.sub(r"Annotated\[(\w+), .*?\]\)\]", r"\1", str(info.annotation))
         kind = annotation.replace("typing.", "").removeprefix("<class '").removesuffix("'>")
@@ -407,14 +424,14 @@ def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
     raw[leaf] = value
 
 
-def _sentence(path: Path, item: Any) -> str:
+def _sentence(schema: type[BaseModel], place: str, item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        sections = [".".join(known.split(".")[:-1]) for known in known_keys()]
-        close = difflib.get_close_matches(key, [*known_keys(), *sections], n=1, cutoff=0.5)
-        return f"{path}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+        sections = [".".join(known.split(".")[:-1]) for known in known_keys(schema)]
+        close = difflib.get_close_matches(key, [*known_keys(schema), *sections], n=1, cutoff=0.5)
+        return f"{place}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
     if item["type"] == "missing":
-        return f"{path}: {key} is required"
+        return f"{place}: {key} is required"
     message = item["msg"].removeprefix("Value error, ")
     got = "" if isinstance(item["input"], dict | BaseModel) else f", got {item['input']!r}"
-    return f"{path}: {key + ': ' if key else ''}{message}{got}"
+    return f"{place}: {key + ': ' if key else ''}{message}{got}"

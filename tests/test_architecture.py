@@ -32,6 +32,7 @@ FLOORS = {
     "sgpo.assembly": 8,
     "sgpo.sampling": 9,
     "sgpo.evaluate": 9,
+    "sgpo.extract": 9,
     "sgpo.step_metrics": 9,
     "sgpo.warmup": 9,
     "sgpo.trainer": 10,
@@ -124,6 +125,7 @@ def test_kernels_import_only_torch_triton_and_the_standard_library():
         ("import sgpo.schema", ("torch",)),
         ("import sgpo.cli", ("torch", "transformers")),
         ("import sgpo.rewards.pool", ("torch", "transformers", "deepspeed")),
+        ("import sgpo.extract, sgpo.strategies.endpoint", ("torch", "transformers", "deepspeed")),
     ],
 )
 def test_imports_stay_light(statement, forbidden):

@@ -335,8 +335,10 @@ def test_known_keys_are_leaves():
 def test_describe_lists_every_key_with_its_default(load):
     lines = {line.split()[0]: line for line in describe().splitlines()}
     assert list(lines) == [f"--{key}" for key in known_keys()]
-    config = load()
+    config = load("--rollout.engine", "hf")
     for key, info in known_keys().items():
+        if key == "rollout.engine":
+            continue  # "auto" is what is described, the engine it stands for what is held
         wanted = "required" if info.is_required() else f"default {value_of(config, key)!r}"
         assert wanted in lines[f"--{key}"]
 
@@ -356,3 +358,37 @@ def test_the_config_loads_without_torch():
     code = "import sys, sgpo.config; print(sorted({'torch', 'transformers', 'deepspeed', 'numpy'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_the_engine_is_vllm_where_it_is_installed(load, monkeypatch):
+    for found, engine in ((object(), "vllm"), (None, "hf")):
+        monkeypatch.setattr("sgpo.config.importlib.util.find_spec", lambda name, found=found: found)
+        assert load().rollout.engine == engine
+        assert load("--rollout.engine", "hf").rollout.engine == "hf"
+    with pytest.raises(SgpoError, match="vllm is not installed"):
+        load("--rollout.engine", "vllm")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--rollout.overlap", "true", "--rollout.placement", "process"], "overlap needs"),
+        (["--rollout.overlap", "true", "--rollout.importance_cap", "2"], "overlap needs"),
+        (["--rollout.placement", "process", "--rollout.vllm.tensor_parallel_size", "2"], "tensor_parallel_size to 1"),
+        (["--rollout.devices", "['1']"], "devices is for placement: process"),
+        (["--rollout.stall_s", "0"], "rollout.stall_s"),
+        (["--rollout.importance_cap", "0"], "rollout.importance_cap"),
+        (["--rollout.vllm.sleep_level", "3"], "rollout.vllm.sleep_level"),
+        (["--rollout.vllm.max_num_seq", "3"], "did you mean 'rollout.vllm.max_num_seqs'"),
+    ],
+)
+def test_rollout_settings_that_cannot_work_are_refused(load, overrides, message):
+    with pytest.raises(SgpoError, match=message):
+        load(*overrides)
+
+
+def test_vllm_takes_no_high_temperature(load, monkeypatch):
+    monkeypatch.setattr("sgpo.config.importlib.util.find_spec", lambda name: object())
+    with pytest.raises(SgpoError, match="temperatures up to 2"):
+        load("--rollout.engine", "vllm", "--rollout.temperature", "2.5")
+    assert load("--rollout.engine", "hf", "--rollout.temperature", "2.5").rollout.temperature == 2.5

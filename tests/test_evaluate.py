@@ -28,16 +28,19 @@ class FakeRollouts:
     def __init__(self):
         self.requests = []
 
-    def generate(self, requests, sampling, on_progress=None):
+    def generate(self, requests, sampling, on_progress=None, on_rollout=None):
         self.requests = list(requests)
         if on_progress:
             on_progress(len(requests), 0)
-        return [
+        rollouts = [
             Rollout(
                 r, (100 * r.problem_index + r.sample_index,) * (r.problem_index + 1), (), bool(r.sample_index % 2), 0
             )
             for r in requests
         ]
+        for rollout in reversed(rollouts):
+            on_rollout(rollout)
+        return rollouts
 
 
 class FakeRewards:
@@ -46,8 +49,13 @@ class FakeRewards:
     def __init__(self, rewards):
         self.rewards = rewards
         self.items = []
+        self.begun = []
+
+    def begin(self, item):
+        self.begun.append(item)
 
     def score(self, items):
+        assert list(items) == self.begun[::-1]  # each was begun as it came
         self.items += items
         return [Verdict(self.rewards.get(int(item.completion.split()[0]), 0.0)) for item in items]
 
@@ -207,7 +215,7 @@ class Parrot:
             (*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id) for text in texts
         ]
 
-    def generate(self, requests, sampling, on_progress=None):
+    def generate(self, requests, sampling, on_progress=None, on_rollout=None):
         return [Rollout(r, self.completions[r.problem_index], (), False, 0) for r in requests]
 
 
@@ -225,8 +233,8 @@ def test_the_command_evaluates_both_contexts(builtin_folder, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(
         f"run: {{output_dir: {tmp_path}}}\nmodel: {{path: {builtin_folder}, dtype: float32}}\n"
-        "data: {train: builtin, eval: builtin, eval_limit: 3}\nreward: {kind: exact, workers: 1}\n"
-        "eval: {samples: 2, max_new_tokens: 4}\n"
+        "data: {train: builtin, eval: builtin, eval_limit: 3}\nrollout: {engine: hf}\n"
+        "reward: {kind: exact, workers: 1}\neval: {samples: 2, max_new_tokens: 4}\n"
     )
     found = evaluate_model(load_config(path))
     assert list(found) == ["auto", "guided"]

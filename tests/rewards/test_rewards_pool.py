@@ -185,6 +185,27 @@ def test_same_answer_to_the_same_gold_is_verified_once(pool):
     assert time.monotonic() - start < 5 * TIMEOUT_S
 
 
+def test_what_was_begun_early_is_scored_once(plugin_pool):
+    items = [RewardItem("a" * n, "gold", "q") for n in (1, 2, 3, 2)]
+    before = plugin_pool._finished_tasks
+    for item in reversed(items):
+        plugin_pool.begin(item)
+    wait(list(plugin_pool._begun.values()))
+    assert plugin_pool._finished_tasks - before == 3
+    verdicts = plugin_pool.score(items)
+    assert [verdict.reward for verdict in verdicts] == pytest.approx([1.1, 2.1, 3.1, 2.1])
+    assert plugin_pool._finished_tasks - before == 3
+    assert not plugin_pool._begun
+    assert plugin_pool.score(items) == verdicts
+
+
+def test_what_was_begun_on_workers_that_died_is_scored_on_new_ones(plugin_pool):
+    plugin_pool.begin(RewardItem("sleep", "gold"))
+    plugin_pool.begin(RewardItem("abc", "gold"))
+    plugin_pool._replace_pool()
+    assert plugin_pool.score([RewardItem("abc", "gold")])[0].reward == 3.0
+
+
 def test_submit_gives_futures(pool):
     futures = [pool.submit(RewardItem(text, "5")) for text in ("\\boxed{5}", BOMB, "\\boxed{6}", "x" * (MAX_CHARS + 1))]
     done, _ = wait(futures, timeout=30)
