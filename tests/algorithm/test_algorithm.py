@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sgpo.algorithm.advantages import group_advantages
 from sgpo.algorithm.guidance import adaptive_alpha, group_advantage_alpha
+from sgpo.algorithm.importance import gap_statistics, truncated_importance
 from sgpo.algorithm.intervals import bootstrap_interval
 from sgpo.algorithm.targets import reachable_target, target_score
 from sgpo.algorithm.weights import policy_token_weight, target_token_weight
@@ -236,3 +237,28 @@ def test_the_bootstrap_interval_covers_the_truth_as_often_as_it_says():
 def test_the_bootstrap_interval_stays_within_the_values(values):
     low, high = bootstrap_interval(values, resamples=200)
     assert min(values) - 1e-12 <= low <= high <= max(values) + 1e-12
+
+
+def test_importance_weights_by_hand():
+    policy, sampler = [math.log(0.5), math.log(0.2), math.log(0.9)], [math.log(0.25), math.log(0.4), math.log(0.9)]
+    assert truncated_importance(policy, sampler, cap=10.0) == pytest.approx([2.0, 0.5, 1.0])
+    assert truncated_importance(policy, sampler, cap=1.5) == pytest.approx([1.5, 0.5, 1.0])
+    assert truncated_importance(policy, sampler, cap=10.0, level="sequence") == pytest.approx([1.0] * 3)
+    assert truncated_importance(policy[:1], sampler[:1], cap=1.5, level="sequence") == pytest.approx([1.5])
+    assert truncated_importance([0.0], [-1e4], cap=3.0) == [3.0]  # no overflow
+    assert truncated_importance([-1e4], [0.0], cap=3.0) == [0.0]
+    assert truncated_importance([], [], cap=3.0) == []
+    with pytest.raises(ValueError):
+        truncated_importance([0.0], [], cap=3.0)
+
+
+def test_the_k3_gap_estimates_the_divergence_of_sampler_and_trainer():
+    """Its expectation under mu is KL(mu || pi); every term is at least 0."""
+    mu, pi = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([0.4, 0.4, 0.2]).double()
+    values = [gap_statistics([float(p.log())], [float(m.log())])[2] for p, m in zip(pi, mu, strict=True)]
+    assert min(values) >= 0
+    expected = sum(float(m) * value for m, value in zip(mu, values, strict=True))
+    assert expected == pytest.approx(float((mu * (mu / pi).log()).sum()), abs=1e-12)
+    total, largest, _ = gap_statistics([-1.0, -2.0], [-1.5, -1.8])
+    assert (total, largest) == (pytest.approx(0.7), pytest.approx(0.5))
+    assert gap_statistics([], []) == (0, 0.0, 0)

@@ -189,6 +189,20 @@ def test_old_logprobs_stand_beside_their_rows():
     assert collate_training(MIXED, PAD, with_teacher=True).old_logprobs is None
 
 
+def test_importance_multiplies_the_policy_weight_of_its_own_row_and_nothing_else():
+    weights = tuple(0.5 + t for t in range(len(COMPLETIONS[1])))
+    plain = [target(0), policy(1), policy(2, advantage=0.0), policy(3)]
+    weighted = [target(0), policy(1, importance=weights), policy(2, advantage=0.0), policy(3)]
+    before, after = (collate_training(sequences, PAD, with_teacher=True) for sequences in (plain, weighted))
+    split = len(weights)
+    assert after.policy_weight[:split].tolist() == pytest.approx(
+        [w * x for w, x in zip(weights, before.policy_weight[:split].tolist(), strict=True)]
+    )
+    assert torch.equal(after.policy_weight[split:], before.policy_weight[split:])
+    assert torch.equal(after.target_weight, before.target_weight)
+    assert torch.equal(after.student.rows, before.student.rows)
+
+
 def test_policy_rows_without_old_logprobs_beside_rows_that_have_them_are_refused():
     """A missing old log-prob is not log 1: the ratio would be the probability itself."""
     with pytest.raises(ValueError, match="old_logprobs"):
