@@ -13,8 +13,8 @@ export HF_HUB_OFFLINE = 1
 quickstart: $(VENV)/.train  ## learn the built-in task with SGPO, within minutes on two CPU cores
 	$(ONE) $(RUN)/sgpo train configs/quickstart.yaml --run.resume never
 
-test: $(VENV)/.test
-	$(RUN)/python -m pytest -q
+test: $(VENV)/.test  ## two files at a time
+	$(ONE) $(RUN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(RUN)/ruff check .

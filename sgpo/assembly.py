@@ -194,9 +194,8 @@ def build_rollouts(config: Config, model_folder: Path, *, from_scratch: bool = F
     from sgpo.rollout.process import EngineProcess
 
     devices = config.rollout.devices
-    return EngineProcess(
-        build, stall_s=config.rollout.stall_s, devices=devices[ranks.local_rank() % len(devices)] if devices else None
-    )
+    chosen = str(devices[ranks.local_rank() % len(devices)]) if devices else None
+    return EngineProcess(build, stall_s=config.rollout.stall_s, devices=chosen)
 
 
 def rollout_engine(config: Config, model_folder: Path, from_scratch: bool) -> RolloutEngine:

@@ -95,7 +95,7 @@ class RolloutConfig(Section):
     placement: Literal["inprocess", "process"] = Field(
         default="inprocess", description="process: the engine runs in a process of its own, one per rank"
     )
-    devices: list[str] | None = Field(
+    devices: list[int | str] | None = Field(
         default=None, description="placement process: CUDA_VISIBLE_DEVICES of the engine, one entry per local rank"
     )
     overlap: bool = Field(

@@ -63,7 +63,7 @@ class SyncedRollouts:
         gaps, problem = [0.0], None
         try:
             receipt = self._rollouts.load_weights(named, version, self._probe_ids)
-            gaps = [abs(a - b) for a, b in zip(receipt.probe_logprobs, wanted, strict=True)]
+            gaps = [abs(a - b) for a, b in zip(receipt.probe_logprobs, wanted, strict=True)] or [0.0]
             problem = _mismatch(sent, receipt, self._engine.weight_names(), gaps, self._tolerance)
         except SgpoError as error:
             problem = str(error)
@@ -86,7 +86,7 @@ class SyncedRollouts:
         def sample() -> list[Rollout]:
             return self._rollouts.generate(requests, sampling, on_progress, on_rollout)
 
-        return self._surely(sample, sample)
+        return self._surely(sample, sample, self.policy_version)
 
     def begin(
         self,
@@ -97,12 +97,12 @@ class SyncedRollouts:
         """Starts to sample in the background; `collect` waits for it. The engine can do nothing else meanwhile."""
         self._ahead = _Ahead(lambda: self._rollouts.generate(requests, sampling, None, on_rollout))
 
-    def collect(self) -> list[Rollout]:
-        """What `begin` asked for."""
+    def collect(self, version: int) -> list[Rollout]:
+        """What `begin` asked for. `version` is that of the trainer's weights now, which a new engine would get."""
         if self._ahead is None:
             raise RuntimeError("collect without begin")
         ahead, self._ahead = self._ahead, None
-        return self._surely(ahead.wait, ahead.sample)
+        return self._surely(ahead.wait, ahead.sample, version)
 
     def sleep(self) -> None:
         self._rollouts.sleep()
@@ -110,8 +110,10 @@ class SyncedRollouts:
     def close(self) -> None:
         self._rollouts.close()
 
-    def _surely(self, first: Callable[[], list[Rollout]], again: Callable[[], list[Rollout]]) -> list[Rollout]:
-        if self.policy_version is None:
+    def _surely(
+        self, first: Callable[[], list[Rollout]], again: Callable[[], list[Rollout]], version: int | None
+    ) -> list[Rollout]:
+        if self.policy_version is None or version is None:
             raise SgpoError("nothing can be sampled before a weight sync has succeeded")
         failures: list[tuple[str | None, bool]] = []
         for attempt in (first, again):
@@ -127,7 +129,7 @@ class SyncedRollouts:
             if any(final for _, final in failures):
                 break
             print(f"sgpo: {failures[0][0]}; it is started anew and synced", flush=True)
-            self.sync(self.policy_version)
+            self.sync(version)
         raise SgpoError(f"{failures[0][0]}; the last checkpoint is whole")
 
     def _recorded(self, sent: dict[str, int], size: list[int]) -> Iterator[tuple[str, torch.Tensor]]:

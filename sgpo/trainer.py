@@ -152,13 +152,14 @@ def _loop(s: Session, progress: Progress) -> None:
         meter = Meter()
         clock = Clock(meter)
         groups = _sample_and_score(s, step, clock)
-        if s.config.rollout.overlap and step + 1 < s.total_steps:
+        with_next = s.config.rollout.overlap and step + 1 < s.total_steps
+        if with_next:
             _begin(s, step + 1)
         else:
             s.rollouts.sleep()
         guidance, passes = _update(s, step, groups, meter, clock)
-        if s.config.rollout.overlap and step + 1 < s.total_steps:
-            _collect(s, clock)
+        if with_next:
+            _collect(s, step + 1, clock)
         s.display.stage("sync")
         report = s.rollouts.sync(step + 1)
         clock.stage("sync")
@@ -211,9 +212,9 @@ def _begin(s: Session, step: int) -> None:
     s.rollouts.begin(requests, sampling, _early_verdicts(s))
 
 
-def _collect(s: Session, clock: Clock) -> None:
+def _collect(s: Session, version: int, clock: Clock) -> None:
     s.display.stage("rollout")
-    s.ahead.extend(s.rollouts.collect())
+    s.ahead.extend(s.rollouts.collect(version))
     clock.stage("overlap_wait")
 
 
