@@ -220,13 +220,13 @@ def row_kernels(products: Tensor, teacher: Tensor, out: Tensor, kind: str) -> li
 @pytest.mark.parametrize("kind", ["score", *KINDS])
 def test_rows_beyond_32_bits(kind):
     """Three rows 2^30 elements apart, so that the third lies where a 32-bit offset wraps around. The memory between
-    them is reserved, never touched."""
+    them, and where wrapped offsets lead, is reserved and never touched."""
     stride, vocab = 2**30, 40
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which Python names from 3.13 on
-    base = torch.frombuffer(mmap.mmap(-1, (2 * stride + 4 * vocab) * 4, flags=flags), dtype=torch.float32)
+    base = torch.frombuffer(mmap.mmap(-1, (4 * stride + 4 * vocab) * 4, flags=flags), dtype=torch.float32)
     gen = torch.Generator().manual_seed(0)
     near = [torch.randn(3, vocab, generator=gen) for _ in range(2)] + [torch.empty(3, vocab)]
-    far = [base.as_strided((3, vocab), (stride, 1), place * vocab) for place in range(3)]
+    far = [base.as_strided((3, vocab), (stride, 1), 2 * stride + place * vocab) for place in range(3)]
     for here, there in zip(near, far, strict=True):
         there.copy_(here)
     for ours, expected in zip(row_kernels(*far, kind), row_kernels(*near, kind), strict=True):
