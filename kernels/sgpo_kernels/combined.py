@@ -81,8 +81,7 @@ def sgpo_loss(
     Returns: (loss, SgpoStats): loss 0-d float32 (float64 for float64 inputs), differentiable in policy_hidden,
     distill_hidden, head, bias.
 
-    Raises: TypeError (dtype), ValueError (shape, device, value), NotImplementedError (impl="triton" where Triton cannot
-    run, head_grad inside torch.compile).
+    Raises: as `linear_policy_loss`.
     """
     contracts.check_head(policy_hidden, head, bias, ("policy_hidden", "head", "bias"))
     contracts.check_matrix("distill_hidden", distill_hidden, head.shape[1], head)

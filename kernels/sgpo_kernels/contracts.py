@@ -1,8 +1,8 @@
 """Checks at the public border: TypeError for a dtype, ValueError for the rest, each with expected / got / what to do.
 
-Shapes, dtypes, devices and plain numbers are always checked. Values inside tensors (token ids, temperatures) are
-checked on the CPU only: on an accelerator that would cost a host sync, and torch's own device-side assertion catches
-a token id out of range there.
+Shapes, dtypes, devices and plain numbers are always checked. Values inside tensors would cost a host sync on an
+accelerator. Token ids are checked there by a device-side assertion, as torch's own indexing does (the process then
+needs a restart); temperatures, and what float16 cannot hold, are checked on the CPU only.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
     from sgpo_kernels.fused import Options
@@ -111,25 +112,70 @@ def check_row_values(name: str, value: Tensor, hidden: Tensor) -> None:
         )
 
 
-def check_targets(targets: Tensor, hidden: Tensor) -> None:
+def check_targets(targets: Tensor, hidden: Tensor, name: str = "targets") -> None:
     """targets int64 [N] on the device of hidden."""
-    _tensor("targets", targets)
+    _tensor(name, targets)
     if targets.dtype != torch.int64:
-        raise TypeError(_fail("targets.dtype", "int64", targets.dtype, "call .long()"))
+        raise TypeError(_fail(f"{name}.dtype", "int64", targets.dtype, "call .long()"))
     if tuple(targets.shape) != (hidden.shape[0],):
         raise ValueError(
-            _fail("targets.shape", f"[{hidden.shape[0]}]", tuple(targets.shape), "one id per row of hidden")
+            _fail(f"{name}.shape", f"[{hidden.shape[0]}]", tuple(targets.shape), "one id per row of hidden")
         )
-    _same_device("targets", targets, hidden.device)
+    _same_device(name, targets, hidden.device)
 
 
-def check_live_targets(targets: Tensor, vocab: int) -> None:
-    """Ids of the rows that count lie in [0, V); checked on the CPU only, and inside the operator."""
-    if targets.device.type == "cpu" and targets.numel():
+_NO_IGNORE_INDEX = "give padding rows weight 0 instead of an ignore index"
+
+
+def check_live_targets(targets: Tensor, vocab: int, name: str = "targets") -> None:
+    """Ids of the rows that count lie in [0, V). Inside the operator; a device-side assertion on CUDA, launched before
+    the kernels that would read past a row."""
+    expected = f"token ids in [0, {vocab})"
+    if targets.is_cuda:
+        message = _fail(name, expected, "an id outside", _NO_IGNORE_INDEX)
+        torch.ops.aten._assert_async.msg(((targets >= 0) & (targets < vocab)).all(), message)
+    elif targets.device.type == "cpu" and targets.numel():
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= vocab:
-            advice = "give padding rows weight 0 instead of an ignore index"
-            raise ValueError(_fail("targets", f"token ids in [0, {vocab})", f"ids from {low} to {high}", advice))
+            raise ValueError(_fail(name, expected, f"ids from {low} to {high}", _NO_IGNORE_INDEX))
+
+
+def check_found_targets(logits_C: Tensor, name: str = "targets") -> None:
+    """With a sharded head only all ranks together know the vocabulary: a target that no rank holds has a logit of
+    -inf everywhere. All ranks see the same values and fail alike; on CUDA by a device-side assertion."""
+    found = logits_C != -math.inf
+    message = _fail(name, "token ids that lie on some rank's piece of the head", "an id on none", _NO_IGNORE_INDEX)
+    if logits_C.is_cuda:
+        torch.ops.aten._assert_async.msg(found.all(), message)
+    elif logits_C.device.type == "cpu" and not bool(found.all()):
+        raise ValueError(message)
+
+
+def check_half_range(values: Tensor, dtype: torch.dtype) -> None:
+    """Row gradients, divided by the power of two near the largest weight, fit into float16; checked on the CPU only.
+    Elsewhere the gradient overflows to inf or NaN, which a gradient scaler sees."""
+    if dtype == torch.float16 and values.device.type == "cpu":
+        largest = float(values.abs().nan_to_num(nan=0.0, posinf=math.inf).amax()) if values.numel() else 0.0
+        if largest > torch.finfo(dtype).max:
+            got = f"{largest:.1e} times it"
+            advice = "set dual_clip against ratios of this size, or use bfloat16"
+            raise ValueError(_fail("float16 row gradient", "at most 65504 times the largest weight", got, advice))
+
+
+def check_no_tangents(*tensors: Tensor | None) -> None:
+    """The ops have no forward-mode derivative; without this check a tangent would be lost silently."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                "sgpo_kernels: the ops have no forward-mode derivative (jvp): use reverse mode, or `reference`."
+            )
+
+
+def refuse_second_derivative(ctx: object, *grads: object) -> None:
+    """The backward of what the ops call in their own backward."""
+    raise RuntimeError("sgpo_kernels: the ops have first derivatives only: leave out create_graph, or use `reference`.")
 
 
 def check_temperature(temperature: float | Tensor, rows: int, hidden: Tensor) -> None:
@@ -199,12 +245,17 @@ def check_chunk_rows(chunk_rows: int | None) -> None:
 
 
 def check_policy(
-    hidden: Tensor, targets: Tensor, old_logprobs: Tensor | None, advantages: Tensor, token_weight: Tensor
+    hidden: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    token_weight: Tensor,
+    names: tuple[str, str] = ("targets", "token_weight"),
 ) -> None:
-    """Targets and the per-row constants of policy rows."""
-    check_targets(targets, hidden)
+    """Targets and the per-row constants of policy rows; `names`: what the op calls the targets and the weight."""
+    check_targets(targets, hidden, names[0])
     check_row_values("advantages", advantages, hidden)
-    check_row_values("token_weight", token_weight, hidden)
+    check_row_values(names[1], token_weight, hidden)
     if old_logprobs is not None:
         check_row_values("old_logprobs", old_logprobs, hidden)
 
@@ -254,5 +305,21 @@ def check_head_grad(head_grad: Tensor, head: Tensor) -> None:
     _same_device("head_grad", head_grad, head.device)
     if head_grad.requires_grad:
         raise ValueError(_fail("head_grad", "a plain buffer", "a tensor that requires grad", "detach it"))
+    if _overlap(head_grad, head):
+        raise ValueError(_fail("head_grad", "memory of its own", "memory of the head", "allocate a buffer"))
     if not head.requires_grad:
         raise ValueError(_fail("head_grad", "a head that requires grad", "a frozen head", "leave head_grad out"))
+
+
+def _overlap(left: Tensor, right: Tensor) -> bool:
+    """Whether the memory between the first and the last element of two tensors meets."""
+    if left.untyped_storage()._cdata != right.untyped_storage()._cdata or not left.numel() or not right.numel():
+        return False
+    (first, last), (start, end) = (_extent(tensor) for tensor in (left, right))
+    return first < end and start < last
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    size = tensor.element_size()
+    steps = sum((count - 1) * stride for count, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset()) * size, (int(tensor.storage_offset()) + int(steps) + 1) * size

@@ -9,7 +9,7 @@ Source: arXiv 2606.24064 Eq. 3 (forward KL), Eq. 5 (mask; w_n = alpha / (P |o+|)
 Gradient: by the student's logits only: p_S - p_T (forward), p_S (u - d) (reverse), p_S (a - sum p_S a) (js), see
   rowmath. Formed in forward; nothing flows to the teacher's states, head or bias.
 Memory: `launch.extra_bytes("divergence", ...)`, no term in N·V, + V·H·a for a separate half teacher head on the CPU.
-  Saved: dH [N, H], dW [V, H], db [V] in the input dtype.
+  Saved: dH [N, H], dW [V, H] in the input dtype (dW of a float16 head in float32), db [V].
 Precision: float32 logits and dz (float64 for float64 inputs); sums of terms >= 0, so equal states give exactly 0 and a
   zero gradient.
 Limits: finite logits; first derivatives only; on an accelerator one host sync (the count of live rows), with a column
@@ -75,7 +75,7 @@ def linear_divergence(
     and bias.
 
     Raises: TypeError (dtype), ValueError (shape, device, value), NotImplementedError (impl="triton" where Triton cannot
-    run, head_grad inside torch.compile).
+    run, head_grad inside torch.compile, forward-mode derivatives), RuntimeError (second derivatives).
     """
     contracts.check_head(hidden, head, bias)
     rows = DistillInputs(

@@ -6,8 +6,8 @@ What: `sgpo_kernels::fused_loss` takes both groups of rows (either may be absent
   clips, limits and weights stay run-time values.
 Equation, source: see policy.py, divergence.py, combined.py.
 Gradient: to hidden states, head and bias of the student; first derivatives only.
-Memory: `launch.extra_bytes`. Saved: one dH [N, H] per group, dW [V, H], db [V] in the dtypes of the inputs; dW in the
-  accumulation dtype where it goes to a `head_grad` buffer.
+Memory: `launch.extra_bytes`. Saved: one dH [N, H] per group and dW [V, H] in the dtypes of the inputs, db [V] in the
+  accumulation dtype; dW too where it goes to a `head_grad` buffer or is float16.
 """
 
 from __future__ import annotations
@@ -220,8 +220,10 @@ def _fused_loss(
         assert policy_weight is not None
         bounds = Bounds(clip_low, clip_high, dual_clip)
         policy = PolicyRows(policy_hidden, targets, old_logprobs, advantages, policy_weight, bounds, first)
+        if distill_hidden is not None:
+            policy.targets_name = "policy_targets"
         if vocab_group is None:
-            contracts.check_live_targets(targets[policy.index], head.shape[0])
+            contracts.check_live_targets(targets[policy.index], head.shape[0], policy.targets_name)
         groups.append(policy)
     if distill_hidden is not None:
         assert teacher_hidden is not None
@@ -263,8 +265,8 @@ def _(
         rows = None if hidden is None else hidden.shape[0]
         outputs += [empty(0), empty(0)] if rows is None else [empty(VALUE_ROWS, rows), empty(rows, dtype=torch.bool)]
     none = head.new_empty(0)
-    dhead = empty(*head.shape, dtype=acc if wide_head else head.dtype) if need_head else none
-    dbias = empty(*bias.shape, dtype=bias.dtype) if need_bias and bias is not None else none
+    dhead = empty(*head.shape, dtype=Call(head, bias, wide_head=wide_head).head_dtype) if need_head else none
+    dbias = empty(*bias.shape) if need_bias and bias is not None else none
     grads = [
         torch.empty_like(hidden) if need and hidden is not None else none
         for hidden, need in ((policy_hidden, need_policy), (distill_hidden, need_distill))
@@ -273,15 +275,17 @@ def _(
 
 
 @torch.library.custom_op("sgpo_kernels::scaled", mutates_args=())
-def _scaled(grad: Tensor, upstream: Tensor, scale: Tensor) -> Tensor:
-    """grad * upstream * scale in the dtype of grad, multiplied in that of scale (a 0-d factor would be cast to half
-    first). An operator without an autograd formula: a second derivative raises."""
-    return torch.mul(grad, (upstream.to(scale.dtype) * scale).reshape(1), out=torch.empty_like(grad))
+def _scaled(grad: Tensor, upstream: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * upstream * scale in `dtype`, multiplied in that of scale (a 0-d factor would be cast to half first)."""
+    return torch.mul(grad, (upstream.to(scale.dtype) * scale).reshape(1), out=torch.empty_like(grad, dtype=dtype))
 
 
 @_scaled.register_fake
-def _(grad: Tensor, upstream: Tensor, scale: Tensor) -> Tensor:
-    return torch.empty_like(grad)
+def _(grad: Tensor, upstream: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(grad, dtype=dtype)
+
+
+_scaled.register_autograd(contracts.refuse_second_derivative)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -290,6 +294,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(result.scale, result.dhead, result.dbias, result.dpolicy, result.ddistill)
     ctx.inputs, ctx.wanted, ctx.head_grad = len(inputs), inputs[-6:-2], inputs[-1]
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:4]]
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -297,12 +302,16 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     grads: list[Tensor | None] = [None] * ctx.inputs
     if grad_loss is None:
         return tuple(grads)
-    wanted = list(zip(saved, ctx.wanted, strict=True))
+    upstream, need = grad_loss.detach(), list(ctx.wanted)
     if ctx.head_grad is not None:
-        ctx.head_grad.addcmul_(saved[0], (grad_loss * scale).reshape(1, 1))
-        wanted[0] = saved[0], False
-    for position, (grad, need) in enumerate(wanted):
-        grads[position] = _scaled(grad, grad_loss, scale) if need else None
+        ctx.head_grad.addcmul_(saved[0], (upstream * scale).reshape(1, 1))
+        need[0] = False
+    if torch.is_grad_enabled():
+        # create_graph: the saved gradients are constants to autograd, so that a second derivative would lack its larger
+        # part without a word. This way it raises.
+        upstream.requires_grad_()
+    for position, (grad, dtype) in enumerate(zip(saved, ctx.dtypes, strict=True)):
+        grads[position] = _scaled(grad, upstream, scale, dtype) if need[position] else None
     return tuple(grads)
 
 
@@ -345,18 +354,22 @@ def fused_loss(
 ) -> FusedResult:
     """Checks the inputs that both groups share with the head, and calls the operator."""
     rows = 0
+    both = policy is not None and distill is not None
     if policy is not None:
-        contracts.check_policy(policy.hidden, *policy[1:5])
+        names = ("policy_targets", "policy_weight") if both else ("targets", "token_weight")
+        contracts.check_policy(policy.hidden, *policy[1:5], names)
         contracts.check_clips(*policy.bounds)
         rows += policy.hidden.shape[0]
     if distill is not None:
         contracts.check_teacher(
             distill.hidden, distill.teacher_hidden, head, distill.teacher_head, distill.teacher_bias
         )
-        contracts.check_row_values("token_weight", distill.token_weight, distill.hidden)
+        weight_name = "distill_weight" if both else "token_weight"
+        contracts.check_row_values(weight_name, distill.token_weight, distill.hidden)
         contracts.check_divergence(*distill.rule)
         rows += distill.hidden.shape[0]
     contracts.check_options(options, rows, head)
+    contracts.check_no_tangents(head, bias, *(policy or ())[:5], *(distill or ())[:5])
     heat = options.temperature
     heat_rows = heat if isinstance(heat, Tensor) else None
     group = options.vocab_group
@@ -367,7 +380,7 @@ def fused_loss(
     scalars = (*bounds, rule.max_token_kl, 1.0 if isinstance(heat, Tensor) else heat, options.column_tolerance)
     # A float argument would be a constant of a compiled graph; as a tensor on the CPU it can be annealed. Times 1 and
     # not `scalar_tensor`: torch.compile keeps a float as a run-time value through arithmetic only.
-    one = torch.ones((), dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64, device="cpu")
     numbers = torch.stack([one * (_NAN if x is None else x) for x in scalars])
     output = _fused_loss(
         head,

@@ -60,7 +60,7 @@ class Shard:
         """The smallest of the ranks' counts. A host sync, for the CPU."""
         if self.group_name is None:
             return count
-        counts = torch.tensor([count])
+        counts = torch.tensor([count], device="cpu")
         dist.all_reduce(counts, op=dist.ReduceOp.MIN, group=self.group)
         return int(counts)
 

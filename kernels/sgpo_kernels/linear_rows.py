@@ -17,8 +17,9 @@ Gradient: weights are known in the forward pass, so loss gradients are formed th
   upstream gradient.
 Memory: `launch.extra_bytes`. No term in N·V.
 Precision: logits, row values and the dW accumulator are float32 (float64 for float64 inputs). dz is rounded to the
-  dtype of hidden for the two products; dW is rounded once. Row gradients are divided by a power of two near the
-  largest weight before they are rounded.
+  dtype of hidden for the two products. Row gradients are divided by a power of two near the largest weight before
+  they are rounded. dW is rounded once; in float16, where a sum over rows of such quotients may overflow, only after
+  they are multiplied back, as is db.
 Limits: one host sync per group on an accelerator (the count of live rows), and with a column tolerance one per chunk
   (the count of live columns); first derivatives only; float32 products follow torch's own TF32 setting on CUDA.
 """
@@ -33,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sgpo_kernels import launch
+from sgpo_kernels import contracts, launch
 from sgpo_kernels.heads import Head, Shard, mm
 from sgpo_kernels.rowmath import DROPPED, SHARE, SLOPE, STRENGTH, TOTAL, VALUE_ROWS, Logits, power_of_two_scale
 
@@ -54,8 +55,8 @@ class Needs(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Gradients divided by `scale`, in the dtypes of their inputs (head: see `Call.wide_head`); None where none is
-    wanted."""
+    """Gradients divided by `scale`: of hidden in its dtype, of head too (but see `Call.wide_head`), of bias in the
+    accumulation dtype; None where none is wanted."""
 
     scale: Tensor
     head: Tensor | None
@@ -74,7 +75,13 @@ class Call:
     impl: str = "auto"
     chunk_rows: int | None = None
     column_tolerance: float = 0.0
-    wide_head: bool = False  # leave dW in the accumulation dtype
+    wide_head: bool = False  # leave dW in the accumulation dtype; always so for float16
+
+    @property
+    def head_dtype(self) -> torch.dtype:
+        """The dtype that dW is returned in. Divided by the scale of one row, a sum over rows may exceed float16."""
+        wide = self.wide_head or self.head.dtype == torch.float16
+        return launch.accumulate_dtype(self.head.dtype) if wide else self.head.dtype
 
     def math(self) -> Any:
         """The module with the row arithmetic: `rowmath` or `triton_rows`."""
@@ -100,6 +107,7 @@ class RowGroup:
     """Rows of one kind. `index` int64 [live] names the rows that count, `values` [VALUE_ROWS, N] takes the results."""
 
     kind = "score"
+    targets_name = "targets"  # what the op calls them
     with_entropy = False  # dz has an entropy part (upstream gradients of linear_logprob)
 
     def __init__(self, hidden: Tensor, index: Tensor, temperature: float | Tensor, targets: Tensor | None = None):
@@ -126,7 +134,10 @@ class RowGroup:
 
     def gathered(self, chunk: Chunk) -> Tensor:
         """Row statistics of the student's logits from all shards, [ranks, 4, C]."""
-        return chunk.shard.gather(chunk.math.scan(chunk.student, chunk.targets_C))
+        parts_R4C = chunk.shard.gather(chunk.math.scan(chunk.student, chunk.targets_C))
+        if chunk.shard.group_name is not None:
+            contracts.check_found_targets(parts_R4C[:, 3].amax(0), self.targets_name)
+        return parts_R4C
 
 
 def live_index(live: Tensor) -> Tensor:
@@ -151,10 +162,9 @@ def run(groups: Sequence[RowGroup], call: Call, needs: Needs) -> Grads:
                 loop.run(group, hidden_grad)
             dhead, dbias = loop.finish()
         if needs.head:
-            wide = scale.dtype if call.wide_head else head.dtype
-            dhead = torch.zeros_like(head, dtype=wide) if dhead is None else dhead.to(wide)
-        if needs.bias and bias is not None:
-            dbias = torch.zeros_like(bias) if dbias is None else dbias.to(bias.dtype)
+            dhead = torch.zeros_like(head, dtype=call.head_dtype) if dhead is None else dhead.to(call.head_dtype)
+        if needs.bias and bias is not None and dbias is None:
+            dbias = torch.zeros_like(bias, dtype=scale.dtype)
         return Grads(scale, dhead, dbias, hidden_grads)
 
 
@@ -203,6 +213,7 @@ class _Loop:
             table = group.settle(chunk)
             if chunk.factor_C is None:
                 continue
+            contracts.check_half_range(table[SLOPE], group.hidden.dtype)
             columns_A = self._live_columns(group, chunk, table) if self.call.column_tolerance else None
             if columns_A is None:
                 self._dense(group, chunk, table, hidden_CH, hidden_grad)
@@ -262,7 +273,7 @@ class _Loop:
         if not narrow:
             dz_CV = dz_CV.to(group.hidden.dtype).to(self.operand)
         if hidden_grad is not None:
-            hidden_grad[chunk.rows_C] = self.call.shard.sum_(mm(dz_CV, self.head.weight_VH)).to(hidden_grad.dtype)
+            self._store(hidden_grad, chunk, mm(dz_CV, self.head.weight_VH))
         if self.needs.head and not narrow:
             self._head_sum().addmm_(dz_CV.t(), hidden_CH)
 
@@ -299,7 +310,12 @@ class _Loop:
                 # No column appears twice: the order of the additions is fixed.
                 self._head_sum().index_add_(0, columns, mm(dz.t(), hidden_CH))
         if hidden_grad is not None:
-            hidden_grad[chunk.rows_C] = self.call.shard.sum_(dhidden_CH).to(hidden_grad.dtype)
+            self._store(hidden_grad, chunk, dhidden_CH)
+
+    def _store(self, hidden_grad: Tensor, chunk: Chunk, dhidden_CH: Tensor) -> None:
+        dhidden_CH = self.call.shard.sum_(dhidden_CH)
+        contracts.check_half_range(dhidden_CH, hidden_grad.dtype)
+        hidden_grad[chunk.rows_C] = dhidden_CH.to(hidden_grad.dtype)
 
     def _head_sum(self) -> Tensor:
         if self.head_VH is None:

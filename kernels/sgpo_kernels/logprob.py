@@ -52,8 +52,9 @@ def linear_logprob(
     Returns: (logprobs [N], entropy [N]), float32 (float64 for float64 inputs), both differentiable in hidden, head
     and bias.
 
-    Raises: TypeError (dtype), ValueError (shape, device, value), NotImplementedError (impl="triton" where Triton cannot
-    run).
+    Raises: TypeError (dtype), ValueError (shape, device, value; on the CPU also ids outside [0, V)),
+    NotImplementedError (impl="triton" where Triton cannot run, forward-mode derivatives), RuntimeError (second
+    derivatives). On CUDA an id outside is a device-side assertion.
     """
     contracts.check_head(hidden, head, bias)
     contracts.check_targets(targets, hidden)
@@ -62,6 +63,7 @@ def linear_logprob(
     contracts.check_shard(vocab_group, vocab_start)
     contracts.check_choice("impl", impl, ("auto", "triton", "torch"))
     contracts.check_chunk_rows(chunk_rows)
+    contracts.check_no_tangents(hidden, head, bias)
     heat = temperature if isinstance(temperature, Tensor) else None
     group = None if vocab_group is None else vocab_group.group_name
     return _linear_logprob(
@@ -161,8 +163,11 @@ def _linear_logprob_backward(
     rows = ScoreRows(hidden, targets, heat, (grad_logprobs, grad_entropy))
     call = Call(head, bias, logit_softcap, Shard(vocab_group, vocab_start), impl, chunk_rows)
     grads = run([rows], call, Needs(need_head, need_bias, (need_hidden,)))
-    found = (grads.hidden[0], grads.head, grads.bias)
-    return tuple(head.new_empty(0) if grad is None else _unscaled_(grad, grads.scale) for grad in found)  # type: ignore[return-value]
+    found = zip((grads.hidden[0], grads.head, grads.bias), (hidden, head, bias), strict=True)
+    return tuple(
+        head.new_empty(0) if grad is None or like is None else _unscaled_(grad, grads.scale).to(like.dtype)
+        for grad, like in found
+    )  # type: ignore[return-value]
 
 
 def _unscaled_(grad: Tensor, scale: Tensor) -> Tensor:
@@ -176,6 +181,9 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     wanted = zip((hidden, head, bias), rest[-3:], strict=True)
     return tuple(torch.empty_like(x) if need and x is not None else head.new_empty(0) for x, need in wanted)  # type: ignore[return-value]
+
+
+_linear_logprob_backward.register_autograd(contracts.refuse_second_derivative)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -7,7 +7,8 @@ Equation: loss = sum_n w_n l_n, l_n = -min(r_n A_n, clip(r_n, 1 - clip_low, 1 + 
   with gradient A_n d logp_n.
 Source: arXiv 2606.24064 Eq. 1 (w_n = 1 / (P G1 |o_i|)); dual clip: arXiv 1912.09729.
 Gradient: dl/dz = -A r (onehot - p) / temperature, 0 where a bound is active. Formed in forward.
-Memory: `launch.extra_bytes("policy", ...)`, no term in N·V. Saved: dH [N, H], dW [V, H], db [V] in the input dtype.
+Memory: `launch.extra_bytes("policy", ...)`, no term in N·V. Saved: dH [N, H], dW [V, H] in the
+  input dtype (dW of a float16 head in float32), db [V].
 Precision: float32 logits, ratio and dz (float64 for float64 inputs); dz is cast to the dtype of hidden for the
   products.
 Limits: finite logits; first derivatives only; on an accelerator one host sync (the count of live rows), with a column
@@ -68,8 +69,10 @@ def linear_policy_loss(
     Returns: (loss, PolicyStats): loss 0-d float32 (float64 for float64 inputs), differentiable in hidden, head and
     bias; `clipped` marks rows whose gradient a bound removed.
 
-    Raises: TypeError (dtype), ValueError (shape, device, value), NotImplementedError (impl="triton" where Triton cannot
-    run, head_grad inside torch.compile).
+    Raises: TypeError (dtype), ValueError (shape, device, value; on the CPU also ids outside [0, V) and float16 row
+    gradients beyond 65504 times the largest weight), NotImplementedError (impl="triton" where Triton cannot run,
+    head_grad inside torch.compile, forward-mode derivatives), RuntimeError (second derivatives). On CUDA an id outside
+    is a device-side assertion.
     """
     contracts.check_head(hidden, head, bias)
     rows = PolicyInputs(hidden, targets, old_logprobs, advantages, token_weight, Bounds(clip_low, clip_high, dual_clip))

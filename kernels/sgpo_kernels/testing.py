@@ -19,6 +19,7 @@ from sgpo_kernels.launch import accumulate_dtype
 
 # A module whose attributes are made at import time: a type checker does not see them.
 _deterministic: Any = torch.utils.deterministic
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 # Error floors relative to the largest value of the truth: a few units in the last place of the dtype the result is
 # stored in.
@@ -72,7 +73,8 @@ class Peak:
 
 
 class _StorageTracker(TorchDispatchMode):
-    """Follows the storages that operators return. Scratch memory inside one operator is not seen."""
+    """Follows the storages that operators return; those of `sgpo_kernels` are followed inside. Scratch memory inside
+    one operator of torch is not seen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +85,12 @@ class _StorageTracker(TorchDispatchMode):
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
                 self._add(tensor, 0)
-        result = func(*args, **(kwargs or {}))
+        if func.namespace == "sgpo_kernels":
+            # To a mode a custom operator is one call: its own work is only seen where its kernel runs with the mode on.
+            with self:
+                result = func.redispatch(_CPU, *args, **(kwargs or {}))
+        else:
+            result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._add(tensor, tensor.untyped_storage().nbytes())

@@ -34,6 +34,11 @@ LIVE = [
 ]
 
 
+def cases(impl: str) -> list[tuple[str, str, int, float, int]]:
+    """Triton does not take float64."""
+    return [case for case in LIVE if impl != "triton" or case[1] == "float32"]
+
+
 def cut_states(states: properties.States, start: int, end: int) -> properties.States:
     bias = None if states.bias is None else states.bias[start:end]
     return replace(states, head=states.head[start:end], bias=bias)
@@ -41,7 +46,7 @@ def cut_states(states: properties.States, start: int, end: int) -> properties.St
 
 def live_results(options: dict[str, Any], start: int, end: int) -> dict[str, Any]:
     found = {}
-    for case in LIVE:
+    for case in cases(options["impl"]):
         kind, dtype, seed, tolerance, chunk = case
         states = cut_states(properties.confident(kind, seed, DTYPES[dtype]), start, end)
         loss, stats, grads = states.run(**options, column_tolerance=tolerance, chunk_rows=chunk)
@@ -53,23 +58,24 @@ def op_results(options: dict[str, Any], cuts: tuple[int, int] | None) -> dict[st
     """Ops of 37 columns: targets on the last piece only, a teacher head of its own, a gradient buffer."""
     found = {}
     start, end = (0, 37) if cuts is None else cuts
+    dtype = torch.float32 if options["impl"] == "triton" else torch.float64
     for op in ("logprob", "policy_on", "sgpo"):
-        case = conftest.build(op, torch.float64, dead=0.1)
+        case = conftest.build(op, dtype, dead=0.1)
         name = "policy_targets" if op == "sgpo" else "targets"
         case.fixed[name] = 34 + case.fixed[name] % 3
         case.fixed.pop("old_logprobs", None)
         case.leaves |= {leaf: case.leaves[leaf][start:end] for leaf in ("head", "bias")}
         found[f"last-{op}"] = case.results(**options)
     for op in KINDS[1:]:
-        case = conftest.build(op, torch.float64, dead=0.1)
+        case = conftest.build(op, dtype, dead=0.1)
         gen = torch.Generator().manual_seed(5)
-        case.fixed["teacher_hidden"] = torch.randn(24, 11, generator=gen, dtype=torch.float64)
-        case.fixed["teacher_head"] = torch.randn(37, 11, generator=gen, dtype=torch.float64)[start:end]
-        case.fixed["teacher_bias"] = torch.randn(37, generator=gen, dtype=torch.float64)[start:end]
+        case.fixed["teacher_hidden"] = torch.randn(24, 11, generator=gen, dtype=torch.float64).to(dtype)
+        case.fixed["teacher_head"] = torch.randn(37, 11, generator=gen, dtype=torch.float64)[start:end].to(dtype)
+        case.fixed["teacher_bias"] = torch.randn(37, generator=gen, dtype=torch.float64)[start:end].to(dtype)
         case.leaves |= {leaf: case.leaves[leaf][start:end] for leaf in ("head", "bias")}
         found[f"teacher-{op}"] = case.results(**options, over_limit="scale")
         case.frozen = {"hidden"}
-        buffer = torch.ones(end - start, 8, dtype=torch.float64)
+        buffer = torch.ones(end - start, 8, dtype=dtype)
         found[f"buffer-{op}"] = {**case.results(**options, head_grad=buffer), "grad.head": buffer}
     return found
 
@@ -79,6 +85,9 @@ def main() -> None:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     start, end = CUTS[ranks][rank : rank + 2]
+    # Two tiles per piece, and few of them for Triton's interpreter.
+    small_tiles = {name: block._replace(rows=16, columns=64) for name, block in launch.DEFAULT_BLOCKS.items()}
+    launch.DEFAULT_BLOCKS.update(small_tiles)
     options = {"impl": impl, "vocab_group": dist.group.WORLD, "vocab_start": start}
     live = live_results(options, start, end)
     # Rows per chunk that follow from each rank's own number of columns, as at a real vocabulary.

@@ -169,5 +169,6 @@ def test_gradcheck_with_softcap(make_case):
 
 @pytest.mark.parametrize("op", ["policy", "forward_kl"])
 def test_seventy_thousand_rows(make_case, op):
+    """As one chunk. Offsets beyond 32 bits: test_rows_beyond_32_bits, and test_kernel_cuda at real size."""
     case = make_case(op, torch.float32, (70_000, 4, 33), bias=False)
     case.check(chunk_rows=70_000)

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-IMPLS = ("torch",)
 PATH = Path(__file__).with_name("shard_bounds_worker.py")
-RANKS = (2, 3)
+RUNS = (("torch", 2), ("torch", 3), ("triton", 3))
 
 
 @pytest.fixture(scope="module")
@@ -24,19 +23,20 @@ def worker():
     return module
 
 
-@pytest.fixture(scope="module", params=[(impl, ranks) for impl in IMPLS for ranks in RANKS], ids=str)
-def ranks(request, launcher, tmp_path_factory) -> list[Any]:
-    """(live results, op results) of each rank."""
+@pytest.fixture(scope="module", params=RUNS, ids=str)
+def ranks(request, launcher, tmp_path_factory) -> tuple[str, list[Any]]:
+    """The implementation, and (live results, op results) of each rank."""
     impl, count = request.param
     folder = tmp_path_factory.mktemp("shards")
-    launcher([str(PATH), str(folder), impl], processes=count, timeout_s=120)
-    return [torch.load(folder / f"{count}-{rank}.pt") for rank in range(count)]
+    launcher([str(PATH), str(folder), impl], processes=count, timeout_s=240)
+    return impl, [torch.load(folder / f"{count}-{rank}.pt") for rank in range(count)]
 
 
 def test_live_columns_of_shards_keep_the_bound(ranks, worker):
     """Without a tolerance the whole result; with one, losses to the bit, and what is missing lies under the bound."""
+    impl, ranks = ranks
     thinned = 0
-    for case in worker.LIVE:
+    for case in worker.cases(impl):
         kind, dtype, seed, tolerance, chunk = case
         states = worker.properties.confident(kind, seed, worker.DTYPES[dtype])
         loss, stats, grads = states.run(impl="torch", chunk_rows=chunk)
@@ -72,13 +72,15 @@ def test_live_columns_of_shards_keep_the_bound(ranks, worker):
                 slack = len(parts) * 2.0**-17 * states.weight.abs().double() * 2 + rounding
                 ratio = stats.ratio.double().clamp(min=1) if kind == "policy" else 1.0
                 assert bool((dropped <= lost * 1.01 + slack * ratio).all()), case
-    assert thinned >= 16
+    assert thinned >= (8 if impl == "triton" else 16)
 
 
 def test_what_only_shards_can_break(ranks, worker):
     """Targets of the last piece only, a sharded teacher head, a gradient buffer, and pieces so uneven that each rank
     would choose its own rows per chunk."""
+    impl, ranks = ranks
     expected = worker.op_results({"impl": "torch"}, None)
+    close = {"rtol": 2e-4, "atol": 2e-5} if impl == "triton" else {"rtol": 1e-9, "atol": 1e-11}
     assert {name.split("-")[0] for name in expected} == {"last", "teacher", "buffer"}
     for case, results in expected.items():
         parts = [ops[case] for _, ops in ranks]
@@ -89,5 +91,5 @@ def test_what_only_shards_can_break(ranks, worker):
                 ours = parts[0][name]
                 assert all(torch.equal(part[name], ours) for part in parts), (case, name)
             torch.testing.assert_close(
-                ours, value, rtol=1e-9, atol=1e-11, msg=lambda text, at=(case, name): f"{at} {text}"
+                ours.to(value.dtype), value, **close, msg=lambda text, at=(case, name): f"{at} {text}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import warnings
 
 import pytest
@@ -184,6 +185,52 @@ def test_tiles_that_are_not_read_hold_no_live_column(make_case):
     live = found["torch"] >= tolerance
     assert torch.equal(found["triton"] >= tolerance, live)
     torch.testing.assert_close(found["triton"][live], found["torch"][live])
+
+
+def row_kernels(products: Tensor, teacher: Tensor, out: Tensor, kind: str) -> list[Tensor]:
+    """What every kernel makes of the products; dz goes to `out`."""
+    from sgpo_kernels import triton_rows
+
+    rows, vocab = products.shape
+    bias, heat = torch.linspace(-1, 1, vocab, device=DEVICE), torch.full((rows,), 0.8, device=DEVICE)
+    student, other = (rowmath.Logits(side, bias, 3.0, heat, {}) for side in (products, teacher))
+    values = torch.zeros(rowmath.VALUE_ROWS, rows, device=DEVICE)
+    index, one = torch.arange(rows, device=DEVICE), torch.ones(rows, device=DEVICE)
+    if kind == "score":
+        targets, side = index + 1, None
+        parts = triton_rows.scan(student, targets).unsqueeze(0)
+        bounds = rowmath.Bounds(None, None, None)
+        table = triton_rows.settle_policy(parts, 0, targets, None, one, one, bounds, index, one, values)
+    else:
+        targets, side = None, other
+        parts = torch.cat([triton_rows.scan(student, None), triton_rows.scan(other, None)]).unsqueeze(0)
+        table = triton_rows.settle_pair(parts, 0, index, values)
+        sums = triton_rows.divergence_sums(kind, student, other, table)
+        rule = rowmath.Rule(kind, None, "mask")
+        triton_rows.settle_divergence(sums, one, rule, index, one, values, table)
+    columns = torch.tensor([1, 5, 7, vocab - 1], device=DEVICE)
+    live, kept = triton_rows.gradient_columns(kind, student, side, table, targets, columns)
+    threshold = torch.zeros((), device=DEVICE)
+    peaks = triton_rows.peaks(kind, student, side, table, targets, threshold)
+    dz = triton_rows.gradient(kind, student, side, table, targets, out)
+    return [value.clone() for value in (values, table, live, kept, peaks, dz)]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="test_kernel_cuda has a tensor of this size")
+@pytest.mark.parametrize("kind", ["score", *KINDS])
+def test_rows_beyond_32_bits(kind):
+    """Three rows 2^30 elements apart, so that the third lies where a 32-bit offset wraps around. The memory between
+    them, and where wrapped offsets lead, is reserved and never touched."""
+    stride, vocab = 2**30, 40
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which Python names from 3.13 on
+    base = torch.frombuffer(mmap.mmap(-1, (4 * stride + 4 * vocab) * 4, flags=flags), dtype=torch.float32)
+    gen = torch.Generator().manual_seed(0)
+    near = [torch.randn(3, vocab, generator=gen) for _ in range(2)] + [torch.empty(3, vocab)]
+    far = [base.as_strided((3, vocab), (stride, 1), 2 * stride + place * vocab) for place in range(3)]
+    for here, there in zip(near, far, strict=True):
+        there.copy_(here)
+    for ours, expected in zip(row_kernels(*far, kind), row_kernels(*near, kind), strict=True):
+        assert torch.equal(ours, expected)
 
 
 def test_no_gradient_gives_the_same_values(make_case, op):
