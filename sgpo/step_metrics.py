@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import torch
 from sgpo_kernels import DivergenceStats, PolicyStats
 
 from sgpo.algorithm.importance import gap_statistics
@@ -29,6 +30,13 @@ class Clock:
 
     def finish(self) -> None:
         self._meter.max("step_s", time.monotonic() - self._start)
+
+
+def record_memory(meter: Meter) -> None:
+    """MiB that torch's allocator uses and holds on the fullest GPU: a gap that grows is fragmentation."""
+    if torch.cuda.is_available():
+        meter.max("cuda_allocated_mib", torch.cuda.memory_allocated() / 2**20)
+        meter.max("cuda_reserved_mib", torch.cuda.memory_reserved() / 2**20)
 
 
 def record_groups(meter: Meter, groups: Sequence[ScoredGroup]) -> None:

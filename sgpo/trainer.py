@@ -48,6 +48,7 @@ from sgpo.step_metrics import (
     is_target,
     record_groups,
     record_guidance,
+    record_memory,
     record_passes,
 )  # fmt: skip
 from sgpo.steps import Pass, optimizer_step, score_contexts
@@ -165,6 +166,7 @@ def _loop(s: Session, progress: Progress) -> None:
         clock.stage("sync")
         clock.finish()
         meter.maxima(asdict(report))
+        record_memory(meter)
         done = step + 1
         _log(s, done, groups, guidance, passes, meter)
         if done == s.total_steps or _is_due(s.config.eval.every_steps, done):
