@@ -171,7 +171,8 @@ def test_killed_and_started_again(folder, how, kill_at):
         assert main(arguments(server, "straight.jsonl")) == 0
     with ChatServer(scripted, faults=0.2, delay_s=0.02, slow_s=1.8) as server:
         command = ["-m", "sgpo.cli", *arguments(server)]
-        [process] = start_ranks(command, folder=folder)
+        # A shell's background job, a CI run for one, ignores SIGINT and hands that down.
+        [process] = start_ranks(command, folder=folder, preexec=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         deadline = time.monotonic() + 60
         while len(cached_numbers("out.jsonl.cache.jsonl")) < kill_at and time.monotonic() < deadline:
             assert process.poll() is None, process.communicate()[0]
