@@ -5,6 +5,7 @@ import itertools
 import json
 
 import pytest
+from engine_builders import NO_VLLM
 
 from benchmarks import rollouts
 from benchmarks.rollouts import Completion, Peer
@@ -27,7 +28,7 @@ def rows_of(peers, least=1.0):
     return list(rollouts.compare(peers, LIMITS, [EOS], rounds=2, device="cpu", least=least))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@NO_VLLM
 def test_the_engines_are_measured_and_agree(tmp_path):
     out = tmp_path / "rows.jsonl"
     arguments = ["--quick", "--peers", "ours,bare,hf", "--placements", "inprocess", "--out", str(out)]
