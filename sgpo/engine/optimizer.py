@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -30,12 +31,12 @@ def build_optimizer(
     settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     if state == "8bit":
         try:
-            from torchao.optim import AdamW8bit
+            adamw = import_module("torchao.optim").AdamW8bit
         except ImportError as error:
             raise SgpoError(
                 f"engine.optimizer_state: 8bit needs torchao ({error}); pip install 'sgpo[8bit]', or use full"
             ) from error
-        return AdamW8bit(parameters, **settings)
+        return adamw(parameters, **settings)
     # Fused: one pass and no copies of the moments, which at 7B would be 28 GiB each; on the host also all cores.
     return torch.optim.AdamW(parameters, **settings, fused=state == "cpu_offload" or device.type == "cuda")
 

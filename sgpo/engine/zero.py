@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from sgpo.engine import ranks
+from sgpo.engine.adapters import is_adapter, merged_weights, plain_name
 from sgpo.engine.optimizer import build_optimizer, fit_blocks, forget, is_8bit, set_lr, sketch_of_first_moments
 from sgpo.models import PolicyModel
 from sgpo.schema import SgpoError
@@ -166,12 +167,15 @@ class ZeroEngine:
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full weight) of every parameter and saved buffer; under ZeRO-3 one bucket at a time.
 
+        Adapters are merged into the weights that they change, one weight at a time; the model itself keeps them apart.
+
         Collective: every rank must exhaust it. A tensor keeps its value for as long as somebody holds it, up to the
         next optimizer step.
         """
         named = self._weights()
         if self.zero_stage < 3:
-            yield from ((name, tensor.detach()) for name, tensor in named)
+            merged = merged_weights(self.model.lm)
+            yield from ((name, merged[name]() if name in merged else tensor.detach()) for name, tensor in named)
             return
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
@@ -186,7 +190,11 @@ class ZeroEngine:
     def _weights(self) -> list[tuple[str, torch.Tensor]]:
         lm = self.model.lm
         tied = {name for name, _ in lm.named_parameters(remove_duplicate=False)} - {n for n, _ in lm.named_parameters()}
-        return [(name, tensor) for name, tensor in lm.state_dict(keep_vars=True).items() if name not in tied]
+        return [
+            (plain_name(name), tensor)
+            for name, tensor in lm.state_dict(keep_vars=True).items()
+            if name not in tied and not is_adapter(name)
+        ]
 
     def offload_states(self) -> None:
         """Moves masters and moments to the host where `offload_during_rollout` asks for it; the weights stay."""

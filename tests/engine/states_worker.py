@@ -4,9 +4,11 @@ python states_worker.py OUT.pt MODEL_FOLDER STAGE:DTYPE:STATE[:offload] ...
 """
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torchao's step, compiled, takes longer to compile than all cases to run
 import torch
 
 from sgpo.engine import ranks
