@@ -123,6 +123,7 @@ def make_model(shape: str, state: str, longest: int, device: torch.device, folde
 
     numbers = Qwen2Config(**SHAPES[shape], tie_word_embeddings=False)
     numbers.save_pretrained(folder)
+    torch.manual_seed(0)  # every optimizer state starts from the same weights
     with torch.device(device):
         lm = AutoModelForCausalLM.from_config(numbers, dtype=torch.bfloat16, attn_implementation="sdpa")
     config = Config.model_validate(
