@@ -1,4 +1,4 @@
-"""Command line: sgpo warmup | train | eval | strategies extract | report | env.
+"""Command line: sgpo warmup | train | eval | strategies extract | study | report | env.
 
 Exit code 2 and one sentence for what the user can mend.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sgpo", description="Strategy-Guided Policy Optimization")
     commands = parser.add_subparsers(
-        required=True, metavar="warmup | train | eval | strategies | report | env", parser_class=_Command
+        required=True, metavar="warmup | train | eval | strategies | study | report | env", parser_class=_Command
     )
     for name, run, text in (
         ("warmup", _warmup, "SFT warm-up on demonstrations; writes RUN/warmup/best"),
@@ -62,6 +63,15 @@ def _parser() -> argparse.ArgumentParser:
         description=text,
     )
     extract.set_defaults(run=_extract)
+    text = "a grid of variants and seeds, each cell a training run; then one table with intervals and paired tests"
+    study = commands.add_parser("study", help=text, description=text)
+    study.add_argument("study", type=Path, help="YAML file: base config, seeds, variants")
+    study.add_argument("--list", action="store_true", help="print each cell and its commands, run nothing")
+    study.add_argument("--cell", help="run this cell alone (a scheduler runs one per job)")
+    study.add_argument("--report", action="store_true", help="only rebuild table and curves")
+    study.add_argument("--results", type=Path, help="with --report: rows to take in place of the study's own")
+    study.add_argument("--out", type=Path, help="with --report: folder to write to; default the study's")
+    study.set_defaults(run=_study)
     report = commands.add_parser("report", help="rebuild report.html of a run folder, or compare several")
     report.add_argument("runs", type=Path, nargs="+")
     report.add_argument("--out", type=Path, help="folder of the comparison (several runs)")
@@ -155,6 +165,25 @@ def _extract(_: argparse.Namespace, words: Sequence[str]) -> int:
         print(f"  none for {problem_id}: {reasons[0]}")
     print(f"report: {config.report or config.output + '.report.json'}")
     return 1 if lacking else 0
+
+
+def _study(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from sgpo.study import Study, report_study, run_study
+
+    study = Study(arguments.study, overrides)
+    if arguments.list:
+        for cell in study.cells:
+            print(cell.name)
+            for command in study.commands(cell):
+                print("  " + shlex.join(["sgpo", *command]))
+        return 0
+    if not arguments.report:
+        run_study(study, [study.cell(arguments.cell)] if arguments.cell else study.cells)
+    if arguments.cell is None:
+        report = report_study(study, arguments.results, arguments.out)
+        print((report.parent / "table.md").read_text(encoding="utf-8"))
+        print(f"report: {report}")
+    return 0
 
 
 def _report(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -35,6 +35,8 @@ FLOORS = {
     "sgpo.extract": 9,
     "sgpo.step_metrics": 9,
     "sgpo.warmup": 9,
+    "sgpo.study_report": 6,
+    "sgpo.study": 7,
     "sgpo.trainer": 10,
     "sgpo.cli": 11,
 }
