@@ -254,7 +254,9 @@ def vllm_options(config: Config, model_folder: Path, from_scratch: bool) -> Any:
     from sgpo.rollout.vllm_engine import VllmOptions
 
     rollout, chosen = config.rollout, config.rollout.vllm
-    new_tokens = max(rollout.max_new_tokens, config.eval.max_new_tokens if config.data.eval else 0)
+    new_tokens = max(
+        rollout.max_new_tokens, config.eval.max_new_tokens if config.data.eval or config.eval.benchmarks else 0
+    )
     longest = chosen.max_model_len or config.data.max_prompt_tokens + new_tokens
     sleep_level = chosen.sleep_level
     if sleep_level is None:

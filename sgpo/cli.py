@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sgpo.schema import SgpoError
 
@@ -46,13 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, text in (
         ("warmup", _warmup, "SFT warm-up on demonstrations; writes RUN/warmup/best"),
         ("train", _train, "SGPO (or GRPO) training; resumes by itself"),
-        ("eval", _eval, "avg@k of a model with a bootstrap interval"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", type=Path, help="YAML file; any key can be given as --section.key value")
-        if name == "eval":
-            command.add_argument("--out", type=Path, help="write every sample to this JSONL file")
         command.set_defaults(run=run)
+    _add_eval(commands)
     strategies = commands.add_parser("strategies", help="strategies out of strong-model responses")
     actions = strategies.add_subparsers(required=True, metavar="extract", parser_class=_Command)
     text = "one strategy per problem, from responses; exit code 1 where a problem got none; goes on where it stopped"
@@ -81,13 +80,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_eval(commands: Any) -> None:
+    text = "avg@k and pass@k of a model with intervals, on data.eval or named benchmarks; comparison of two results"
+    command = commands.add_parser(
+        "eval",
+        usage="sgpo eval [config.yaml] [--out PATH] [--key value ...]\n"
+        "       sgpo eval --model.path FOLDER --eval.benchmarks NAME,NAME --eval.benchmark_dir FOLDER\n"
+        "       sgpo eval --compare A B [--out FILE]",
+        help=text,
+        description=text,
+    )
+    command.add_argument("--out", type=Path, help="data.eval: JSONL file of the samples; benchmarks: folder of results")
+    command.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("A", "B"), help="folders (or JSONL files) of two finished evaluations"
+    )
+    command.set_defaults(run=_eval)
+
+
 class _Command(argparse.ArgumentParser):
     """Lists all knobs in the help of a command that takes a config; made only when help is really printed."""
 
     def format_help(self) -> str:
         from sgpo.config import describe
 
-        knobs = describe() if any(action.dest == "config" for action in self._actions) else ""
+        takes_config = self.get_default("run") in (_train, _warmup, _eval)
+        knobs = describe() if takes_config else ""
         if self.get_default("run") is _extract:
             from sgpo.strategies.settings import ExtractConfig
 
@@ -130,12 +147,18 @@ def _warmup(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from sgpo.config import load_config
+def _eval(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    if arguments.compare is not None:
+        _no_overrides(words)
+        return _compare(arguments)
+    from sgpo.config import load_eval_config
 
-    config = load_config(arguments.config, overrides)
+    path = Path(words[0]) if words and not words[0].startswith("--") else None
+    config = load_eval_config(path, words if path is None else words[1:])
+    if config.eval.benchmarks:
+        return _benchmarks(config, arguments.out)
     if not config.data.eval:
-        raise SgpoError(f"{arguments.config}: sgpo eval needs data.eval")
+        raise SgpoError(f"{path or 'command line'}: sgpo eval needs data.eval or eval.benchmarks")
     from sgpo.evaluate import evaluate_model
 
     results = evaluate_model(config)
@@ -147,6 +170,33 @@ def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if arguments.out is not None:
         rows = [json.dumps(row) for result in results.values() for row in result.samples]
         arguments.out.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return 0
+
+
+def _benchmarks(config: Any, out: Path | None) -> int:
+    from sgpo.evaluate_benchmarks import evaluate_benchmarks, protocol_of
+
+    results = evaluate_benchmarks(config, out)
+    for result in results:
+        print(f"{result.name}: {result.score.sentence()}")
+        if result.clean is not None:
+            print(f"{result.name} without what is in the training data: {result.clean.sentence()}")
+    if len(results) > 1:
+        print(f"average: {sum(result.score.accuracy for result in results) / len(results):.4f}")
+    print(f"protocol: {protocol_of(config, [(result.name, result.score.samples) for result in results])}")
+    print(f"samples and summary: {results[0].file.parent}")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from sgpo.scores import compare_files
+
+    comparisons = compare_files(*arguments.compare)
+    for comparison in comparisons:
+        print(comparison.sentence())
+    if arguments.out is not None:
+        content = [comparison.as_json() for comparison in comparisons]
+        arguments.out.write_text(json.dumps(content, indent=1), encoding="utf-8")
     return 0
 
 

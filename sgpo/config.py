@@ -288,6 +288,29 @@ class EvalConfig(Section):
     temperature: float = Field(default=0.6, ge=0, description="0: greedy")
     top_p: float = Field(default=0.95, gt=0, le=1)
     max_new_tokens: int = Field(default=32768, ge=1)
+    benchmarks: tuple[str, ...] = Field(
+        default=(),
+        description="sgpo eval: math500, amc23, aime24, olympiadbench, gsm8k with commas between, or NAME=FILE",
+    )
+    benchmark_dir: str | None = Field(default=None, description="folder of their JSONL files")
+    benchmark_samples: int | None = Field(
+        default=None, ge=1, description="k of avg@k; default: the paper's, 32 for amc23 and aime24, else 4"
+    )
+    benchmark_limit: int | None = Field(default=None, ge=1, description="use only the first rows of each")
+    contamination: Literal["report", "refuse", "off"] = Field(
+        default="report",
+        description="benchmark problems that are in data.train or warmup.data: report also scores the rest alone",
+    )
+    contamination_overlap: float = Field(
+        default=0.5, gt=0, le=1, description="share of a problem's word 13-grams in one training problem that counts"
+    )
+
+    @field_validator("benchmarks", mode="before")
+    @classmethod
+    def _with_commas(cls, names: Any) -> Any:
+        if isinstance(names, str):
+            return tuple(name.strip() for name in names.split(",") if name.strip())
+        return () if names is None else names
 
 
 class CheckpointConfig(Section):
@@ -355,9 +378,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return load_settings(Config, Path(path), overrides)
 
 
-def load_settings(schema: type[Settings], path: Path | None, overrides: Sequence[str] = ()) -> Settings:
-    """As `load_config`, for any schema; `path` None: the overrides alone."""
-    raw: dict[str, Any] = {} if path is None else _read_sections(schema, path)
+def load_eval_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """As `load_config`; `path` None: a bare model on benchmarks, with data.train only if it is to be searched."""
+    return load_settings(Config, path, overrides, {"data": {"train": ""}} if path is None else {})
+
+
+def load_settings(
+    schema: type[Settings], path: Path | None, overrides: Sequence[str] = (), base: dict[str, Any] | None = None
+) -> Settings:
+    """As `load_config`, for any schema; `path` None: the overrides alone, on top of `base`."""
+    raw = dict(base or {}) if path is None else _read_sections(schema, path)
     for key, value in parse_overrides(overrides):
         _assign(raw, key, value)
     return checked(schema, raw, "command line" if path is None else str(path))
