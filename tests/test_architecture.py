@@ -33,8 +33,10 @@ FLOORS = {
     "sgpo.sampling": 9,
     "sgpo.evaluate": 9,
     "sgpo.extract": 9,
+    "sgpo.analysis": 9,
     "sgpo.step_metrics": 9,
     "sgpo.warmup": 9,
+    "sgpo.analyze": 10,
     "sgpo.trainer": 10,
     "sgpo.cli": 11,
 }

@@ -85,18 +85,14 @@ class AnalyzeSection(Section):
     similarity: Literal["tfidf", "hidden"] = Field(
         default="tfidf", description="of strategies: by their words, or by the model's mean hidden states"
     )
-    duplicate_similarity: float = Field(
-        default=0.95, gt=0, le=1, description="from here on near-duplicates"
-    )
+    duplicate_similarity: float = Field(default=0.95, gt=0, le=1, description="from here on near-duplicates")
     clusters: int | None = Field(
         default=None, ge=1, description="number of clusters; default: that of the best silhouette"
     )
     score_key: str = Field(default="strategy_score", description="field that holds the quality of the strategy")
     bands: int = Field(default=4, ge=2, description="bins of quality, length and similarity")
     level: float = Field(default=0.05, gt=0, lt=1, description="of the test, problem by problem, of helps and hurts")
-    kl_rollouts: int = Field(
-        default=256, ge=0, description="correct guided rollouts whose token KL is taken; 0: none"
-    )
+    kl_rollouts: int = Field(default=256, ge=0, description="correct guided rollouts whose token KL is taken; 0: none")
     step_pattern: str = Field(
         default=r"\n+|(?<=[.!?])\s+", description="where a step of a completion ends, as a regular expression"
     )
