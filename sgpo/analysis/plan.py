@@ -83,7 +83,8 @@ def make_plan(config: AnalyzeConfig, folder: Path, tokenizer: Any, study: Study)
     ids = [problem.id for problem in study.problems]
     draws = transfer.assign(ids, study.types, samples=settings.samples, partners=settings.partners, seed=seed)
     names = transfer.matrix_types(study.types, settings.matrix_types)
-    cells = transfer.assign_matrix(study.types, names, draws=settings.matrix_draws, seed=seed) if len(names) > 1 else {}
+    wanted = settings.matrix_draws > 0 and len(names) > 1
+    cells = transfer.assign_matrix(study.types, names, draws=settings.matrix_draws, seed=seed) if wanted else {}
     every = draws + [draw for cell in cells.values() for draw in cell]
     builder = assembly.prompt_builder(config, tokenizer)
 

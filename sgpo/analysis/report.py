@@ -35,11 +35,12 @@ def write_analysis_report(output: Path, result: Json) -> Path:
         return _plot_html(lambda: draw(result), plots / f"{draw.__name__.removeprefix('draw_')}.png", title, missing)
 
     no_partner = "no problem has a partner"
+    no_types = "fewer than two types, or analyze.matrix_draws is 0"
     no_kl = "no guided rollout is correct, or analyze.kl_rollouts is 0"
     sections = [
         ("Transfer", _setting(result) + image(draw_arms, "Pass rates", "no samples") + _arms_table(result)),
         ("Differences", image(draw_contrasts, "Paired differences", no_partner) + _contrasts_table(result)),
-        ("Type by type", image(draw_matrix, "Transfer matrix", "fewer than two types") + _types_table(result)),
+        ("Type by type", image(draw_matrix, "Transfer matrix", no_types) + _types_table(result)),
         ("Help and harm", image(draw_help, "Problem by problem", no_partner) + _help_table(result)),
         ("Similarity", image(draw_similarity, "Gain by similarity", no_partner) + _clusters_section(result)),
         ("Quality of the strategies", image(draw_quality, "Gain by quality", "no samples") + _quality_table(result)),

@@ -22,6 +22,7 @@ from sgpo.strategies.settings import AnalyzeConfig
 from sgpo.strategies.transfer import Draw
 
 _CHUNK = 4096  # requests of one call of the engine
+_FAILED = ("timeout", "error")  # a verdict of the machine rather than of the answer: the next run asks for it again
 
 Row = dict[str, Any]
 
@@ -30,19 +31,19 @@ Row = dict[str, Any]
 class Progress:
     sampled: int = 0
     from_before: int = 0
-    correct: int = 0
     tokens: int = 0
 
     def status(self) -> str:
         parts = [f"{self.sampled} sampled", f"{self.from_before} from before" if self.from_before else ""]
-        parts += [f"{self.correct} correct", f"{self.tokens:,} tokens"]
-        return "  ".join(filter(None, parts))
+        return "  ".join(filter(None, [*parts, f"{self.tokens:,} tokens"]))
 
 
 def collect(
     config: AnalyzeConfig, folder: Path, tokenizer: Any, study: Study, plan: Plan, path: Path
 ) -> dict[Draw, Row]:
     """The sampled and judged row of every draw; takes from the file at `path` what it holds, and adds the rest.
+
+    A completion from before is judged again where the reward is another one now, or where its verdict failed.
 
     Raises SgpoError where every verdict fails with an error of the reward itself.
     """
@@ -58,26 +59,28 @@ def collect(
     judges = [_judge(config, study.problems[draw.problem]) for draw in plan.draws]
     progress = Progress()
 
+    def judge(n: int, row: Row) -> None:
+        judging.begin(keys[n], {**row, "judge": judges[n]}, study.problems[plan.draws[n].problem])
+
     def keep(rollout: Rollout) -> None:
         n = rollout.request.problem_index
-        row = {**_row(tokenizer, study, plan.draws[n], rollout), "judge": judges[n]}
-        judging.begin(keys[n], row, study.problems[plan.draws[n].problem])
+        progress.sampled += 1
+        progress.tokens += len(rollout.completion_ids)
+        judge(n, _row(tokenizer, study, plan.draws[n], rollout))
 
     display = ExtractDisplay(progress.status)
     with _open_store(path) as store, assembly.build_rewards(config) as rewards, display:
-        judging = _Judging(rewards, store, progress, display.advance)
-        missing = []
+        judging = _Judging(rewards, store, display.advance)
+        missing = [n for n, key in enumerate(keys) if store.get(key) is None]
+        progress.from_before = len(keys) - len(missing)
+        display.start_round("samples", len(keys))
         for n, key in enumerate(keys):
             row = store.get(key)
-            if row is None:
-                missing.append(n)
-            elif row["judge"] != judges[n]:  # sampled before, but judged by another reward
-                judging.begin(key, {**row, "judge": judges[n]}, study.problems[plan.draws[n].problem])
-            else:
-                progress.from_before += 1
+            if row is not None and (row["judge"] != judges[n] or row["status"] in _FAILED):
+                judge(n, row)
+            elif row is not None:
+                display.advance()
         judging.finish()
-        display.start_round("samples", len(keys))
-        display.advance(len(keys) - len(missing))
         if missing:
             rollouts = assembly.build_rollouts(config, folder)
             try:
@@ -97,10 +100,8 @@ def collect(
 class _Judging:
     """Rows on their way through the reward workers to the store, which happens in this thread."""
 
-    def __init__(
-        self, rewards: RewardPool, store: KeyedLines[Row], progress: Progress, advance: Callable[[], None]
-    ) -> None:
-        self._rewards, self._store, self._progress, self._advance = rewards, store, progress, advance
+    def __init__(self, rewards: RewardPool, store: KeyedLines[Row], advance: Callable[[], None]) -> None:
+        self._rewards, self._store, self._advance = rewards, store, advance
         self._pending: dict[Future[Verdict], tuple[str, Row]] = {}
 
     def begin(self, key: str, row: Row, problem: Problem) -> None:
@@ -116,9 +117,6 @@ class _Judging:
             verdict = future.result()
             key, row = self._pending.pop(future)
             self._store.put(key, {**row, "reward": verdict.reward, "status": verdict.status})
-            self._progress.sampled += 1
-            self._progress.correct += verdict.reward > 0
-            self._progress.tokens += row["tokens"]
             self._advance()
 
 

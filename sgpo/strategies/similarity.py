@@ -32,11 +32,12 @@ def tfidf_vectors(texts: Sequence[str]) -> torch.Tensor:
 
 
 def cosine_similarity(vectors: torch.Tensor) -> torch.Tensor:
-    """[P, P] float64 in [-1, 1], 1 on the diagonal; equal rows get exactly 1. A row of zeros is like no other."""
+    """[P, P] float64 in [-1, 1], 1 on the diagonal; to nine digits, so that equal rows get exactly 1.
+
+    A row of zeros is like no other.
+    """
     unit = torch.nn.functional.normalize(vectors.double(), dim=1)
-    similarity = (unit @ unit.T).clamp(-1.0, 1.0)
-    similarity[similarity > 1.0 - 1e-9] = 1.0
-    return similarity.fill_diagonal_(1.0)
+    return (unit @ unit.T).round(decimals=9).clamp(-1.0, 1.0).fill_diagonal_(1.0)
 
 
 def average_linkage(distance: torch.Tensor) -> list[tuple[int, int]]:

@@ -134,7 +134,8 @@ def placeholder(
         count_of: tokens of a text. length_of: tokens of a problem's guided prompt.
     """
     texts = [problem.strategy or "", *(turn.content for turn in problem.guidance_turns)]
-    counts = [max(count_of(text), 1) if text else 0 for text in texts]
+    per_unit = max(count_of(" ".join([unit] * 16)) / 16, 1.0)
+    counts = [max(round(count_of(text) / per_unit), 1) if text else 0 for text in texts]
     longest = counts.index(max(counts))
     best: tuple[Problem, int] | None = None
     for _ in range(_TRIES):
@@ -153,7 +154,7 @@ def placeholder(
             best = empty, excess
         if excess == 0:
             break
-        counts[longest] = max(1, counts[longest] - excess)
+        counts[longest] = max(1, counts[longest] - (round(excess / per_unit) or (1 if excess > 0 else -1)))
     assert best is not None
     return best
 
