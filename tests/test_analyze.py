@@ -114,6 +114,7 @@ def test_the_known_outcome(config, model_folder, capsys):
     assert rate["own"] > 0.95
     assert rate["same_type"] > 0.95
     assert rate["other_type"] < 0.05
+    assert rate["placeholder"] < 0.5
     assert 0.1 < rate["none"] < 0.45  # a guess of four, 96 completions
     assert {arm["arm"]: arm["excluded_problems"] for arm in found["arms"]} == dict.fromkeys(rate, 0)
     assert found["placeholder_excess_tokens"] == {"exact": 16, "least": 0, "most": 0}
@@ -162,6 +163,8 @@ def _check_token_kl(found: dict, config: Path, model_folder: Path) -> None:
     assert kl["rollouts"] >= 90
     assert kl["problems"] == 16
     rows = [json.loads(line) for line in (config.parent / "out" / "token_kl.jsonl").read_text().splitlines()]
+    correct = {(row["problem_id"], row["sample"]) for row in samples(config) if row["arm"] == "own" and row["reward"]}
+    assert {(row["problem_id"], row["sample"]) for row in rows} == correct
     assert sorted(kl["by_step"][0]["kl"]) == ["high", "low", "mean", "problems"]
     clean = [row for row in rows if len(row["pieces"]) == 7]  # take MOVE : \boxed{ N } and the end
     assert len(clean) > 0.9 * len(rows)

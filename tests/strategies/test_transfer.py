@@ -137,6 +137,16 @@ def test_a_placeholder_that_cannot_be_exact_says_by_how_much(builder):
     assert len(builder.build(empty).guided or ()) == len(builder.build(problem).guided or ()) + excess
 
 
+def test_a_placeholder_is_lengthened_until_it_fits():
+    def length_of(problem: Problem) -> int:
+        return 5 + len((problem.strategy or "").split()) * 2 // 3  # three repetitions make two tokens
+
+    problem = Problem("x", "?", "1", strategy=" ".join(["word"] * 30))
+    empty, excess = placeholder(problem, ".", 35, count_of=lambda text: len(text.split()), length_of=length_of)
+    assert excess == 0
+    assert (empty.strategy or "").count(".") == 45
+
+
 def test_chat_turns_are_emptied_one_by_one(builder):
     turns = (ChatTurn("user", "farm : 3 . how many boxes ?"), ChatTurn("assistant", "take sum \\boxed{3}"))
     problem = Problem("x", "farm : 5 .", "1", guidance_turns=turns)
