@@ -1,4 +1,4 @@
-"""Command line: sgpo warmup | train | eval | strategies extract | study | report | env.
+"""Command line: sgpo warmup | train | eval | strategies extract, analyze | study | report | env.
 
 Exit code 2 and one sentence for what the user can mend.
 """
@@ -52,8 +52,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("config", type=Path, help="YAML file; any key can be given as --section.key value")
         command.set_defaults(run=run)
     _add_eval(commands)
-    strategies = commands.add_parser("strategies", help="strategies out of strong-model responses")
-    actions = strategies.add_subparsers(required=True, metavar="extract", parser_class=_Command)
+    strategies = commands.add_parser("strategies", help="strategies out of strong-model responses; are they reusable?")
+    actions = strategies.add_subparsers(required=True, metavar="extract | analyze", parser_class=_Command)
     text = "one strategy per problem, from responses; exit code 1 where a problem got none; goes on where it stopped"
     extract = actions.add_parser(
         "extract",
@@ -62,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
         description=text,
     )
     extract.set_defaults(run=_extract)
+    text = "pass rates with own, foreign and empty strategies, similarity, token KL; goes on where it stopped"
+    analyze = actions.add_parser(
+        "analyze", usage="sgpo strategies analyze [config.yaml] [--key value ...]", help=text, description=text
+    )
+    analyze.set_defaults(run=_analyze)
     text = "a grid of variants and seeds, each cell a training run; then one table with intervals and paired tests"
     study = commands.add_parser("study", help=text, description=text)
     study.add_argument("study", type=Path, help="YAML file: base config, seeds, variants")
@@ -109,6 +114,10 @@ class _Command(argparse.ArgumentParser):
             from sgpo.strategies.settings import ExtractConfig
 
             knobs = describe(ExtractConfig)
+        if self.get_default("run") is _analyze:
+            from sgpo.strategies.settings import AnalyzeConfig
+
+            knobs = describe(AnalyzeConfig)
         return super().format_help() + (f"\nknobs:\n{knobs}\n" if knobs else "")
 
 
@@ -204,8 +213,8 @@ def _extract(_: argparse.Namespace, words: Sequence[str]) -> int:
     from sgpo.config import load_settings
     from sgpo.strategies.settings import ExtractConfig
 
-    path = Path(words[0]) if words and not words[0].startswith("--") else None
-    config = load_settings(ExtractConfig, path, words if path is None else words[1:])
+    path, overrides = _config_first(words)
+    config = load_settings(ExtractConfig, path, overrides)
     from sgpo.extract import extract
 
     report = extract(config)
@@ -234,6 +243,28 @@ def _study(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         print((report.parent / "table.md").read_text(encoding="utf-8"))
         print(f"report: {report}")
     return 0
+
+
+def _analyze(_: argparse.Namespace, words: Sequence[str]) -> int:
+    from sgpo.config import load_settings
+    from sgpo.strategies.settings import AnalyzeConfig
+
+    path, overrides = _config_first(words)
+    config = load_settings(AnalyzeConfig, path, overrides)
+    from sgpo.analyze import analyze, output_folder
+
+    for arm in analyze(config)["arms"]:
+        rate = arm["rate"]
+        if rate["low"] is not None:
+            interval = f"95% interval [{rate['low']:.4f}, {rate['high']:.4f}]"
+            print(f"{arm['arm']}: {rate['mean']:.4f}  {interval}  {rate['problems']} problems")
+    print(f"report: {output_folder(config) / 'report.html'}")
+    return 0
+
+
+def _config_first(words: Sequence[str]) -> tuple[Path | None, Sequence[str]]:
+    """The config file, where the first word is one, and the overrides."""
+    return (Path(words[0]), words[1:]) if words and not words[0].startswith("--") else (None, words)
 
 
 def _report(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -36,10 +36,12 @@ FLOORS = {
     "sgpo.evaluate": 9,
     "sgpo.evaluate_benchmarks": 9,
     "sgpo.extract": 9,
+    "sgpo.analysis": 9,
     "sgpo.step_metrics": 9,
     "sgpo.warmup": 9,
     "sgpo.study_report": 6,
     "sgpo.study": 7,
+    "sgpo.analyze": 10,
     "sgpo.trainer": 10,
     "sgpo.cli": 11,
 }
