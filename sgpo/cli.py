@@ -108,7 +108,7 @@ class _Command(argparse.ArgumentParser):
     def format_help(self) -> str:
         from sgpo.config import describe
 
-        takes_config = self.get_default("run") in (_train, _warmup, _eval)
+        takes_config = any(action.dest == "config" for action in self._actions) or self.get_default("run") is _eval
         knobs = describe() if takes_config else ""
         if self.get_default("run") is _extract:
             from sgpo.strategies.settings import ExtractConfig

@@ -41,6 +41,7 @@ _LATEX_WITH_VARIABLES = LatexExtractionConfig(
 )
 _PLAIN = ExprExtractionConfig()
 _DECIMALS = 6  # Math-Verify's default
+_MAX_ANSWER_CHARS = 20_000  # no right answer is nearly as long, and Math-Verify's patterns are not linear
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _BASE = re.compile(r"([0-9A-Za-z]+)\s*_\s*\{?([0-9]{1,2})\}?")
 
@@ -66,6 +67,8 @@ def verify_answer(completion: str, gold: str, *, require_box: bool = True) -> Ve
     parsed_gold = _parse_gold(gold)
     if answer_text == gold_text:
         return Verdict(1.0)
+    if len(answer) > _MAX_ANSWER_CHARS:
+        return Verdict(0.0, "too_long")
     if answer.startswith("\\boxed{"):
         return _verify_boxed(bare_answer(answer), gold)
     parsed_answer = parse(answer, [_LATEX, _PLAIN], parsing_timeout=None)  # pyright: ignore

@@ -105,7 +105,7 @@ def test_the_gold_of_another_problem_is_wrong():
     """Neighbours in alphabetical order are the likeliest to be confused."""
     golds = sorted({p.answer for name in BENCHMARKS for p in load_benchmark(name, str(SHARED))[1]})
     pairs = [pair for pair in itertools.pairwise(golds) if not (pair[0].isdigit() and pair[1].isdigit())]
-    same = [pair for pair in sampled(pairs, 150) if verify_answer(rf"\boxed{{{pair[1]}}}", pair[0]).reward]
+    same = [pair for pair in sampled(pairs, 80) if verify_answer(rf"\boxed{{{pair[1]}}}", pair[0]).reward]
     assert [pair for pair in same if sorted(gold_items(pair[0])) != sorted(gold_items(pair[1]))] == []
 
 
