@@ -20,6 +20,8 @@ from sgpo.data.packing import MicroBatch
 from sgpo.data.problems import check_disjoint, load_problems
 from sgpo.data.prompts import PromptBuilder, PromptTemplate, eos_token_ids
 from sgpo.engine import ranks
+from sgpo.engine.adapters import add_adapters
+from sgpo.engine.selftest import check_gradients
 from sgpo.engine.zero import ZeroEngine
 from sgpo.methods.dapo import dapo_sequences
 from sgpo.methods.hpt import hpt_sequences
@@ -195,8 +197,12 @@ def load_demonstrations(config: Config, tokenizer: Any, eos_id: int) -> list[Tra
 
 
 def build_engine(config: Config, model_folder: Path, optim: OptimConfig, device: torch.device) -> ZeroEngine:
+    """The engine on the model of `model_folder`, after a proof that it loses no gradient."""
     lm = load_causal_lm(model_folder, dtype=config.model.dtype, attn_implementation=config.model.attn_implementation)
-    return ZeroEngine(
+    if config.model.lora.rank:
+        lora = config.model.lora
+        add_adapters(lm, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dora=lora.dora, seed=config.run.seed)
+    engine = ZeroEngine(
         PolicyModel(lm, gradient_checkpointing=config.model.gradient_checkpointing),
         device=device,
         zero_stage=config.engine.zero_stage,
@@ -206,7 +212,11 @@ def build_engine(config: Config, model_folder: Path, optim: OptimConfig, device:
         eps=optim.eps,
         weight_decay=optim.weight_decay,
         max_grad_norm=optim.max_grad_norm,
+        optimizer_state=config.engine.optimizer_state,
+        offload_during_rollout=config.engine.offload_states_during_rollout,
     )
+    check_gradients(engine, dtype=config.model.dtype)
+    return engine
 
 
 def build_rollouts(config: Config, model_folder: Path, *, from_scratch: bool = False) -> RolloutEngine:

@@ -43,6 +43,17 @@ class RunConfig(Section):
         return Path(self.output_dir) / self.name
 
 
+class LoraConfig(Section):
+    rank: int = Field(
+        default=0, ge=0, description="0: all weights are trained; above: adapters of this rank (needs sgpo[lora])"
+    )
+    alpha: float = Field(default=32.0, gt=0, description="the update is scaled by alpha / rank")
+    targets: tuple[str, ...] = Field(
+        default=("all-linear",), min_length=1, description='names of the linear layers, or "all-linear" (not the head)'
+    )
+    dora: bool = Field(default=False, description="DoRA: the length of each row is learned apart from its direction")
+
+
 class ModelConfig(Section):
     path: str = Field(description='a Hugging Face folder, or "builtin" for the quickstart model')
     dtype: Literal["float32", "bfloat16"] = Field(
@@ -50,6 +61,7 @@ class ModelConfig(Section):
     )
     attn_implementation: str = "sdpa"
     gradient_checkpointing: bool = False
+    lora: LoraConfig = LoraConfig()
 
 
 class DataConfig(Section):
@@ -241,6 +253,14 @@ class WarmupOptimConfig(OptimConfig):
 
 class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
+    optimizer_state: Literal["full", "cpu_offload", "8bit"] = Field(
+        default="full",
+        description="fp32 masters and Adam's moments: on the device; on the host and stepped there; on the device, "
+        "moments in 8 bits (needs sgpo[8bit])",
+    )
+    offload_states_during_rollout: bool = Field(
+        default=False, description="masters and moments wait on the host while the rollout engine is awake"
+    )
     micro_batch_tokens: int = Field(default=16384, ge=1, description="tokens of one forward pass, padding included")
     loss_impl: Literal["auto", "triton", "torch"] = Field(default="auto", description="auto: Triton on CUDA")
     column_tolerance: float = Field(
@@ -250,6 +270,14 @@ class EngineConfig(Section):
         description="0: exact; above: vocabulary columns whose gradient stays below this share of the row's weight are"
         " left out of backward (3.05e-5 is 2^-15; a bound of what is lost is logged as dropped_mass)",
     )
+
+    @model_validator(mode="after")
+    def _states(self) -> EngineConfig:
+        if self.optimizer_state != "full" and self.zero_stage < 2:
+            raise ValueError(f"optimizer_state: {self.optimizer_state} needs zero_stage 2 or 3")
+        if self.offload_states_during_rollout and (self.zero_stage != 2 or self.optimizer_state == "cpu_offload"):
+            raise ValueError("offload_states_during_rollout needs zero_stage 2 and states on the device")
+        return self
 
 
 class TrainConfig(Section):
@@ -364,6 +392,12 @@ class Config(Section):
         if self.rollout.engine == "vllm" and max(self.rollout.temperature, self.eval.temperature) > 2:
             raise ValueError(
                 "vLLM takes temperatures up to 2; lower rollout.temperature or eval.temperature, or use hf"
+            )
+        if self.model.lora.rank and self.engine.zero_stage == 3:
+            raise ValueError("model.lora needs engine.zero_stage 0, 1 or 2: the frozen weights stay whole on each GPU")
+        if self.engine.offload_states_during_rollout and self.rollout.placement == "process":
+            raise ValueError(
+                "engine.offload_states_during_rollout is for rollout.placement: inprocess, where both share the memory"
             )
         if self.warmup.enabled and self.warmup.data is None:
             raise ValueError("warmup.enabled needs warmup.data")

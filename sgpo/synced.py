@@ -57,6 +57,7 @@ class SyncedRollouts:
         """
         self.policy_version = None
         wanted = score_contexts(self._engine, [(self._probe_ids[:1], self._probe_ids[1:])], **self._batching)[0]
+        self._engine.offload_states()  # the rollout engine is about to wake
         sent: dict[str, int] = {}
         size = [0]
         named = self._recorded(sent, size)
@@ -106,6 +107,7 @@ class SyncedRollouts:
 
     def sleep(self) -> None:
         self._rollouts.sleep()
+        self._engine.reload_states()
 
     def close(self) -> None:
         self._rollouts.close()

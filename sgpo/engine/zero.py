@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 from sgpo.engine import ranks
+from sgpo.engine.adapters import is_adapter, merged_weights, plain_name
+from sgpo.engine.optimizer import build_optimizer, fit_blocks, forget, is_8bit, set_lr, sketch_of_first_moments
 from sgpo.models import PolicyModel
 from sgpo.schema import SgpoError
 
@@ -74,6 +76,8 @@ class ZeroEngine:
         eps: float,
         weight_decay: float,
         max_grad_norm: float,
+        optimizer_state: str = "full",
+        offload_during_rollout: bool = False,
     ) -> None:
         import deepspeed
 
@@ -82,8 +86,12 @@ class ZeroEngine:
         self.zero_stage = zero_stage
         self._max_grad_norm = max_grad_norm
         self._grad_norm: float | None = None
+        self._offloads = offload_during_rollout
+        self._with_adapters = any(not p.requires_grad for p in model.parameters())
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        optimizer = build_optimizer(
+            parameters, optimizer_state, device=device, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+        )
         # Stage 0 in fp32 runs the bare optimizer: DeepSpeed would clip but not tell the norm.
         self._bare = zero_stage == 0 and dtype == "float32"
         if self._bare:
@@ -94,19 +102,29 @@ class ZeroEngine:
             "gradient_clipping": 0.0 if self._bare else max_grad_norm,
             "zero_optimization": {"stage": zero_stage},
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW needs no compiler on the machine
             "bf16": {"enabled": dtype == "bfloat16"},
             "steps_per_print": 10**9,
         }
+        if optimizer_state == "cpu_offload":
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
         if dtype == "bfloat16" and zero_stage > 0:  # DeepSpeed has no fp32 accumulation at stage 0, only fp32 masters
             config["data_types"] = {"grad_accum_dtype": "fp32"}
         self.model = model
         self._engine: Any
         self._optimizer: Any
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        for state in optimizer.state.values():
-            # DeepSpeed makes the states of some stages by a step with zero gradients (0.19.8: bf16 at stage 0); left
-            # counted, it would shift Adam's bias correction of every later step.
-            state["step"].zero_()
+        masters = [p for group in optimizer.param_groups for p in group["params"]]
+        if zero_stage == 3:  # it lends the optimizer its masters for the moment of a step only
+            masters = self._optimizer.fp32_partitioned_groups_flat
+        fit_blocks(optimizer, [master.numel() for master in masters])
+        if is_8bit(optimizer) and zero_stage < 3:
+            # It would cut the moments into views, weight by weight, for other tools to read; blocks cannot be cut so.
+            self._optimizer._hp_optimizer_states_linked = True
+        # DeepSpeed makes the states of some stages by a step with zero gradients (0.19.8: bf16 at stage 0); left
+        # counted, it would shift Adam's bias correction of every later step.
+        forget(optimizer)
+        self.adam = optimizer  # on this rank's share of the fp32 masters
 
     def loss(self, function: Callable[..., tuple[torch.Tensor, Any]], batch: Any, teacher: Any = None) -> Any:
         """(loss, stats) of one micro-batch: `function` gets the head and the hidden rows, see PolicyModel.forward."""
@@ -118,13 +136,28 @@ class ZeroEngine:
 
     def step(self, lr: float) -> float:
         """Applies what has been accumulated and returns the gradient norm before clipping."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        self.reload_states()
+        set_lr(self._optimizer, lr)
         self._engine.step()
         norm = self._grad_norm if self._bare else self._engine.get_global_grad_norm()
         if norm is None or not math.isfinite(float(norm)):
             raise SgpoError(f"the gradient norm is {norm}; the last checkpoint is intact: lower the learning rate")
         return float(norm)
+
+    def rehearse(self, micro_batches: Sequence[tuple[Callable[..., Any], Any]]) -> tuple[float, torch.Tensor]:
+        """(gradient norm, sketch of this rank's share of the gradient) of a step that leaves everything as it was.
+
+        The way of a real step, reduction and offload included: Adam's first moment after a step with learning rate 0
+        is the gradient. Only for an engine that has made no step yet. Collective.
+        """
+        counters = {name: getattr(self._engine, name) for name in ("global_steps", "global_samples", "micro_steps")}
+        for function, batch in micro_batches:
+            self.backward(self.loss(function, batch)[0])
+        norm, found = self.step(lr=0.0), sketch_of_first_moments(self.adam)
+        forget(self.adam)
+        for name, value in counters.items():
+            setattr(self._engine, name, value)
+        return norm, found
 
     @torch.no_grad()
     def evaluate(self, function: Callable[..., Any], batch: Any) -> Any:
@@ -134,12 +167,15 @@ class ZeroEngine:
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full weight) of every parameter and saved buffer; under ZeRO-3 one bucket at a time.
 
+        Adapters are merged into the weights that they change, one weight at a time; the model itself keeps them apart.
+
         Collective: every rank must exhaust it. A tensor keeps its value for as long as somebody holds it, up to the
         next optimizer step.
         """
         named = self._weights()
         if self.zero_stage < 3:
-            yield from ((name, tensor.detach()) for name, tensor in named)
+            merged = merged_weights(self.model.lm)
+            yield from ((name, merged[name]() if name in merged else tensor.detach()) for name, tensor in named)
             return
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
@@ -154,15 +190,42 @@ class ZeroEngine:
     def _weights(self) -> list[tuple[str, torch.Tensor]]:
         lm = self.model.lm
         tied = {name for name, _ in lm.named_parameters(remove_duplicate=False)} - {n for n, _ in lm.named_parameters()}
-        return [(name, tensor) for name, tensor in lm.state_dict(keep_vars=True).items() if name not in tied]
+        return [
+            (plain_name(name), tensor)
+            for name, tensor in lm.state_dict(keep_vars=True).items()
+            if name not in tied and not is_adapter(name)
+        ]
+
+    def offload_states(self) -> None:
+        """Moves masters and moments to the host where `offload_during_rollout` asks for it; the weights stay."""
+        if self._offloads and not self._optimizer.offloaded_states:
+            from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as States
+
+            # A quantised moment is a bundle of tensors, which cannot be pinned.
+            pinned = self.device.type == "cuda" and not is_8bit(self.adam)
+            self._engine.offload_states(include=[States.hp_params, States.optim_states], pin_memory=pinned)
+
+    def reload_states(self) -> None:
+        """Takes them back, bit for bit; `step`, `save` and `load` do so by themselves."""
+        if self._offloads and self._optimizer.offloaded_states:
+            self._engine.reload_states()
 
     def save(self, folder: Path) -> None:
-        """Writes this rank's part of parameters, masters and optimizer state. Collective."""
-        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+        """Writes this rank's part of parameters (of adapters only, if there are), masters and moments. Collective."""
+        away = self._offloads and bool(self._optimizer.offloaded_states)
+        self.reload_states()
+        self._engine.save_checkpoint(
+            str(folder), tag="state", save_latest=False, exclude_frozen_parameters=self._with_adapters
+        )
+        if away:
+            self.offload_states()
 
     def load(self, folder: Path) -> None:
         """Takes back what `save` wrote, bit for bit. Collective."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag="state", load_lr_scheduler_states=False)
+        self.reload_states()
+        path, _ = self._engine.load_checkpoint(
+            str(folder), tag="state", load_lr_scheduler_states=False, load_module_strict=not self._with_adapters
+        )
         if path is None:
             raise SgpoError(f"checkpoint {folder} holds no engine state; delete it to go on from the one before")
 

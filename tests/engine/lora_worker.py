@@ -1,0 +1,97 @@
+"""One rank of the adapter tests: `python lora_worker.py OUT.pt MODEL_FOLDER SCRATCH STAGE:DTYPE:lora|dora ...`"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+
+from sgpo.engine.adapters import add_adapters, is_adapter
+from sgpo.engine.selftest import check_gradients
+from sgpo.engine.zero import ZeroEngine, init_distributed
+from sgpo.models import PolicyModel, load_causal_lm
+from sgpo.rollout.hf_engine import HfEngine
+from sgpo.steps import optimizer_step, score_contexts
+from sgpo.synced import SyncedRollouts
+
+spec = importlib.util.spec_from_file_location("zero_worker", Path(__file__).with_name("zero_worker.py"))
+zero_worker = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(zero_worker)
+
+
+def build(folder: str, case: str, device: torch.device) -> ZeroEngine:
+    stage, dtype, kind = case.split(":")
+    lm = load_causal_lm(folder, dtype=dtype)
+    add_adapters(lm, rank=4, alpha=8.0, targets=["all-linear"], dora=kind == "dora", seed=1)
+    return ZeroEngine(
+        PolicyModel(lm, gradient_checkpointing=True),
+        device=device,
+        zero_stage=int(stage),
+        dtype=dtype,
+        lr=1e-2,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+    )
+
+
+def step(engine: ZeroEngine) -> float:
+    sequences = zero_worker.make_sequences()
+    return optimizer_step(engine, sequences, zero_worker.objective, token_budget=200, pad_id=0, lr=1e-2).loss
+
+
+def state(engine: ZeroEngine) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in engine.model.lm.state_dict().items()}
+
+
+def run_case(case: str, folder: str, device: torch.device, scratch: Path) -> dict:
+    engine = build(folder, case, device)
+    start = {name: tensor.clone() for name, tensor in engine.named_weights()}
+    difference = check_gradients(engine, dtype=case.split(":")[1])
+    before = state(engine)
+    losses = [step(engine), step(engine)]
+    engine.save(scratch)
+    losses.append(step(engine))
+    after = state(engine)
+    sizes = {"saved": sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())}
+
+    plain = load_causal_lm(folder, dtype=case.split(":")[1])
+    rollouts = HfEngine(plain, eos_ids=[1], pad_id=0, device=device, max_batch_tokens=4096)
+    ids = list(range(5, 35))
+    synced = SyncedRollouts(engine, rollouts, probe_ids=ids, tolerance=2e-4, token_budget=4000, pad_id=0)
+    gap = synced.sync(1).sync_gap_max if "float32" in case else None
+    unmerged = score_contexts(engine, [(ids[:1], ids[1:])], token_budget=4000, pad_id=0)[0]
+    untouched = all(torch.equal(after[name], tensor) for name, tensor in state(engine).items())
+    merged = {name: tensor.clone() for name, tensor in engine.named_weights()}
+    engine.close()
+
+    engine = build(folder, case, device)
+    engine.load(scratch)
+    step(engine)
+    resumed = all(torch.equal(after[name], tensor) for name, tensor in state(engine).items())
+    engine.close()
+    return {
+        "start": start,
+        "merged": merged,
+        "names": list(plain.state_dict()),
+        "difference": difference,
+        "losses": losses,
+        "frozen_moved": [n for n in before if not is_adapter(n) and not torch.equal(before[n], after[n])],
+        "adapters_still": [n for n in before if is_adapter(n) and torch.equal(before[n], after[n])],
+        "sizes": {**sizes, "model": sum(t.nbytes for t in plain.state_dict().values())},
+        "gap": gap,
+        "unmerged": unmerged,
+        "untouched": untouched,
+        "resumed": resumed,
+    }
+
+
+def main() -> None:
+    out, folder, scratch, *cases = sys.argv[1:]
+    device = init_distributed(300)
+    torch.save({case: run_case(case, folder, device, Path(scratch) / str(k)) for k, case in enumerate(cases)}, out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""LoRA and DoRA: only adapters are trained and saved, and everybody else sees the merged weights."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sgpo.engine.adapters import add_adapters
+from sgpo.models import load_causal_lm
+from sgpo.schema import SgpoError
+
+WORKER = Path(__file__).with_name("lora_worker.py")
+NO_PEFT = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+CASES = ["0:float32:lora", "2:float32:dora", "2:bfloat16:lora"]
+
+
+@pytest.fixture(scope="module")
+def runs(launcher, tmp_path_factory, builtin_folder):
+    folder = tmp_path_factory.mktemp("lora")
+    launcher([str(WORKER), str(folder / "out.pt"), str(builtin_folder), str(folder), *CASES])
+    return torch.load(folder / "out.pt")
+
+
+@NO_PEFT
+@pytest.mark.parametrize("case", CASES)
+def test_only_adapters_are_trained_and_saved(runs, case):
+    run = runs[case]
+    assert run["losses"][2] < run["losses"][0]
+    assert run["frozen_moved"] == []
+    assert run["adapters_still"] == []
+    assert run["difference"] < (1e-4 if "float32" in case else 0.05)
+    assert run["resumed"]
+    if "float32" in case:  # rank 4 at width 96: masters and two moments of few weights, instead of all of them
+        assert run["sizes"]["saved"] < run["sizes"]["model"]
+
+
+@NO_PEFT
+@pytest.mark.parametrize("case", CASES)
+def test_others_see_a_plain_model_with_merged_weights(runs, case, builtin_folder):
+    run, dtype = runs[case], case.split(":")[1]
+    plain = load_causal_lm(builtin_folder, dtype=dtype)
+    names = {name for name in run["names"] if name != "lm_head.weight"}
+    assert {*run["merged"], "lm_head.weight"} == {*names, "lm_head.weight"}
+    original = plain.state_dict()
+    for name, tensor in run["start"].items():  # B is zero at first; DoRA divides by a norm and multiplies by it again
+        assert torch.allclose(tensor, original[name], rtol=1e-5, atol=0), name
+    moved = [name for name in run["merged"] if not torch.equal(run["merged"][name], original[name])]
+    assert len(moved) >= 4
+    assert all("proj" in name for name in moved)
+    plain.load_state_dict(run["merged"], strict=False)
+    ids = torch.arange(5, 35)[None]
+    with torch.no_grad():
+        logprobs = torch.log_softmax(plain(ids).logits.float(), -1)[0, :-1]
+    taken = logprobs.gather(-1, ids[0, 1:, None])[:, 0]
+    assert torch.allclose(taken, torch.tensor(run["unmerged"]), atol=2e-4 if dtype == "float32" else 0.1)
+    assert run["untouched"]
+    if dtype == "float32":
+        assert run["gap"] < 2e-4
+
+
+@NO_PEFT
+def test_an_unknown_target_is_one_sentence(builtin_folder):
+    lm = load_causal_lm(builtin_folder, dtype="float32")
+    with pytest.raises(SgpoError, match=r"model.lora.targets = \['q_prj'\]: .*q_prj"):
+        add_adapters(lm, rank=4, alpha=8.0, targets=["q_prj"], dora=False, seed=0)
+
+
+def test_adapters_without_their_package_are_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SgpoError, match=r"model.lora needs peft .*pip install 'sgpo\[lora\]'"):
+        add_adapters(None, rank=4, alpha=8.0, targets=["all-linear"], dora=False, seed=0)

@@ -1,0 +1,31 @@
+"""A whole run with adapters and with states that leave while the rollout engine is awake."""
+
+import importlib.util
+
+import pytest
+import tiny_runs
+
+from sgpo.models import load_causal_lm
+
+NO_PEFT = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+
+
+@NO_PEFT
+def test_a_run_with_adapters_exports_a_plain_model(tmp_path):
+    tiny_runs.finish(
+        tmp_path,
+        "--model.lora.rank", "4",
+        "--engine.zero_stage", "2",
+        "--engine.offload_states_during_rollout", "true",
+        "--train.max_steps", "2",
+        "--data.eval", "null",
+    )  # fmt: skip
+    run = tmp_path / "runs" / "tiny"
+    assert [row["step"] for row in tiny_runs.rows(run)] == [1, 2]
+    assert all(row["sync_gap_max"] < 2e-4 and row["grad_norm"] > 0 for row in tiny_runs.rows(run))
+    trained = load_causal_lm(run / "final", dtype="float32").state_dict()
+    start = load_causal_lm(run / "builtin-model", dtype="float32").state_dict()
+    assert trained.keys() == start.keys()
+    moved = {name for name in trained if not trained[name].equal(start[name])}
+    assert moved
+    assert all("proj" in name for name in moved)
