@@ -171,7 +171,14 @@ def load_demonstrations(config: Config, tokenizer: Any, eos_id: int) -> list[Tra
 def build_engine(config: Config, model_folder: Path, optim: OptimConfig, device: torch.device) -> ZeroEngine:
     lm = load_causal_lm(model_folder, dtype=config.model.dtype, attn_implementation=config.model.attn_implementation)
     return ZeroEngine(
-        PolicyModel(lm, gradient_checkpointing=config.model.gradient_checkpointing),
+        PolicyModel(
+            lm,
+            packed=config.engine.packing == "packed",
+            gradient_checkpointing=config.model.gradient_checkpointing,
+            activation_offload=config.model.activation_offload,
+            mlp_tile_tokens=config.model.mlp_tile_tokens,
+            liger=config.model.liger,
+        ),
         device=device,
         zero_stage=config.engine.zero_stage,
         dtype=config.model.dtype,

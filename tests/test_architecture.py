@@ -19,6 +19,7 @@ FLOORS = {
     "sgpo.config": 2,
     "sgpo.algorithm": 2,
     "sgpo.methods": 3,
+    "sgpo.activations": 3,
     "sgpo.data": 4,
     "sgpo.strategies": 4,
     "sgpo.rewards": 4,
