@@ -203,7 +203,14 @@ def build_engine(config: Config, model_folder: Path, optim: OptimConfig, device:
         lora = config.model.lora
         add_adapters(lm, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dora=lora.dora, seed=config.run.seed)
     engine = ZeroEngine(
-        PolicyModel(lm, gradient_checkpointing=config.model.gradient_checkpointing),
+        PolicyModel(
+            lm,
+            packed=config.engine.packing == "packed",
+            gradient_checkpointing=config.model.gradient_checkpointing,
+            activation_offload=config.model.activation_offload,
+            mlp_tile_tokens=config.model.mlp_tile_tokens,
+            liger=config.model.liger,
+        ),
         device=device,
         zero_stage=config.engine.zero_stage,
         dtype=config.model.dtype,

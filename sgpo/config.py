@@ -60,8 +60,23 @@ class ModelConfig(Section):
         default="bfloat16", description="of the weights; masters are always fp32"
     )
     attn_implementation: str = "sdpa"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        default=False, description="keep only the input of each layer, compute the rest again in backward"
+    )
+    activation_offload: bool = Field(default=False, description="these inputs wait for backward on the host")
+    mlp_tile_tokens: int | None = Field(
+        default=None, ge=1, description="tokens that an MLP takes at a time (long sequences); default: all"
+    )
+    liger: Literal["auto", "on", "off"] = Field(
+        default="off", description="Liger's fused RMSNorm, RoPE and SwiGLU; auto: on a GPU where it is installed"
+    )
     lora: LoraConfig = LoraConfig()
+
+    @model_validator(mode="after")
+    def _pairs(self) -> ModelConfig:
+        if self.activation_offload and not self.gradient_checkpointing:
+            raise ValueError("activation_offload moves checkpoints; set gradient_checkpointing to true as well")
+        return self
 
 
 class DataConfig(Section):
@@ -262,6 +277,9 @@ class EngineConfig(Section):
         default=False, description="masters and moments wait on the host while the rollout engine is awake"
     )
     micro_batch_tokens: int = Field(default=16384, ge=1, description="tokens of one forward pass, padding included")
+    packing: Literal["padded", "packed"] = Field(
+        default="padded", description="packed: several sequences behind one another in one row, no padding"
+    )
     loss_impl: Literal["auto", "triton", "torch"] = Field(default="auto", description="auto: Triton on CUDA")
     column_tolerance: float = Field(
         default=0.0,

@@ -21,6 +21,7 @@ FLOORS = {
     "sgpo.algorithm": 2,
     "sgpo.methods": 3,
     "sgpo.scores": 4,
+    "sgpo.activations": 3,
     "sgpo.data": 4,
     "sgpo.strategies": 4,
     "sgpo.rewards": 4,
