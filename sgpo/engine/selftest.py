@@ -52,7 +52,7 @@ def check_gradients(engine: ZeroEngine, *, dtype: str) -> float:
 def _micro_batch(ids: torch.Tensor) -> tuple[Callable[..., Any], Any]:
     """The mean log-likelihood loss of all next tokens of `ids` [B, T], weighted by the count of the whole test."""
     positions = torch.arange(ids.numel(), device=ids.device).view_as(ids)
-    batch = SimpleNamespace(input_ids=ids, rows=positions[:, :-1].flatten())
+    batch = SimpleNamespace(input_ids=ids, rows=positions[:, :-1].flatten(), lengths=None)
     targets = ids[:, 1:].flatten()
     weight = 1.0 / (_SEQUENCES * (_TOKENS - 1) * ranks.world_size())
 
