@@ -22,6 +22,7 @@ CASES += [
     (f"{op}-options", op, {"dtype": torch.float64, "temperature": "rows", "logit_softcap": 3.0})
     for op in ("logprob", "policy", "js")
 ]
+CASES += [(f"{op}-rows", op, {"dtype": torch.float64, "token_weight": None}) for op in ("policy", "js")]
 CUTS = {1: (0, 37), 2: (0, 21, 37), 3: (0, 13, 26, 37)}
 
 
