@@ -47,6 +47,8 @@ def main() -> None:
             if name.endswith("float64"):
                 continue
             arguments = {**arguments, "dtype": torch.float32}
+        if tolerance and name.endswith("-rows"):
+            continue  # what it drops is NaN there
         case = conftest.build(op, **arguments)
         cuts = None if ranks == 1 else CUTS[ranks][rank : rank + 2]
         extra = {} if op == "logprob" else {"column_tolerance": tolerance}
