@@ -14,6 +14,7 @@ _CHARACTERS = str.maketrans(
         "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ",
         "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
         "±": r"\pm ", "°": r"^{\circ}", "（": "(", "）": ")", "，": ", ", "、": ", ", "：": ":", "\u00a0": " ",
+        "€": "", "£": "", "≈": r"\approx ",
     }
 )  # fmt: skip
 
@@ -26,12 +27,29 @@ _REWRITES = tuple(
         (r"(?<=\d)(?:\{,\}|\\[,!; ]|,\\!\s?|~)(?=\d{3}(?!\d))", ""),  # 1{,}000 and 1\,000
         (r"\\(?:bar|dot)(?=\{\d+\})", r"\\overline"),
         (r"_\{\\(max|min)\s?\}", r"_{\1}"),
+        (r"\\langle(?![A-Za-z])", "("),
+        (r"\\rangle(?![A-Za-z])", ")"),
+        (r"\\text\{\s?\}", ""),
+        (r"^(?:\\text\{\s?)?[Aa]ll real numbers\.?\s?\}?$", r"(-\\infty, \\infty)"),
+        (r"^\\approx(?![A-Za-z])", ""),
+        (r"^([-+]?\d{1,20}(?:\.\d{1,20})?)[eE]([-+]?\d{1,3})$", r"\1 \\times 10^{\2}"),
+        (r"^\](.{1,200}),(.{1,200})\[$", r"(\1,\2)"),  # ]0, 1[
+        (
+            r"[,;\s]{0,9}(?:\\text\s?\{[^{}]{0,40}\}\s{0,9})?\(?[A-Za-z]\s?\\in\s?\\mathbb\s?\{?[ZNR]\}?(?:\^?\+)?\)?$",
+            "",
+        ),
+        (r"^(?:\\left)?\\\{\s?[a-z](?:\s?\\in\s?\\mathbb\{R\})?\s?(?:\\mid|\||:)(.{1,400}?)(?:\\right)?\\\}$", r"\1"),
         (r"\\(?:bold|boldsymbol|bm|underline|emph|mathit|mathsf)(?=\s?\{)", ""),
         (r"^\\text(?:bf|it)?\{\s?([-+]?[\d.,]+)\s[A-Za-z ]+\}$", r"\1"),  # \text{17 students}
     )
 )
 _REPEATING = re.compile(r"(\d{0,20})\.(\d{0,20})\\overline\{(\d{1,20})\}")
 _LEADING_TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\{[^{}]*(?:\bis|[:=])\s*\}(?=.)")  # \text{The answer is }
+_ASSIGNMENT = re.compile(r"([A-Za-z])\s?=([^=]+)")
+_CHOICE = re.compile(r"\\text(?:bf|rm|it)?\s?\{\s?\(?([A-J])[).]\s?\}(?:\\[ ,;]|~|\s)?(?=.)")
+_RESIDUE = re.compile(r"(?:[a-z]\s?\\equiv\s?)?([^\\]{1,40})\\pmod\s?(?:\{[^{}]{1,40}\}|\w{1,9})")
+_TEXT_COMMAND = re.compile(r"\\(?:text\w{0,6}|mathrm|mbox)(?=\s?\{)")
+_WORD = re.compile(r"[^\W_]+|:")
 _EMPTY_SET = re.compile(r"(?:\\left)?\\\{\s*(?:\\right)?\\\}")
 
 _CONNECTIVE = re.compile(
@@ -98,10 +116,37 @@ def answer_readings(answer: str) -> Iterator[list[str]]:
                 yield reading
 
 
-def only_item(answer: str) -> str:
-    r"""The item of a set of one: `\{(1, 2)\}`; any other answer as it is."""
+def spellings(answer: str) -> Iterator[str]:
+    r"""Other ways to read a single answer: `\{(1, 2)\}`, `\text{(A) } 5` (as 5 and as A), `n \equiv 5 \pmod 7`."""
     items = _split(answer)
-    return items[0] if len(items) == 1 else answer
+    if len(items) == 1 and items[0] != answer:
+        yield items[0]
+    if choice := _CHOICE.match(answer):
+        yield from (answer[choice.end() :], choice[1])
+    if residue := _RESIDUE.fullmatch(answer):
+        yield residue[1]
+
+
+def as_point(answer: str) -> str:
+    """`y=1, x=2` as `(2, 1)`: the values in alphabetical order of their names. Any other answer as it is."""
+    named = [_ASSIGNMENT.fullmatch(item) for item in _split(answer)]
+    values = {match[1]: match[2].strip() for match in named if match}
+    if len(values) < 2 or len(values) != len(named):
+        return answer
+    return f"({', '.join(values[name] for name in sorted(values))})"
+
+
+def words_of(answer: str) -> str | None:
+    r"""The letters of an answer in words (`\text{June } 20` as "june20"); None where it is a formula."""
+    text = _TEXT_COMMAND.sub("", answer)
+    if text == answer and not answer.replace(" ", "").isalnum():
+        return None
+    return None if any(mark in text for mark in "\\^_=") else "".join(_WORD.findall(text.casefold()))
+
+
+def union_items(answer: str) -> list[str]:
+    """The parts of a union of intervals, or of conditions joined by "or"."""
+    return [part for piece in answer.split("\\cup") for part in _split(piece)]
 
 
 def is_grouped(answer: str) -> bool:

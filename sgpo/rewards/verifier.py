@@ -22,13 +22,16 @@ from sympy import Expr
 from sgpo.rewards.answers import bare_answer, condense, normalised, wrap_boxed
 from sgpo.rewards.notation import (
     answer_readings,
+    as_point,
     gold_items,
     has_variables,
     is_grouped,
-    only_item,
+    spellings,
     tidy,
+    union_items,
     without_percent,
     without_unit,
+    words_of,
 )
 from sgpo.schema import SgpoError, Verdict
 
@@ -83,11 +86,25 @@ def _verify_boxed(answer: str, gold: str) -> Verdict:
         return Verdict(0.0, "no_answer")
     items = gold_items(gold)
     if len(items) == 1 or not all(map(_parsed, items)):
-        return Verdict(float(_same(gold, answer) or ((item := only_item(answer)) != answer and _same(gold, item))))
+        return Verdict(float(_same_single(gold, answer)))
     readings = [reading for reading in answer_readings(answer) if len(reading) > 1]
     if any(_same_items(items, reading) for reading in readings):
         return Verdict(1.0)
-    return Verdict(float(not readings and is_grouped(answer) and _same(gold, answer)))
+    is_union = any("\\cup" in text for text in (gold, answer))
+    as_one = (not readings and is_grouped(answer)) or is_union
+    return Verdict(float(as_one and _same_single(gold, answer)))
+
+
+def _same_single(gold: str, answer: str) -> bool:
+    """Whether the two are one value, in one of the answer's spellings."""
+    if gold.startswith(("(", "\\left(")):
+        answer = as_point(answer)
+    if (words := words_of(gold)) and words == words_of(answer):
+        return True
+    if _same(gold, answer) or any(_same(gold, other) for other in spellings(answer)):
+        return True
+    parts = union_items(gold), union_items(answer)
+    return min(map(len, parts)) > 1 and "\\cup" in gold + answer and _same_items(*parts)
 
 
 def _same_items(items: list[str], answers: list[str]) -> bool:
@@ -110,7 +127,7 @@ def _same(gold: str, answer: str) -> bool:
         return first.groups() == second.groups()  # Math-Verify drops the base
     if _verified(_parsed(gold, units), _parsed(answer, units)):
         return True
-    if ("%" in gold) == ("%" in answer):
+    if "%" not in gold + answer:
         return False
     return _verified(_parsed(without_percent(gold), units), _parsed(without_percent(answer), units))
 

@@ -40,17 +40,26 @@ def labelled():
         yield gold, answer, response, {"+": 1.0, "-": 0.0}[sign]
 
 
-def test_labelled_answers():
-    rows = list(labelled())
-    wrong = {(gold, answer) for gold, answer, response, label in rows if verify_answer(response, gold).reward != label}
-    assert wrong == KNOWN_MISSES
-    assert len(rows) > 800
-    assert len(wrong) / len(rows) < 0.002
-    assert min(Counter(label for *_, label in rows).values()) > 300
+def reward(response, gold):
+    """As the pool counts it: what Math-Verify cannot compare is worth 0."""
+    try:
+        return verify_answer(response, gold).reward
+    except (ValueError, TypeError, AttributeError, NotImplementedError):
+        return 0.0
 
 
 def sampled(rows, count):
     return rows if FULL else rows[:: max(1, len(rows) // count)]
+
+
+def test_labelled_answers():
+    rows = list(labelled())
+    assert len(rows) > 950
+    assert min(Counter(label for *_, label in rows).values()) > 300
+    assert len(KNOWN_MISSES) / len(rows) < 0.002
+    tried = sampled(rows, 400)
+    wrong = {(gold, answer) for gold, answer, response, label in tried if reward(response, gold) != label}
+    assert wrong == {row for row in KNOWN_MISSES if row in {(gold, answer) for gold, answer, *_ in tried}}
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
@@ -61,7 +70,7 @@ def test_gold_against_gold_of_the_benchmarks(name):
     for problem in [*sampled(problems, 40), *sampled(several, 40)]:
         gold = problem.answer
         response = f"<think>First \\boxed{{0}}?</think>\n\nThus the answer is\n$$\\boxed{{{gold}}}$$\n"
-        assert (verify_answer(response, gold).reward == 1) == (problem.id not in UNVERIFIABLE_GOLDS), problem.id
+        assert (reward(response, gold) == 1) == (problem.id not in UNVERIFIABLE_GOLDS), problem.id
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
@@ -70,12 +79,12 @@ def test_the_benchmarks_golds_written_otherwise_and_wrongly(name):
     """Right: other brackets, fractions, spaces, order, unit. Wrong: a digit, an item more or less, a point's order."""
     _, problems = load_benchmark(name, str(SHARED))
     missed = []
-    for problem in sampled(problems, 30):
-        right, wrong = variants(problem)
-        missed += [
-            (problem.id, "right", a) for a in right if not verify_answer(rf"\boxed{{{a}}}", problem.answer).reward
-        ]
-        missed += [(problem.id, "wrong", a) for a in wrong if verify_answer(rf"\boxed{{{a}}}", problem.answer).reward]
+    with_unit = [problem for problem in problems if problem.extra.get("unit")]
+    for problem in [*sampled(problems, 20), *with_unit]:
+        for label, answers in zip((1.0, 0.0), variants(problem), strict=True):
+            missed += [
+                (problem.id, answer) for answer in answers if reward(rf"\boxed{{{answer}}}", problem.answer) != label
+            ]
     assert missed == []
 
 
@@ -105,7 +114,7 @@ def test_the_gold_of_another_problem_is_wrong():
     """Neighbours in alphabetical order are the likeliest to be confused."""
     golds = sorted({p.answer for name in BENCHMARKS for p in load_benchmark(name, str(SHARED))[1]})
     pairs = [pair for pair in itertools.pairwise(golds) if not (pair[0].isdigit() and pair[1].isdigit())]
-    same = [pair for pair in sampled(pairs, 80) if verify_answer(rf"\boxed{{{pair[1]}}}", pair[0]).reward]
+    same = [pair for pair in sampled(pairs, 80) if reward(rf"\boxed{{{pair[1]}}}", pair[0])]
     assert [pair for pair in same if sorted(gold_items(pair[0])) != sorted(gold_items(pair[1]))] == []
 
 
