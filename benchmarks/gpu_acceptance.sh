@@ -32,13 +32,19 @@ if [ -n "${WHEELS:-}" ]; then
 fi
 part machine 20 "$PYTHON" -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())'
 [ $STATUS -eq 0 ] || { echo "error: $PYTHON needs torch, triton and a GPU that torch can see; see $LOG." >&2; exit 2; }
-part parity 120 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/sgpo_kernels
-part sgpo 90 "$PYTHON" -m benchmarks.run --device cuda --op sgpo --shape qwen2.5-7b --mix sgpo --states calibrated --rounds 5 --out "$ROWS"
+part parity 100 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/sgpo_kernels
+part sgpo 75 "$PYTHON" -m benchmarks.run --device cuda --op sgpo --shape qwen2.5-7b --mix sgpo --states calibrated --rounds 5 --out "$ROWS"
 part memory 40 "$PYTHON" -m benchmarks.memory_at_scale --out "$ROWS"
 part ceilings 25 "$PYTHON" -m benchmarks.ceilings --out "$ROWS" --seconds 0.5
-part blocks 60 "$PYTHON" -m benchmarks.tune_blocks --out "$ROWS"
-part policy 50 "$PYTHON" -m benchmarks.run --device cuda --op policy --shape qwen2.5-7b --mix policy --states calibrated --rounds 5 --out "$ROWS"
-part divergence 60 "$PYTHON" -m benchmarks.run --device cuda --op divergence --shape qwen2.5-7b --mix distill --states calibrated,spread:0.1 --rounds 3 --out "$ROWS"
+part blocks 45 "$PYTHON" -m benchmarks.tune_blocks --out "$ROWS"
+"$PYTHON" -c 'import deepspeed, transformers, pydantic' >> "$LOG" 2>&1
+if [ $? -eq 0 ]; then
+  part train_step 150 "$PYTHON" -m benchmarks.train_step --device cuda --seconds 135 --out "$ROWS"
+else
+  echo 'train_step   not run: deepspeed, transformers or pydantic cannot be imported' | tee -a "$SUMMARY"
+fi
+part policy 35 "$PYTHON" -m benchmarks.run --device cuda --op policy --shape qwen2.5-7b --mix policy --states calibrated --rounds 5 --out "$ROWS"
+part divergence 45 "$PYTHON" -m benchmarks.run --device cuda --op divergence --shape qwen2.5-7b --mix distill --states calibrated,spread:0.1 --rounds 3 --out "$ROWS"
 # The last one takes what is left of nine minutes; vLLM alone starts for a minute.
 "$PYTHON" -c 'import vllm' >> "$LOG" 2>&1
 IMPORTED=$? LEFT=$((530 - SECONDS + START))

@@ -197,8 +197,12 @@ def load_demonstrations(config: Config, tokenizer: Any, eos_id: int) -> list[Tra
 
 
 def build_engine(config: Config, model_folder: Path, optim: OptimConfig, device: torch.device) -> ZeroEngine:
-    """The engine on the model of `model_folder`, after a proof that it loses no gradient."""
     lm = load_causal_lm(model_folder, dtype=config.model.dtype, attn_implementation=config.model.attn_implementation)
+    return engine_on(config, lm, optim, device)
+
+
+def engine_on(config: Config, lm: Any, optim: OptimConfig, device: torch.device) -> ZeroEngine:
+    """The engine on a model that is loaded, after a proof that it loses no gradient."""
     if config.model.lora.rank:
         lora = config.model.lora
         add_adapters(lm, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dora=lora.dora, seed=config.run.seed)

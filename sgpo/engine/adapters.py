@@ -1,7 +1,7 @@
 """LoRA and DoRA through peft: adapters beside frozen weights, and the merged weights that everybody else gets to see.
 
 Rollout engines and exports know nothing of adapters: `merged_weights` gives them the weight W + scale B A (for DoRA
-with its rows rescaled) under the name that the checkpoint has for it; the proof of a weight sync stays the same.
+with its rows rescaled) under the name that the model's checkpoint has for it: a weight sync is proved as ever.
 """
 
 from __future__ import annotations

@@ -1,0 +1,230 @@
+"""One SGPO training step of a 7B-shaped model, by the trainer's own engine: time and peak memory of each phase.
+
+    python -m benchmarks.train_step --out FILE.jsonl [--states cpu_offload,8bit,full] [--tokens 4096,16384,32768]
+    python -m benchmarks.train_step --out FILE.jsonl --tiny      the same code with a small model, on a CPU too
+
+The model has random weights, made on the device from the numbers of Qwen2.5-7B; nothing is downloaded. A step is two
+policy completions and one distilled completion with its teacher pass, each of `tokens` tokens and alone in its
+micro-batch. A row per optimizer state and length: phase -> seconds, GiB alive before and peak GiB beyond (on a CPU only
+the latter), and what `sgpo plan` predicts where it is there. A state that does not fit is a row that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import measure
+from sgpo import assembly
+from sgpo.config import Config
+from sgpo.engine.zero import ZeroEngine, init_distributed
+from sgpo.schema import SgpoError, TrainSequence
+from sgpo.steps import micro_batches
+
+GIB = 1 << 30
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2.5-7b": {
+        "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 32768,
+    },
+    "tiny": {
+        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    },
+}  # fmt: skip
+# Masters, moments and gradients in fp32, and what else a process has on the host.
+HOST_BYTES_PER_WEIGHT = 17
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="One SGPO training step of a 7B-shaped model.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="a small model")
+    parser.add_argument("--states", default="cpu_offload,8bit,full", help="of engine.optimizer_state, in this order")
+    parser.add_argument("--tokens", help="lengths, ascending; default 4096,16384,32768 (tiny: 64,128)")
+    parser.add_argument("--seconds", type=float, default=600, help="no new row is begun after so long")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("error: benchmarks.train_step --device cuda needs a GPU that torch can see.", file=sys.stderr)
+        return 2
+    if options.device == "cpu" and not options.tiny:
+        print("error: benchmarks.train_step on a CPU is for --tiny only; 7B would take hours.", file=sys.stderr)
+        return 2
+    began = time.monotonic()
+    shape = "tiny" if options.tiny else "qwen2.5-7b"
+    tokens = [int(n) for n in (options.tokens or ("64,128" if options.tiny else "4096,16384,32768")).split(",")]
+    device, common = init_distributed(300), measure.origin(options.device, "benchmarks.train_step")
+    with tempfile.TemporaryDirectory() as folder:
+        for state in options.states.split(","):
+            for row in rows_of(shape, state, tokens, device, Path(folder), until=began + options.seconds):
+                print(row, flush=True)
+                with options.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({**row, **common}) + "\n")
+    return 0
+
+
+def rows_of(
+    shape: str, state: str, lengths: list[int], device: torch.device, folder: Path, *, until: float
+) -> Iterator[dict[str, Any]]:
+    """A row per length; those that do not fit or for which no time is left say why in `not_run`."""
+    same = {"what": "train_step", "shape": shape, "optimizer_state": state}
+    try:
+        config, lm = make_model(shape, state, max(lengths), device, folder)
+        if (lacking := _missing_host_gib(lm, state)) > 0:
+            raise torch.OutOfMemoryError(f"the host lacks {lacking:.0f} GiB")
+        engine, start = _measured(partial(assembly.engine_on, config, lm, config.optim, device), device)
+    except (torch.OutOfMemoryError, SgpoError) as error:
+        yield {**same, "not_run": " ".join(str(error).split())[:200]}
+        return
+    del lm
+    try:
+        for tokens in lengths:
+            if time.monotonic() > until:
+                yield {**same, "tokens": tokens, "not_run": "no time is left"}
+                continue
+            at_length = config.model_copy(
+                update={"engine": config.engine.model_copy(update={"micro_batch_tokens": tokens})}
+            )
+            phases, loss, norm = training_step(engine, at_length, tokens)
+            yield {
+                **same,
+                "tokens": tokens,
+                "loss": loss,
+                "grad_norm": norm,
+                "phases": {"start": start, **phases},
+                "planned": planned(at_length),
+                "host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            }
+    except torch.OutOfMemoryError as error:  # longer ones will not fit either
+        yield {**same, "tokens": tokens, "not_run": " ".join(str(error).split())[:200]}
+    finally:
+        engine.close()
+        del engine
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def make_model(shape: str, state: str, longest: int, device: torch.device, folder: Path) -> tuple[Config, Any]:
+    """The run's config and a model of `shape` with random bf16 weights, made on the device."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    numbers = Qwen2Config(**SHAPES[shape], tie_word_embeddings=False)
+    numbers.save_pretrained(folder)
+    with torch.device(device):
+        lm = AutoModelForCausalLM.from_config(numbers, dtype=torch.bfloat16, attn_implementation="sdpa")
+    config = Config.model_validate(
+        {
+            "model": {"path": str(folder), "dtype": "bfloat16", "gradient_checkpointing": True},
+            "data": {"train": "builtin", "max_prompt_tokens": longest // 4},
+            "rollout": {"engine": "hf", "max_new_tokens": longest - longest // 4},
+            "engine": {"zero_stage": 2, "optimizer_state": state, "micro_batch_tokens": longest},
+        }
+    )
+    return config, lm
+
+
+def make_sequences(tokens: int, vocabulary: int) -> list[TrainSequence]:
+    """Two policy completions and a distilled one; a quarter of the tokens is the prompt."""
+    generator = torch.Generator().manual_seed(tokens)
+    prompt = tokens // 4
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(vocabulary, (count,), generator=generator).tolist())
+
+    weight = 1.0 / (2 * (tokens - prompt))
+    policy = [TrainSequence(ids(prompt), ids(tokens - prompt), advantage=a, policy_weight=weight) for a in (1.0, -1.0)]
+    # The guided prompt fills `tokens`; the plain one lacks the strategy.
+    distilled = TrainSequence(
+        ids(prompt // 2), ids(tokens - prompt), target_weight=weight, teacher_prompt_ids=ids(prompt)
+    )
+    return [*policy, distilled]
+
+
+def training_step(engine: ZeroEngine, config: Config, tokens: int) -> tuple[dict[str, Any], float, float]:
+    """(phases, loss, gradient norm) of sgpo.steps.optimizer_step, with a clock and a memory meter between its parts."""
+    objective, device = assembly.policy_objective(config), engine.device
+    sequences = make_sequences(tokens, engine.model.lm.config.vocab_size)
+    phases: dict[str, Any] = {}
+    total = 0.0
+    for _, micro in micro_batches(sequences, token_budget=tokens, pad_id=0):
+        micro = micro.to(device)
+        part = "teacher_and_forward" if micro.teacher is not None else "forward"
+
+        def function(head: Any, bias: Any, hidden: Any, teacher: Any, micro: Any = micro) -> Any:
+            return objective(head, bias, hidden, teacher, micro)
+
+        (loss, _stats), cost = _measured(
+            lambda micro=micro, function=function: engine.loss(function, micro.student, micro.teacher), device
+        )
+        _add(phases, part, cost)
+        _, cost = _measured(lambda loss=loss: engine.backward(loss), device)
+        _add(phases, "backward", cost)
+        total += float(loss.detach())
+    norm, cost = _measured(lambda: engine.step(config.optim.lr), device)
+    _add(phases, "optimizer", cost)
+    return phases, total, norm
+
+
+def planned(config: Config) -> dict[str, Any] | None:
+    """What `sgpo plan` predicts for each phase; None where this version has no plan."""
+    try:
+        from sgpo.plan import as_dict, plan_run  # type: ignore[import-not-found]
+    except ImportError:
+        return None
+    return as_dict(plan_run(config))["phases"]
+
+
+def _measured(run: Callable[[], Any], device: torch.device) -> tuple[Any, dict[str, float | None]]:
+    on_gpu = device.type == "cuda"
+    alive = torch.cuda.memory_allocated() / GIB if on_gpu else None
+    seconds = [0.0]
+
+    def timed() -> Any:
+        began = time.perf_counter()
+        result = run()
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds[0] = time.perf_counter() - began
+        return result
+
+    result, peak_mib = measure.with_peak(timed, device.type)
+    return result, {"seconds": seconds[0], "alive_gib": alive, "peak_beyond_gib": peak_mib / 1024}
+
+
+def _add(phases: dict[str, Any], name: str, cost: dict[str, float | None]) -> None:
+    """Seconds add up over micro-batches; of memory the one with the highest peak counts."""
+    before = phases.get(name)
+    if before is None:
+        phases[name] = cost
+        return
+    highest = max(before, cost, key=lambda c: (c["alive_gib"] or 0.0) + (c["peak_beyond_gib"] or 0.0))
+    phases[name] = {**highest, "seconds": (before["seconds"] or 0.0) + (cost["seconds"] or 0.0)}
+
+
+def _missing_host_gib(lm: Any, state: str) -> float:
+    """What cpu_offload would need on the host beyond what is free; a host without memory kills without a word."""
+    if state != "cpu_offload":
+        return 0.0
+    free = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        if line.startswith("MemAvailable")
+    )
+    return (HOST_BYTES_PER_WEIGHT * sum(p.numel() for p in lm.parameters()) - free) / GIB
+
+
+if __name__ == "__main__":
+    sys.exit(main())
