@@ -148,7 +148,8 @@ KINDS = {
     mutated: 15,
 }  # fmt: skip
 TRAP_FILE = f"{tempfile.gettempdir()}/sgpo-hostile-trap-{os.getpid()}"
-MAY_BE_RIGHT = {"mutated", "soup", "unclosed", "unicode_noise"}  # now and then: a right answer with noise around it
+# Now and then a right answer with noise around it, such as many times `\\boxed 5`.
+MAY_BE_RIGHT = {"mutated", "soup", "unclosed", "unicode_noise", "huge", "traps"}
 
 
 def hostile(count: int, seed: int) -> Iterator[tuple[str, RewardItem]]:
