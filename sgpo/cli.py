@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", type=Path, help="YAML file; any key can be given as --section.key value")
+        if name == "train":
+            command.add_argument("--profile", action="store_true", help="memory per stage, MFU, a memory timeline")
         if name == "eval":
             command.add_argument("--out", type=Path, help="write every sample to this JSONL file")
         command.set_defaults(run=run)
@@ -88,7 +90,8 @@ class _Command(argparse.ArgumentParser):
 def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     from sgpo.config import load_config
 
-    config = load_config(arguments.config, overrides)
+    profile = ["--log.profile", "true"] if arguments.profile else []
+    config = load_config(arguments.config, [*overrides, *profile])
     from sgpo.trainer import train
 
     summary = train(config)

@@ -21,11 +21,13 @@ class Clock:
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
         self._start = self._last = time.monotonic()
+        self.spans: list[tuple[str, float, float]] = []
 
     def stage(self, name: str) -> None:
         """The time since the last call belongs to stage `name`."""
         now = time.monotonic()
         self._meter.max(f"{name}_s", now - self._last)
+        self.spans.append((name, self._last, now))
         self._last = now
 
     def finish(self) -> None:

@@ -35,6 +35,7 @@ FLOORS = {
     "sgpo.evaluate": 9,
     "sgpo.extract": 9,
     "sgpo.step_metrics": 9,
+    "sgpo.profiling": 9,
     "sgpo.warmup": 9,
     "sgpo.trainer": 10,
     "sgpo.cli": 11,
