@@ -50,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", type=Path, help="YAML file; any key can be given as --section.key value")
+        if name == "train":
+            command.add_argument("--profile", action="store_true", help="memory per stage, MFU, a memory timeline")
         command.set_defaults(run=run)
     _add_eval(commands)
     strategies = commands.add_parser("strategies", help="strategies out of strong-model responses; are they reusable?")
@@ -124,7 +126,8 @@ class _Command(argparse.ArgumentParser):
 def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     from sgpo.config import load_config
 
-    config = load_config(arguments.config, overrides)
+    profile = ["--log.profile", "true"] if arguments.profile else []
+    config = load_config(arguments.config, [*overrides, *profile])
     from sgpo.trainer import train
 
     summary = train(config)

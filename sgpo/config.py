@@ -368,6 +368,10 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     tensorboard: bool = False
     wandb_project: str | None = None
+    profile: bool = Field(default=False, description="memory per stage and MFU of every step (sgpo train --profile)")
+    peak_tflops: float | None = Field(
+        default=None, gt=0, description="of the device, for the MFU; default: known cards, a CPU is measured"
+    )
     rollouts_per_step: int = Field(default=4, ge=0, description="samples of each step kept in rollouts.jsonl")
 
 

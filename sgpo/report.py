@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from sgpo.metrics import METRICS_FILE, ROLLOUTS_FILE, TRAJECTORIES_FILE, iter_jsonl, read_jsonl
+from sgpo.metrics import METRICS_FILE, PROFILE_FILE, ROLLOUTS_FILE, TRAJECTORIES_FILE, iter_jsonl, read_jsonl
 from sgpo.schema import SgpoError
 
 # Okabe and Ito's palette, told apart with any colour vision; the same thing has the same colour in every plot.
@@ -295,6 +295,25 @@ def draw_times(run: RunData) -> Figure | None:
     _finish_steps(axes, "train", 1)
     if len(bins) < len(steps):
         axes.set_xlabel(f"training step (each bar: mean of about {round(len(steps) / len(bins))} steps)")
+    return figure
+
+
+def draw_memory(run_dir: Path) -> Figure | None:
+    """Memory over the last profiled step, its stages as coloured ground; None for a run without --profile."""
+    path = run_dir / PROFILE_FILE
+    rows = read_jsonl(path) if path.exists() else []
+    if not rows or not rows[-1]["memory"]:
+        return None
+    row = rows[-1]
+    figure, (axes,) = _figure(f"Memory over step {row['step']}")
+    colors = {curve.label: curve.color for curve in TIMES}
+    for name, start, end in row["stages"]:
+        axes.axvspan(start, end, color=colors.get(name, GREY), alpha=0.15, linewidth=0, label=name)
+    moments, mib = np.array(row["memory"]).T
+    axes.plot(moments, mib, color="black", linewidth=1.2)
+    axes.set_xlabel("seconds since the step began")
+    axes.set_ylabel("MiB, allocated on the GPU" if row["device"] == "cuda" else "MiB, resident in the process")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, borderaxespad=0.2, fontsize=9)
     return figure
 
 
@@ -628,6 +647,8 @@ def write_report(run_dir: str | Path) -> Path:
         *(curves(plot) for plot in CURVES[1:]),
         plot_html(lambda: draw_times(run), plots / "times.png", times.title, _missing("train", times)),
     ]
+    if _save(lambda: draw_memory(run.path), plots / "memory.png"):
+        images.append(_image(plots / "memory.png", "Memory over a step"))
     name = run.path.resolve().name
     counts = ", ".join(f"{len(rows)} {phase} rows" for phase, rows in run.phases.items()) or "no rows yet"
     sections = [

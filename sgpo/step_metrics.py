@@ -22,11 +22,13 @@ class Clock:
         self._meter = meter
         self._spent: dict[str, float] = {}
         self._start = self._last = time.monotonic()
+        self.spans: list[tuple[str, float, float]] = []
 
     def stage(self, name: str) -> None:
         """The time since the last call belongs to stage `name`, added to what it had."""
         now = time.monotonic()
         self._spent[f"{name}_s"] = self._spent.get(f"{name}_s", 0.0) + now - self._last
+        self.spans.append((name, self._last, now))
         self._last = now
 
     def finish(self) -> None:

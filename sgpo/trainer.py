@@ -30,6 +30,7 @@ from sgpo.methods.dapo import is_informative
 from sgpo.methods.method import Guidance
 from sgpo.metrics import LiveDisplay, MetricsLogger, RolloutTable
 from sgpo.models import load_tokenizer
+from sgpo.profiling import Profiler, peak_flops
 from sgpo.provenance import commit
 from sgpo.report import write_report
 from sgpo.rewards.pool import RewardPool
@@ -93,6 +94,7 @@ class Session:
     display: LiveDisplay
     total_steps: int
     started: float
+    profiler: Profiler | None = None
     ahead: list[Rollout] = field(default_factory=list)  # rollout.overlap: those of the next step, once they are there
 
 
@@ -125,6 +127,7 @@ def _train(config: Config) -> dict[str, Any]:
         )
         stack.callback(rollouts.close)
         rollouts.sync(progress.step)
+        profiler = _profiler(config, run_dir, engine, stack) if config.log.profile else None
         total_steps, main = _total_steps(config, len(task.problems)), ranks.is_main()
         logger = MetricsLogger(
             run_dir,
@@ -140,6 +143,7 @@ def _train(config: Config) -> dict[str, Any]:
             display=stack.enter_context(LiveDisplay(total_steps, title=config.run.name, is_main=main)),
             total_steps=total_steps,
             started=started,
+            profiler=profiler,
             ahead=ahead,
         )  # fmt: skip
         with _named_losses(config, lambda: session.display.where):
@@ -175,6 +179,8 @@ def _loop(s: Session, progress: Progress) -> None:
         clock.finish()
         meter.maxima(asdict(report))
         record_memory(meter)
+        if s.profiler:
+            s.profiler.record(meter, clock.spans, passes)
         step = done = step + 1
         record_groups(meter, sampled)
         _log(s, done, groups, guidance, passes, meter)
@@ -184,6 +190,13 @@ def _loop(s: Session, progress: Progress) -> None:
             _keep_best(s, progress)
         if last or _is_due(s.config.checkpoint.every_steps, done):
             _save(s, done, progress)
+
+
+def _profiler(config: Config, run_dir: Path, engine: ZeroEngine, stack: ExitStack) -> Profiler:
+    peak = peak_flops(engine.device, config.model.dtype, config.log.peak_tflops)
+    profiler = Profiler(run_dir, engine.model.lm, device=engine.device, peak=peak)
+    stack.callback(profiler.close)
+    return profiler
 
 
 @contextmanager
@@ -341,6 +354,8 @@ def _log(
     record_passes(meter, passes)
     values = meter.reduce()
     values["rollout_tokens_per_s"] = (values["rollout_tokens"] or 0.0) / max(values["rollout_s"] or 0.0, 1e-9)
+    if s.profiler:
+        s.profiler.write(done, values)
     s.logger.log("train", done, values)
     s.display.step(done, values)
     for group, chosen in list(zip(groups, guidance, strict=True))[: s.config.log.rollouts_per_step]:

@@ -39,6 +39,7 @@ FLOORS = {
     "sgpo.extract": 9,
     "sgpo.analysis": 9,
     "sgpo.step_metrics": 9,
+    "sgpo.profiling": 9,
     "sgpo.warmup": 9,
     "sgpo.study_report": 6,
     "sgpo.study": 7,
