@@ -14,14 +14,19 @@ import torch
 import yaml
 
 from sgpo.algorithm.objective import imitation_objective, sgpo_objective
-from sgpo.config import Config, OptimConfig
+from sgpo.config import WITH_DEMONSTRATIONS, Config, OptimConfig
 from sgpo.data import builtin
 from sgpo.data.packing import MicroBatch
 from sgpo.data.problems import check_disjoint, load_problems
 from sgpo.data.prompts import PromptBuilder, PromptTemplate, eos_token_ids
 from sgpo.engine import ranks
 from sgpo.engine.zero import ZeroEngine
-from sgpo.methods.sgpo import SgpoSettings
+from sgpo.methods.dapo import dapo_sequences
+from sgpo.methods.hpt import hpt_sequences
+from sgpo.methods.luffy import luffy_sequences
+from sgpo.methods.method import Method
+from sgpo.methods.sft import sft_step
+from sgpo.methods.sgpo import SgpoSettings, sgpo_sequences
 from sgpo.models import PolicyModel, eos_ids_of_folder, load_causal_lm, load_tokenizer
 from sgpo.provenance import environment
 from sgpo.rewards.pool import RewardPool
@@ -41,10 +46,11 @@ _FREE_SECTIONS = ("run", "log", "checkpoint")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TaskData:
-    """Problems with both of their prompts, in the same order."""
+    """Problems with both of their prompts, in the same order; a demonstration's ids where the method uses them."""
 
     problems: list[Problem]
     prompts: list[PromptPair]
+    demo_ids: list[tuple[int, ...]] | None = None
 
 
 def prepare_run_folder(config: Config) -> Path:
@@ -94,7 +100,27 @@ def load_task(config: Config, tokenizer: Any, *, split: str) -> TaskData:
             f"{source}: {len(bare)} of {len(problems)} problems have neither a strategy nor guidance turns "
             f"(first: {', '.join(bare[:3])}); add them, set data.strategy_source, or set rollout.n_guided to 0"
         )
-    return TaskData(problems, prompt_builder(config, tokenizer).check_all(problems))
+    prompts = prompt_builder(config, tokenizer).check_all(problems)
+    wanted = split == "train" and config.algorithm.method in WITH_DEMONSTRATIONS
+    return TaskData(problems, prompts, _demonstrations(config, source, problems, tokenizer) if wanted else None)
+
+
+def _demonstrations(config: Config, source: str, problems: list[Problem], tokenizer: Any) -> list[tuple[int, ...]]:
+    """The problems' own solutions, each within the length of a rollout."""
+    method, limit = config.algorithm.method, config.rollout.max_new_tokens
+    if lacking := [p.id for p in problems if not p.solution]:
+        raise SgpoError(
+            f"{source}: method: {method} learns from solutions, which {len(lacking)} of {len(problems)} problems lack "
+            f"(first: {', '.join(lacking[:3])}); add the field `solution`, or remove them"
+        )
+    eos = eos_token_ids(tokenizer, None)[0]
+    demos = [(*tokenizer.encode(p.solution, add_special_tokens=False), eos) for p in problems]
+    if long := [p.id for p, ids in zip(problems, demos, strict=True) if len(ids) > limit]:
+        raise SgpoError(
+            f"{source}: {len(long)} solutions have more tokens than rollout.max_new_tokens = {limit} "
+            f"(first: {', '.join(long[:3])}); raise it, or remove them"
+        )
+    return demos
 
 
 def check_data(config: Config, model_folder: Path, train: TaskData, evaluation: TaskData | None) -> None:
@@ -228,7 +254,9 @@ def vllm_options(config: Config, model_folder: Path, from_scratch: bool) -> Any:
     from sgpo.rollout.vllm_engine import VllmOptions
 
     rollout, chosen = config.rollout, config.rollout.vllm
-    new_tokens = max(rollout.max_new_tokens, config.eval.max_new_tokens if config.data.eval else 0)
+    new_tokens = max(
+        rollout.max_new_tokens, config.eval.max_new_tokens if config.data.eval or config.eval.benchmarks else 0
+    )
     longest = chosen.max_model_len or config.data.max_prompt_tokens + new_tokens
     sleep_level = chosen.sleep_level
     if sleep_level is None:
@@ -282,10 +310,26 @@ def sgpo_settings(config: Config) -> SgpoSettings:
     return SgpoSettings(**chosen)
 
 
+def training_method(config: Config) -> Method:
+    """The config's method: groups in, weighted training sequences out."""
+    algorithm = config.algorithm
+    centred = {"normalize_std": algorithm.normalize_std, "max_new_tokens": config.rollout.max_new_tokens}
+    methods: dict[str, Any] = {
+        "sgpo": partial(sgpo_sequences, settings=sgpo_settings(config)),
+        "grpo": partial(sgpo_sequences, settings=sgpo_settings(config)),
+        "dapo": partial(dapo_sequences, overlong_share=algorithm.overlong_share, **centred),
+        "luffy": partial(luffy_sequences, **centred),
+        "hpt": partial(hpt_sequences, gate=algorithm.demo_gate, **centred),
+        "sft": sft_step,
+    }
+    return methods[algorithm.method]
+
+
 def policy_objective(config: Config) -> Objective:
     """The loss of one micro-batch with the config's switches bound."""
     algorithm = config.algorithm
     over_limit = algorithm.over_limit
+    distillation = "sft" if algorithm.method in WITH_DEMONSTRATIONS else algorithm.distillation
 
     def objective(head: Any, bias: Any, hidden: Any, teacher_hidden: Any, micro: MicroBatch) -> Any:
         return sgpo_objective(
@@ -301,7 +345,9 @@ def policy_objective(config: Config) -> Objective:
             clip_low=algorithm.clip_low,
             clip_high=algorithm.clip_high,
             dual_clip=algorithm.dual_clip,
-            distillation=algorithm.distillation,
+            entropy_coef=algorithm.entropy_coef,
+            distillation=distillation,
+            demo_shaping=algorithm.demo_shaping if algorithm.method == "luffy" else None,
             max_token_kl=None if over_limit == "off" else algorithm.max_token_kl,
             over_limit="mask" if over_limit == "off" else over_limit,
             temperature=config.rollout.temperature,

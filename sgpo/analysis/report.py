@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from sgpo.report import BLUE, GREEN, GREY, ORANGE, _figure, _legend, _note, _page, _plot_html, _table, _token_label
+from sgpo.report import BLUE, GREEN, GREY, ORANGE, _legend, _token_label, new_figure, note, page, plot_html, table
 
 Json = dict[str, Any]
 
@@ -32,7 +32,7 @@ def write_analysis_report(output: Path, result: Json) -> Path:
     plots = output / "plots"
 
     def image(draw: Callable[[Json], Figure | None], title: str, missing: str) -> str:
-        return _plot_html(lambda: draw(result), plots / f"{draw.__name__.removeprefix('draw_')}.png", title, missing)
+        return plot_html(lambda: draw(result), plots / f"{draw.__name__.removeprefix('draw_')}.png", title, missing)
 
     no_partner = "no problem has a partner"
     no_types = "fewer than two types, or analyze.matrix_draws is 0"
@@ -52,7 +52,7 @@ def write_analysis_report(output: Path, result: Json) -> Path:
     report = output / "report.html"
     title = f"Are strategies reusable? {Path(result['model']).name}"
     subtitle = f"{result['problems']} problems, {len(result['types'])} types. All numbers: analysis.json."
-    report.write_text(_page(title, subtitle, sections), encoding="utf-8")
+    report.write_text(page(title, subtitle, sections), encoding="utf-8")
     return report
 
 
@@ -89,7 +89,7 @@ def draw_matrix(result: Json) -> Figure | None:
     for cell in result["matrix"]:
         if cell["rate"]["mean"] is not None:
             values[names.index(cell["strategy_type"]), names.index(cell["problem_type"])] = cell["rate"]["mean"]
-    figure, (axes,) = _figure(
+    figure, (axes,) = new_figure(
         "Pass rate: strategies of one type on problems of another", height=2.4 + 0.45 * len(names)
     )
     shown = axes.imshow(values, cmap="cividis", vmin=0.0, vmax=max(float(np.nanmax(values)), 0.01), aspect="auto")
@@ -111,7 +111,7 @@ def draw_help(result: Json) -> Figure | None:
     rows = result["help_and_harm"]
     if not rows:
         return None
-    figure, (axes,) = _figure("Problems that do better or worse than without a strategy")
+    figure, (axes,) = new_figure("Problems that do better or worse than without a strategy")
     places = np.arange(len(rows))
     shares = [("higher", BLUE, -0.2), ("lower", ORANGE, 0.2)]
     for key, color, shift in shares:
@@ -169,7 +169,7 @@ def _points(title: str, names: Sequence[str], estimates: Sequence[Json], label: 
     """One row per name: a mean and its interval."""
     if not names:
         return None
-    figure, (axes,) = _figure(title, height=1.3 + 0.45 * len(names))
+    figure, (axes,) = new_figure(title, height=1.3 + 0.45 * len(names))
     places = np.arange(len(names))
     means = np.array([row["mean"] for row in estimates])
     low, high = (np.array([_or(row[end], row["mean"]) for row in estimates]) for end in ("low", "high"))
@@ -216,7 +216,7 @@ def _setting(result: Json) -> str:
     settings, excess = result["settings"], result["placeholder_excess_tokens"]
     rollout, chosen = settings["rollout"], settings["analyze"]
     exact = excess["exact"] == result["problems"]
-    return _note(
+    return note(
         f"Model {result['model']}; {chosen['samples']} completions per problem and arm at temperature "
         f"{rollout['temperature']:g}, top-p {rollout['top_p']:g}, up to {rollout['max_new_tokens']} tokens. A foreign "
         f"strategy comes from up to {chosen['partners']} other problems in turn. Types: {chosen['types']}. "
@@ -244,7 +244,7 @@ def _arms_table(result: Json) -> str:
         )
         for arm in result["arms"]
     ]  # fmt: skip
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _contrasts_table(result: Json) -> str:
@@ -257,8 +257,8 @@ def _contrasts_table(result: Json) -> str:
         )
         for row in result["contrasts"]
     ]
-    note = _note("p: random signs of the differences, problem by problem, two-sided, not corrected for their number.")
-    return _table(("difference", "mean", "95 % interval", "problems", "p"), rows) + note
+    caption = "p: random signs of the differences, problem by problem, two-sided, not corrected for their number."
+    return table(("difference", "mean", "95 % interval", "problems", "p"), rows) + note(caption)
 
 
 def _types_table(result: Json) -> str:
@@ -268,7 +268,7 @@ def _types_table(result: Json) -> str:
         for row in sorted(result["types"], key=lambda row: -row["problems"])[:40]
     ]
     draws = result["settings"]["analyze"]["matrix_draws"]
-    return _note(f"A cell of the matrix holds {draws} completions; its interval is in analysis.json.") + _table(
+    return note(f"A cell of the matrix holds {draws} completions; its interval is in analysis.json.") + table(
         header, rows
     )
 
@@ -289,12 +289,12 @@ def _help_table(result: Json) -> str:
         )
         for row in rows
     ]  # fmt: skip
-    note = (
+    caption = (
         "In brackets: what to expect if the strategy changed nothing, given how many completions of each problem are "
         f"correct in all. Helps, hurts: Fisher's exact test of the problem's own completions, p up to "
         f"{rows[0]['level']:g}."
     )
-    return _table(header, cells) + _note(note)
+    return table(header, cells) + note(caption)
 
 
 def _clusters_section(result: Json) -> str:
@@ -313,7 +313,7 @@ def _clusters_section(result: Json) -> str:
         f"{escape(str(group['most_frequent_type']))}</summary><pre>{escape(group['example'])}</pre></details>"
         for group in groups
     )
-    return _table((f"strategies ({found['method']})", "value"), rows) + examples
+    return table((f"strategies ({found['method']})", "value"), rows) + examples
 
 
 def _quality_table(result: Json) -> str:
@@ -325,8 +325,8 @@ def _quality_table(result: Json) -> str:
     ]
     rows += [(name, row["problems"], *_cells(row)) for name, row in quality["by_leak"].items() if row["problems"]]
     key = result["settings"]["analyze"]["score_key"]
-    missing = "" if quality["by_score"] else _note(f"By score: left out, no row has a number under {key}.")
-    return _table(("strategies", "problems", "gain over none", "95 % interval"), rows) + missing
+    missing = "" if quality["by_score"] else note(f"By score: left out, no row has a number under {key}.")
+    return table(("strategies", "problems", "gain over none", "95 % interval"), rows) + missing
 
 
 def _kl_section(result: Json) -> str:
@@ -348,9 +348,9 @@ def _kl_section(result: Json) -> str:
     ]
     tokens = [(_token_label(row["text"]), row["count"], row["mean"], row["share_of_all"]) for row in kl["top_tokens"]]
     return (
-        _table(("", "value"), rows)
+        table(("", "value"), rows)
         + "<h3>Tokens with the highest mean KL</h3>"
-        + _table(("token", "times", "mean KL", "share of all KL"), tokens)
+        + table(("token", "times", "mean KL", "share of all KL"), tokens)
     )
 
 
