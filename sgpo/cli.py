@@ -226,6 +226,25 @@ def _extract(_: argparse.Namespace, words: Sequence[str]) -> int:
     return 1 if lacking else 0
 
 
+def _study(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from sgpo.study import Study, report_study, run_study
+
+    study = Study(arguments.study, overrides)
+    if arguments.list:
+        for cell in study.cells:
+            print(cell.name)
+            for command in study.commands(cell):
+                print("  " + shlex.join(["sgpo", *command]))
+        return 0
+    if not arguments.report:
+        run_study(study, [study.cell(arguments.cell)] if arguments.cell else study.cells)
+    if arguments.cell is None:
+        report = report_study(study, arguments.results, arguments.out)
+        print((report.parent / "table.md").read_text(encoding="utf-8"))
+        print(f"report: {report}")
+    return 0
+
+
 def _analyze(_: argparse.Namespace, words: Sequence[str]) -> int:
     from sgpo.config import load_settings
     from sgpo.strategies.settings import AnalyzeConfig
@@ -246,25 +265,6 @@ def _analyze(_: argparse.Namespace, words: Sequence[str]) -> int:
 def _config_first(words: Sequence[str]) -> tuple[Path | None, Sequence[str]]:
     """The config file, where the first word is one, and the overrides."""
     return (Path(words[0]), words[1:]) if words and not words[0].startswith("--") else (None, words)
-
-
-def _study(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from sgpo.study import Study, report_study, run_study
-
-    study = Study(arguments.study, overrides)
-    if arguments.list:
-        for cell in study.cells:
-            print(cell.name)
-            for command in study.commands(cell):
-                print("  " + shlex.join(["sgpo", *command]))
-        return 0
-    if not arguments.report:
-        run_study(study, [study.cell(arguments.cell)] if arguments.cell else study.cells)
-    if arguments.cell is None:
-        report = report_study(study, arguments.results, arguments.out)
-        print((report.parent / "table.md").read_text(encoding="utf-8"))
-        print(f"report: {report}")
-    return 0
 
 
 def _report(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:

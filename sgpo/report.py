@@ -182,7 +182,7 @@ def new_figure(title: str, panels: int = 1, height: float = 3.4) -> tuple[Figure
     return figure, list(axes)
 
 
-def _legend(axes: Axes) -> None:
+def legend(axes: Axes) -> None:
     """The legend above the axes, where it hides no data."""
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, fontsize=9)
 
@@ -243,7 +243,7 @@ def draw_curves(run: RunData, plot: Plot) -> Figure | None:
         axes.set_ylabel(panel.ylabel)
         _set_scale(axes, panel.scale)
         if len(panel.curves) > 1:
-            _legend(axes)
+            legend(axes)
     _finish_steps(all_axes[-1], plot.phase, window)
     return figure
 
@@ -265,7 +265,7 @@ def draw_held_out(run: RunData) -> Figure | None:
         axes.plot(guided_steps, guided, "--", color=ORANGE, marker="s", markersize=4, label=HELD_OUT_GUIDED.label)
     axes.set_ylabel("share correct")
     _set_scale(axes, "share")
-    _legend(axes)
+    legend(axes)
     _finish_steps(axes, "eval", 1)
     return figure
 
@@ -326,7 +326,7 @@ def load_trajectory(run_dir: Path) -> Trajectory | None:
     )
 
 
-def _token_label(token: str) -> str:
+def token_label(token: str) -> str:
     """A token as an axis label: spaces and newlines visible, dollars kept from starting a formula."""
     visible = token.replace("\n", "\\n").replace("\t", "\\t").replace(" ", "\u2423").replace("$", "\\$")
     return visible if len(visible) <= 14 else visible[:13] + "\u2026"
@@ -368,9 +368,9 @@ def draw_trajectory(trajectory: Trajectory) -> Figure:
         all_axes[0].set_xlabel("position in the completion (grey: the stretch below)")
     last = min(first + TOKENS_SHOWN, count)
     _draw_tokens(all_axes[-1], trajectory, first, last)
-    _legend(all_axes[0])
+    legend(all_axes[0])
     axes = all_axes[-1]
-    axes.set_xticks(range(first, last), [_token_label(token) for token in trajectory.tokens[first:last]])
+    axes.set_xticks(range(first, last), [token_label(token) for token in trajectory.tokens[first:last]])
     axes.tick_params(axis="x", labelrotation=90, labelsize=8)
     axes.set_xlabel("token (\u2423 is a space)")
     axes.grid(axis="x", visible=False)

@@ -189,7 +189,7 @@ class Study:
 
     def _checked(self, cell: Cell) -> Config:
         try:
-            return load_config(self.base, _as_words(cell.overrides))
+            return load_config(self.base, _as_words({**cell.overrides, "run.name": cell.name}))
         except SgpoError as error:
             raise SgpoError(f"{self.path}: variant {cell.variant}: {error}") from None
 

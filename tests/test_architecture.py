@@ -39,9 +39,9 @@ FLOORS = {
     "sgpo.analysis": 9,
     "sgpo.step_metrics": 9,
     "sgpo.warmup": 9,
-    "sgpo.analyze": 10,
     "sgpo.study_report": 6,
     "sgpo.study": 7,
+    "sgpo.analyze": 10,
     "sgpo.trainer": 10,
     "sgpo.cli": 11,
 }

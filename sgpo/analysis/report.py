@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from sgpo.report import BLUE, GREEN, GREY, ORANGE, _legend, _token_label, new_figure, note, page, plot_html, table
+from sgpo.report import BLUE, GREEN, GREY, ORANGE, legend, new_figure, note, page, plot_html, table, token_label
 
 Json = dict[str, Any]
 
@@ -125,7 +125,7 @@ def draw_help(result: Json) -> Figure | None:
     axes.invert_yaxis()
     axes.set_xlabel("share of problems")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    _legend(axes)
+    legend(axes)
     return figure
 
 
@@ -162,7 +162,7 @@ def draw_kl(result: Json) -> Figure | None:
         share.set_ylabel("tokens above\nthe limit")
         share.grid(visible=False)
         axes.plot([], [], "--", color=GREY, label=f"share above {kl['max_token_kl']:g}")
-        _legend(axes)
+        legend(axes)
     return figure
 
 
@@ -258,8 +258,8 @@ def _contrasts_table(result: Json) -> str:
         )
         for row in result["contrasts"]
     ]
-    caption = "p: random signs of the differences, problem by problem, two-sided, not corrected for their number."
-    return table(("difference", "mean", "95 % interval", "problems", "p"), rows) + note(caption)
+    words = note("p: random signs of the differences, problem by problem, two-sided, not corrected for their number.")
+    return table(("difference", "mean", "95 % interval", "problems", "p"), rows) + words
 
 
 def _types_table(result: Json) -> str:
@@ -290,12 +290,12 @@ def _help_table(result: Json) -> str:
         )
         for row in rows
     ]  # fmt: skip
-    caption = (
+    words = (
         "In brackets: what to expect if the strategy changed nothing, given how many completions of each problem are "
         f"correct in all. Helps, hurts: Fisher's exact test of the problem's own completions, p up to "
         f"{rows[0]['level']:g}."
     )
-    return table(header, cells) + note(caption)
+    return table(header, cells) + note(words)
 
 
 def _clusters_section(result: Json) -> str:
@@ -347,7 +347,7 @@ def _kl_section(result: Json) -> str:
         ("largest", kl["max"]),
         ("steps per rollout", kl["steps_per_rollout"]),
     ]
-    tokens = [(_token_label(row["text"]), row["count"], row["mean"], row["share_of_all"]) for row in kl["top_tokens"]]
+    tokens = [(token_label(row["text"]), row["count"], row["mean"], row["share_of_all"]) for row in kl["top_tokens"]]
     return (
         table(("", "value"), rows)
         + "<h3>Tokens with the highest mean KL</h3>"
