@@ -165,8 +165,8 @@ def _eval(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         return _compare(arguments)
     from sgpo.config import load_eval_config
 
-    path = Path(words[0]) if words and not words[0].startswith("--") else None
-    config = load_eval_config(path, words if path is None else words[1:])
+    path, overrides = _config_first(words)
+    config = load_eval_config(path, overrides)
     if config.eval.benchmarks:
         return _benchmarks(config, arguments.out)
     if not config.data.eval:

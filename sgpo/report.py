@@ -305,7 +305,7 @@ def draw_memory(run_dir: Path) -> Figure | None:
     if not rows or not rows[-1]["memory"]:
         return None
     row = rows[-1]
-    figure, (axes,) = _figure(f"Memory over step {row['step']}")
+    figure, (axes,) = new_figure(f"Memory over step {row['step']}")
     colors = {curve.label: curve.color for curve in TIMES}
     for name, start, end in row["stages"]:
         axes.axvspan(start, end, color=colors.get(name, GREY), alpha=0.15, linewidth=0, label=name)

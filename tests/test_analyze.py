@@ -289,11 +289,22 @@ def test_mistakes_are_told_before_anything_is_sampled(config, capsys, overrides,
     assert not (config.parent / "out").exists()
 
 
+SHORT = ("--analyze.samples", "1", "--analyze.matrix_draws", "0", "--analyze.kl_rollouts", "0")
+
+
 def test_hidden_states_tell_the_types_as_well(config):
-    found = run(config, "--analyze.similarity", "hidden", "--analyze.samples", "1", "--analyze.matrix_draws", "0",
-                "--analyze.kl_rollouts", "0")  # fmt: skip
+    found = run(config, *SHORT, "--analyze.similarity", "hidden")
     assert found["clusters"]["adjusted_rand_index"] == 1.0
     assert found["token_kl"] is None
     page = (config.parent / "out" / "report.html").read_text()
-    assert "left out, fewer than two types" in page
+    assert "analyze.matrix_draws is 0" in page
     assert "analyze.kl_rollouts is 0" in page
+
+
+def test_one_type_leaves_the_other_type_out(config):
+    found = run(config, *SHORT, "--analyze.types", "stated")  # all of them state "digits"
+    arms = {arm["arm"]: arm for arm in found["arms"]}
+    assert arms["other_type"]["rate"]["mean"] is None
+    assert (arms["other_type"]["excluded_problems"], arms["same_type"]["excluded_problems"]) == (16, 0)
+    assert arms["same_type"]["rate"]["mean"] < 0.7  # a type too coarse: most partners name another move
+    assert ("same_type", "other_type") not in {(row["first"], row["second"]) for row in found["contrasts"]}

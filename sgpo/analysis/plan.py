@@ -18,6 +18,7 @@ from sgpo.strategies.settings import AnalyzeConfig
 from sgpo.strategies.transfer import Draw
 
 _MOST_PROBLEMS = 8192  # similarity is P x P
+_ANY_LENGTH = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +88,12 @@ def make_plan(config: AnalyzeConfig, folder: Path, tokenizer: Any, study: Study)
     cells = transfer.assign_matrix(study.types, names, draws=settings.matrix_draws, seed=seed) if wanted else {}
     every = draws + [draw for cell in cells.values() for draw in cell]
     builder = assembly.prompt_builder(config, tokenizer)
+    data = config.data.model_copy(update={"max_prompt_tokens": _ANY_LENGTH})
+    free = assembly.prompt_builder(config.model_copy(update={"data": data}), tokenizer)
 
     def guided(problem: Problem) -> tuple[int, ...]:
-        return builder.build(problem).guided or ()
+        """Of a placeholder, which may be too long while its length is being found."""
+        return free.build(problem).guided or ()
 
     pairs = sorted({(d.problem, d.source) for d in every if d.arm in transfer.FOREIGN and d.source is not None})
     foreign = [transfer.with_guidance_of(study.problems[i], study.problems[j]) for i, j in pairs]

@@ -50,9 +50,10 @@ def write_analysis_report(output: Path, result: Json) -> Path:
         ),
     ]
     report = output / "report.html"
-    title = f"Are strategies reusable? {Path(result['model']).name}"
-    subtitle = f"{result['problems']} problems, {len(result['types'])} types. All numbers: analysis.json."
-    report.write_text(page(title, subtitle, sections), encoding="utf-8")
+    subtitle = (
+        f"{result['model']}: {result['problems']} problems, {len(result['types'])} types. Numbers: analysis.json."
+    )
+    report.write_text(page("Are strategies reusable?", subtitle, sections), encoding="utf-8")
     return report
 
 

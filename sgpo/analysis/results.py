@@ -7,6 +7,7 @@ from typing import Any
 
 from sgpo.analysis.plan import Plan, Study
 from sgpo.analysis.samples import Row
+from sgpo.schema import Problem
 from sgpo.strategies import effects, similarity
 from sgpo.strategies.leakage import Solution, find_leaks
 from sgpo.strategies.settings import AnalyzeSection
@@ -36,6 +37,7 @@ class Results:
         for draw in plan.draws:
             self.outcomes[draw.arm].setdefault(draw.problem, []).append(self._correct(draw))
         self._rates = {arm: effects.rates(found) for arm, found in self.outcomes.items()}
+        self._leaking = [_leaks(problem) for problem in study.problems]
 
     def numbers(self) -> dict[str, Any]:
         """Sections of analysis.json, of plain values and the records of `effects`."""
@@ -69,7 +71,7 @@ class Results:
                 "cluster": study.clusters[i] + 1,
                 "guidance_tokens": study.lengths[i],
                 "score": self._score(i),
-                "leaks": self._leaks(i),
+                "leaks": self._leaking[i],
                 "placeholder_excess_tokens": self._plan.placeholder_excess[i],
                 **{f"rate_{arm}": self._rates[arm].get(i) for arm in ARMS},
             }
@@ -173,12 +175,11 @@ class Results:
             known = {i: value for i, value in values.items() if value is not None}
             return effects.bands(list(known.values()), [gains[i] for i in known], list(known), self._settings.bands)
 
-        leaking = {i: self._leaks(i) for i in gains}
         return {
             "by_score": banded({i: self._score(i) for i in gains}),
             "by_length": banded({i: float(self._study.lengths[i]) for i in gains}),
             "by_leak": {
-                name: effects.estimate([gains[i] for i in gains if leaking[i] is leaks])
+                name: effects.estimate([gains[i] for i in gains if self._leaking[i] is leaks])
                 for name, leaks in (("leaks", True), ("clean", False))
             },
         }
@@ -187,13 +188,13 @@ class Results:
         value = self._study.problems[i].extra.get(self._settings.score_key)
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
-    def _leaks(self, i: int) -> bool | None:
-        """By text and numbers only, against the answer and, where there is one, the solution; None for chat turns."""
-        problem = self._study.problems[i]
-        if not problem.strategy:
-            return None
-        solution = Solution(problem.problem, problem.solution or "", problem.answer)
-        return bool(find_leaks(problem.strategy, solution, lambda pairs: [False] * len(pairs)))
+
+def _leaks(problem: Problem) -> bool | None:
+    """By text and numbers only, against the answer and, where there is one, the solution; None for chat turns."""
+    if not problem.strategy:
+        return None
+    solution = Solution(problem.problem, problem.solution or "", problem.answer)
+    return bool(find_leaks(problem.strategy, solution, lambda pairs: [False] * len(pairs)))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -46,14 +46,14 @@ class KeyedLines(Generic[Value]):
             self._file = path.open("a+b")
         except OSError as error:
             raise SgpoError(
-                f"the {what} {path} cannot be written: {error.strerror}; set {setting} to another file"
+                f"the {what} {path} cannot be written: {error.strerror}; set {setting} to another place"
             ) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
             raise SgpoError(
-                f"the {what} {path} is in use by another run; wait for it or set {setting} to another file"
+                f"the {what} {path} is in use by another run; wait for it or set {setting} to another place"
             ) from None
         self._values = self._read()
 
