@@ -93,6 +93,9 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     from sgpo.config import load_config
 
     config = load_config(arguments.config, overrides)
+    from sgpo.plan import check_run
+
+    check_run(config)
     from sgpo.trainer import train
 
     summary = train(config)

@@ -282,11 +282,6 @@ class PlanConfig(Section):
     on_misfit: Literal["refuse", "warn", "off"] = Field(
         default="refuse", description="sgpo train, where the plan does not fit: stop with exit code 2, say so, no plan"
     )
-    worst_case_step: bool | None = Field(
-        default=None,
-        description="before the first step, a forward and backward over the largest micro-batch, whose gradient is "
-        "dropped; default: on a GPU only (ZeRO-3 and cpu_offload excepted)",
-    )
     card: Literal["24gb", "80gb", "141gb"] | None = Field(default=None, description="plan for this card")
     gpu_memory_gib: float | None = Field(default=None, gt=0, description="plan for a GPU of this size")
     host_memory_gib: float | None = Field(default=None, gt=0, description="default: what this machine has available")

@@ -30,6 +30,25 @@ def plan_run(config: Config, place: Place | None = None, architecture: Architect
     return replace(plan, changes=changes, largest_micro_batch_tokens=tokens)
 
 
+def check_run(config: Config) -> None:
+    """Raises SgpoError where this machine cannot hold the run (plan.on_misfit: warn prints it instead).
+
+    Models whose sizes cannot be read are not planned; the built-in one is too small to matter.
+    """
+    if config.plan.on_misfit == "off" or not (Path(config.model.path) / "config.json").is_file():
+        return
+    try:
+        sizes = find_architecture(config.model.path)
+    except SgpoError as error:
+        print(f"sgpo: {error}", flush=True)
+        return
+    plan = plan_run(config, find_place(config, here=True), sizes)
+    if not plan.fits and config.plan.on_misfit == "refuse":
+        raise SgpoError(f"{plan.refusal()}; or set plan.on_misfit: warn")
+    if not plan.fits:
+        print(f"sgpo: {plan.refusal()}", flush=True)
+
+
 def find_place(config: Config, *, here: bool = False) -> Place:
     """What the section `plan` names, else this machine. Without a card in either: the CPU.
 

@@ -39,8 +39,10 @@ def cheapest_changes(config: Config, sizes: Architecture, place: Place, limit: i
     for size in (1, 2, 3, 4):
         fitting = []
         for chosen in combinations(candidates, size):
-            wanted = {key: value for key, value in chosen}
-            if len(wanted) < size or any(set(one["set"].items()) <= set(wanted.items()) for one in found):
+            wanted = {key: value for change in chosen for key, value in change.items()}
+            if len(wanted) < sum(len(change) for change in chosen):  # two values of one key
+                continue
+            if any(one["set"].items() <= wanted.items() for one in found):
                 continue
             if (plan := _try(config, wanted, sizes, place)) is not None and plan.fits:
                 fitting.append({"set": wanted, "step_seconds": round(plan.step_seconds, 1)})
@@ -50,30 +52,31 @@ def cheapest_changes(config: Config, sizes: Architecture, place: Place, limit: i
     return found[:limit]
 
 
-def _candidates(config: Config, place: Place) -> Iterator[tuple[str, Any]]:
+def _candidates(config: Config, place: Place) -> Iterator[dict[str, Any]]:
     """Changes worth trying. None alters what is learnt, but for the last two."""
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if not config.model.gradient_checkpointing:
-        yield "model.gradient_checkpointing", True
+        yield {"model.gradient_checkpointing": True}
     if config.engine.micro_batch_tokens > longest:
-        yield "engine.micro_batch_tokens", longest
-    if config.engine.zero_stage < 2:
-        yield "engine.zero_stage", 2
+        yield {"engine.micro_batch_tokens": longest}
+    staged = config.engine.zero_stage >= 2
+    if not staged and place.processes > 1:
+        yield {"engine.zero_stage": 2}
     for state in ("8bit", "cpu_offload"):
-        if getattr(config.engine, "optimizer_state", None) not in (None, state):
-            yield "engine.optimizer_state", state
+        if config.engine.optimizer_state != state:
+            yield {"engine.optimizer_state": state} | ({} if staged else {"engine.zero_stage": 2})
     if config.rollout.engine == "vllm":
         for share in (0.8, 0.6, 0.5, 0.4, 0.3, 0.2):
             if share != config.rollout.vllm.gpu_memory_utilization and place.gpu_bytes is not None:
-                yield "rollout.vllm.gpu_memory_utilization", share
+                yield {"rollout.vllm.gpu_memory_utilization": share}
     elif config.rollout.max_batch_tokens > longest:
-        yield "rollout.max_batch_tokens", longest
+        yield {"rollout.max_batch_tokens": longest}
     if place.gpu_bytes is not None:
-        yield "plan.gpus", 2 * place.processes
+        yield {"plan.gpus": 2 * place.processes}
     if config.model.dtype == "float32":
-        yield "model.dtype", "bfloat16"
+        yield {"model.dtype": "bfloat16"}
     if config.rollout.max_new_tokens > 1:
-        yield "rollout.max_new_tokens", max(1, config.rollout.max_new_tokens // 2)
+        yield {"rollout.max_new_tokens": max(1, config.rollout.max_new_tokens // 2)}
 
 
 def _try(config: Config, wanted: dict[str, Any], sizes: Architecture, place: Place) -> Plan | None:

@@ -356,7 +356,8 @@ class Planner:
         count = self.place.per_host
         workers = self.config.reward.workers * REWARD_WORKER
         host = {name: size * count for name, size in (host | self.host_states()).items()} | {
-            "processes": count * (PROCESS + workers)
+            "processes": count * PROCESS,
+            "reward workers": count * workers,
         }
         offloaded = getattr(self.config.model, "activation_offload", False) and self.config.model.gradient_checkpointing
         if offloaded and ("layer's gradients" in device or "head chunks and dW" in device):
