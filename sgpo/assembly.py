@@ -43,7 +43,7 @@ _BUILTIN_COUNTS = {"train": 4096, "eval": 256}
 _PROBE_TOKENS = 64
 _SYNC_TOLERANCE = {"float32": 2e-4, "bfloat16": 0.1}
 # Sections that may change between a checkpoint and its resumption without changing what is learnt.
-_FREE_SECTIONS = ("run", "log", "checkpoint")
+_FREE_SECTIONS = ("run", "log", "checkpoint", "plan")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

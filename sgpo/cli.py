@@ -1,4 +1,4 @@
-"""Command line: sgpo warmup | train | eval | strategies extract, analyze | study | report | env.
+"""Command line: sgpo warmup | train | plan | eval | strategies extract, analyze | study | report | env.
 
 Exit code 2 and one sentence for what the user can mend.
 """
@@ -42,16 +42,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sgpo", description="Strategy-Guided Policy Optimization")
     commands = parser.add_subparsers(
-        required=True, metavar="warmup | train | eval | strategies | study | report | env", parser_class=_Command
+        required=True,
+        metavar="warmup | train | plan | eval | strategies | study | report | env",
+        parser_class=_Command,
     )
     for name, run, text in (
         ("warmup", _warmup, "SFT warm-up on demonstrations; writes RUN/warmup/best"),
         ("train", _train, "SGPO (or GRPO) training; resumes by itself"),
+        ("plan", _plan, "memory and time by phase before anything is loaded; exit code 1 where it does not fit"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", type=Path, help="YAML file; any key can be given as --section.key value")
         if name == "train":
             command.add_argument("--profile", action="store_true", help="memory per stage, MFU, a memory timeline")
+        if name == "plan":
+            command.add_argument("--json", action="store_true", help="the plan as JSON")
+            command.add_argument("--rates", type=Path, help="measured rates: a YAML file with the keys of plan.rates")
         command.set_defaults(run=run)
     _add_eval(commands)
     strategies = commands.add_parser("strategies", help="strategies out of strong-model responses; are they reusable?")
@@ -128,6 +134,9 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     profile = ["--log.profile", "true"] if arguments.profile else []
     config = load_config(arguments.config, [*overrides, *profile])
+    from sgpo.plan import check_run
+
+    check_run(config)
     from sgpo.trainer import train
 
     summary = train(config)
@@ -137,6 +146,23 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
             print(f"{config.run.name}: held-out accuracy {before:.3f} -> {after:.3f}")
         print(f"report: {config.run.dir / 'report.html'}")
     return 0
+
+
+def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from sgpo.config import RatesConfig, load_config, load_settings
+
+    rates = load_settings(RatesConfig, arguments.rates) if arguments.rates else RatesConfig()
+    given = [
+        word
+        for key, value in rates.model_dump(exclude_none=True).items()
+        for word in (f"--plan.rates.{key}", str(value))
+    ]
+    config = load_config(arguments.config, [*given, *overrides])
+    from sgpo.plan import as_dict, plan_run, table
+
+    plan = plan_run(config)
+    print(json.dumps(as_dict(plan), indent=1) if arguments.json else table(plan))
+    return 0 if plan.fits else 1
 
 
 def _warmup(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -375,6 +375,27 @@ class LogConfig(Section):
     rollouts_per_step: int = Field(default=4, ge=0, description="samples of each step kept in rollouts.jsonl")
 
 
+class RatesConfig(Section):
+    matmul_tflops: float | None = Field(default=None, gt=0, description="TFLOP/s of training, per GPU")
+    decode_tokens_per_s: float | None = Field(default=None, gt=0, description="sampled tokens per second, per GPU")
+    host_gib_per_s: float | None = Field(default=None, gt=0, description="between GPU and host, one direction")
+
+
+class PlanConfig(Section):
+    on_misfit: Literal["refuse", "warn", "off"] = Field(
+        default="refuse", description="sgpo train, where the plan does not fit: stop with exit code 2, say so, no plan"
+    )
+    card: Literal["24gb", "80gb", "141gb"] | None = Field(default=None, description="plan for this card")
+    gpu_memory_gib: float | None = Field(default=None, gt=0, description="plan for a GPU of this size")
+    host_memory_gib: float | None = Field(default=None, gt=0, description="default: what this machine has available")
+    gpus: int | None = Field(default=None, ge=1, description="processes of the run; default: WORLD_SIZE, else 1")
+    gpus_per_host: int = Field(default=8, ge=1, description="processes that share the memory of one host")
+    architecture: str | None = Field(
+        default=None, description='"qwen2.5-7b", "qwen2.5-1.5b" or a config.json, where model.path is not there yet'
+    )
+    rates: RatesConfig = RatesConfig()
+
+
 class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig
@@ -389,6 +410,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    plan: PlanConfig = PlanConfig()
 
     @model_validator(mode="after")
     def _pairs(self) -> Config:

@@ -27,6 +27,8 @@ FLOORS = {
     "sgpo.rewards": 4,
     "sgpo.rollout": 4,
     "sgpo.models": 4,
+    "sgpo.planning": 4,
+    "sgpo.plan": 5,
     "sgpo.metrics": 4,
     "sgpo.engine": 5,  # an adapter too, but it wraps sgpo.models
     "sgpo.report": 5,
