@@ -93,7 +93,7 @@ def train(steps: int) -> tuple[list[float], float, float]:
     """(loss of each step, largest relative error of the loss, largest relative error of a gradient)."""
     torch.manual_seed(0)
     model = make_model(seed=0, hidden=32)
-    head = model.get_output_embeddings().weight
+    head = model.lm_head.weight
     batch = make_batch(head.shape[0])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses, loss_error, grad_error = [], 0.0, 0.0
