@@ -184,7 +184,7 @@ def planned(config: Config) -> dict[str, Any] | None:
         from sgpo.plan import as_dict, plan_run  # type: ignore[import-not-found]
     except ImportError:
         return None
-    return as_dict(plan_run(config))["phases"]
+    return as_dict(plan_run(config))["phases"] if hasattr(config, "plan") else None
 
 
 def _measured(run: Callable[[], Any], device: torch.device) -> tuple[Any, dict[str, float | None]]:

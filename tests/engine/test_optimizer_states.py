@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sgpo.config import Config, checked
 from sgpo.engine.optimizer import build_optimizer, fit_blocks
 from sgpo.schema import SgpoError
 
@@ -118,3 +119,24 @@ def test_8_bit_moments_without_their_package_are_one_sentence(monkeypatch):
             [torch.nn.Parameter(torch.zeros(4))], "8bit", device=torch.device("cpu"),
             lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"engine": {"optimizer_state": "cpu_offload", "zero_stage": 1}}, "cpu_offload needs zero_stage 2 or 3"),
+        ({"engine": {"optimizer_state": "8bit"}}, "8bit needs zero_stage 2 or 3"),
+        ({"engine": {"offload_states_during_rollout": True, "zero_stage": 3}}, "needs zero_stage 2"),
+        (
+            {
+                "engine": {"offload_states_during_rollout": True, "zero_stage": 2},
+                "rollout": {"engine": "hf", "placement": "process"},
+            },
+            "placement: inprocess",
+        ),
+        ({"engine": {"zero_stage": 3}, "model": {"path": "m", "lora": {"rank": 8}}}, "model.lora needs engine.zero_s"),
+    ],
+)
+def test_pairs_that_cannot_work_are_refused(sections, message):
+    with pytest.raises(SgpoError, match=message):
+        checked(Config, {"model": {"path": "m"}, "data": {"train": "d"}, **sections}, "config")
