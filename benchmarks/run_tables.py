@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sgpo.algorithm.intervals import bootstrap_interval
+from sgpo.study_report import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -159,6 +160,7 @@ def main() -> None:
         "real": real_table,
         "kernels": kernels_table,
         "rollouts": rollouts_table,
+        "study": lambda: markdown(load("study"), "grpo"),
     }
     rewrite_readme({name: make() for name, make in makers.items() if (RESULTS / f"{name}.jsonl").exists()})
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from sgpo.algorithm.objective import imitation_objective, sgpo_objective
-from sgpo.config import Config, OptimConfig
+from sgpo.config import WITH_DEMONSTRATIONS, Config, OptimConfig
 from sgpo.data import builtin
 from sgpo.data.packing import MicroBatch
 from sgpo.data.problems import check_disjoint, load_problems
@@ -23,7 +23,12 @@ from sgpo.engine import ranks
 from sgpo.engine.adapters import add_adapters
 from sgpo.engine.selftest import check_gradients
 from sgpo.engine.zero import ZeroEngine
-from sgpo.methods.sgpo import SgpoSettings
+from sgpo.methods.dapo import dapo_sequences
+from sgpo.methods.hpt import hpt_sequences
+from sgpo.methods.luffy import luffy_sequences
+from sgpo.methods.method import Method
+from sgpo.methods.sft import sft_step
+from sgpo.methods.sgpo import SgpoSettings, sgpo_sequences
 from sgpo.models import PolicyModel, eos_ids_of_folder, load_causal_lm, load_tokenizer
 from sgpo.provenance import environment
 from sgpo.rewards.pool import RewardPool
@@ -38,15 +43,16 @@ _BUILTIN_COUNTS = {"train": 4096, "eval": 256}
 _PROBE_TOKENS = 64
 _SYNC_TOLERANCE = {"float32": 2e-4, "bfloat16": 0.1}
 # Sections that may change between a checkpoint and its resumption without changing what is learnt.
-_FREE_SECTIONS = ("run", "log", "checkpoint")
+_FREE_SECTIONS = ("run", "log", "checkpoint", "plan")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TaskData:
-    """Problems with both of their prompts, in the same order."""
+    """Problems with both of their prompts, in the same order; a demonstration's ids where the method uses them."""
 
     problems: list[Problem]
     prompts: list[PromptPair]
+    demo_ids: list[tuple[int, ...]] | None = None
 
 
 def prepare_run_folder(config: Config) -> Path:
@@ -96,7 +102,27 @@ def load_task(config: Config, tokenizer: Any, *, split: str) -> TaskData:
             f"{source}: {len(bare)} of {len(problems)} problems have neither a strategy nor guidance turns "
             f"(first: {', '.join(bare[:3])}); add them, set data.strategy_source, or set rollout.n_guided to 0"
         )
-    return TaskData(problems, prompt_builder(config, tokenizer).check_all(problems))
+    prompts = prompt_builder(config, tokenizer).check_all(problems)
+    wanted = split == "train" and config.algorithm.method in WITH_DEMONSTRATIONS
+    return TaskData(problems, prompts, _demonstrations(config, source, problems, tokenizer) if wanted else None)
+
+
+def _demonstrations(config: Config, source: str, problems: list[Problem], tokenizer: Any) -> list[tuple[int, ...]]:
+    """The problems' own solutions, each within the length of a rollout."""
+    method, limit = config.algorithm.method, config.rollout.max_new_tokens
+    if lacking := [p.id for p in problems if not p.solution]:
+        raise SgpoError(
+            f"{source}: method: {method} learns from solutions, which {len(lacking)} of {len(problems)} problems lack "
+            f"(first: {', '.join(lacking[:3])}); add the field `solution`, or remove them"
+        )
+    eos = eos_token_ids(tokenizer, None)[0]
+    demos = [(*tokenizer.encode(p.solution, add_special_tokens=False), eos) for p in problems]
+    if long := [p.id for p, ids in zip(problems, demos, strict=True) if len(ids) > limit]:
+        raise SgpoError(
+            f"{source}: {len(long)} solutions have more tokens than rollout.max_new_tokens = {limit} "
+            f"(first: {', '.join(long[:3])}); raise it, or remove them"
+        )
+    return demos
 
 
 def check_data(config: Config, model_folder: Path, train: TaskData, evaluation: TaskData | None) -> None:
@@ -181,7 +207,14 @@ def engine_on(config: Config, lm: Any, optim: OptimConfig, device: torch.device)
         lora = config.model.lora
         add_adapters(lm, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dora=lora.dora, seed=config.run.seed)
     engine = ZeroEngine(
-        PolicyModel(lm, gradient_checkpointing=config.model.gradient_checkpointing),
+        PolicyModel(
+            lm,
+            packed=config.engine.packing == "packed",
+            gradient_checkpointing=config.model.gradient_checkpointing,
+            activation_offload=config.model.activation_offload,
+            mlp_tile_tokens=config.model.mlp_tile_tokens,
+            liger=config.model.liger,
+        ),
         device=device,
         zero_stage=config.engine.zero_stage,
         dtype=config.model.dtype,
@@ -242,7 +275,9 @@ def vllm_options(config: Config, model_folder: Path, from_scratch: bool) -> Any:
     from sgpo.rollout.vllm_engine import VllmOptions
 
     rollout, chosen = config.rollout, config.rollout.vllm
-    new_tokens = max(rollout.max_new_tokens, config.eval.max_new_tokens if config.data.eval else 0)
+    new_tokens = max(
+        rollout.max_new_tokens, config.eval.max_new_tokens if config.data.eval or config.eval.benchmarks else 0
+    )
     longest = chosen.max_model_len or config.data.max_prompt_tokens + new_tokens
     sleep_level = chosen.sleep_level
     if sleep_level is None:
@@ -296,10 +331,26 @@ def sgpo_settings(config: Config) -> SgpoSettings:
     return SgpoSettings(**chosen)
 
 
+def training_method(config: Config) -> Method:
+    """The config's method: groups in, weighted training sequences out."""
+    algorithm = config.algorithm
+    centred = {"normalize_std": algorithm.normalize_std, "max_new_tokens": config.rollout.max_new_tokens}
+    methods: dict[str, Any] = {
+        "sgpo": partial(sgpo_sequences, settings=sgpo_settings(config)),
+        "grpo": partial(sgpo_sequences, settings=sgpo_settings(config)),
+        "dapo": partial(dapo_sequences, overlong_share=algorithm.overlong_share, **centred),
+        "luffy": partial(luffy_sequences, **centred),
+        "hpt": partial(hpt_sequences, gate=algorithm.demo_gate, **centred),
+        "sft": sft_step,
+    }
+    return methods[algorithm.method]
+
+
 def policy_objective(config: Config) -> Objective:
     """The loss of one micro-batch with the config's switches bound."""
     algorithm = config.algorithm
     over_limit = algorithm.over_limit
+    distillation = "sft" if algorithm.method in WITH_DEMONSTRATIONS else algorithm.distillation
 
     def objective(head: Any, bias: Any, hidden: Any, teacher_hidden: Any, micro: MicroBatch) -> Any:
         return sgpo_objective(
@@ -315,7 +366,9 @@ def policy_objective(config: Config) -> Objective:
             clip_low=algorithm.clip_low,
             clip_high=algorithm.clip_high,
             dual_clip=algorithm.dual_clip,
-            distillation=algorithm.distillation,
+            entropy_coef=algorithm.entropy_coef,
+            distillation=distillation,
+            demo_shaping=algorithm.demo_shaping if algorithm.method == "luffy" else None,
             max_token_kl=None if over_limit == "off" else algorithm.max_token_kl,
             over_limit="mask" if over_limit == "off" else over_limit,
             temperature=config.rollout.temperature,

@@ -1,4 +1,4 @@
-"""Command line: sgpo warmup | train | eval | strategies extract | report | env.
+"""Command line: sgpo warmup | train | plan | eval | strategies extract, analyze | study | report | env.
 
 Exit code 2 and one sentence for what the user can mend.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sgpo.schema import SgpoError
 
@@ -40,20 +42,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sgpo", description="Strategy-Guided Policy Optimization")
     commands = parser.add_subparsers(
-        required=True, metavar="warmup | train | eval | strategies | report | env", parser_class=_Command
+        required=True,
+        metavar="warmup | train | plan | eval | strategies | study | report | env",
+        parser_class=_Command,
     )
     for name, run, text in (
         ("warmup", _warmup, "SFT warm-up on demonstrations; writes RUN/warmup/best"),
         ("train", _train, "SGPO (or GRPO) training; resumes by itself"),
-        ("eval", _eval, "avg@k of a model with a bootstrap interval"),
+        ("plan", _plan, "memory and time by phase before anything is loaded; exit code 1 where it does not fit"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", type=Path, help="YAML file; any key can be given as --section.key value")
-        if name == "eval":
-            command.add_argument("--out", type=Path, help="write every sample to this JSONL file")
+        if name == "train":
+            command.add_argument("--profile", action="store_true", help="memory per stage, MFU, a memory timeline")
+        if name == "plan":
+            command.add_argument("--json", action="store_true", help="the plan as JSON")
+            command.add_argument("--rates", type=Path, help="measured rates: a YAML file with the keys of plan.rates")
         command.set_defaults(run=run)
-    strategies = commands.add_parser("strategies", help="strategies out of strong-model responses")
-    actions = strategies.add_subparsers(required=True, metavar="extract", parser_class=_Command)
+    _add_eval(commands)
+    strategies = commands.add_parser("strategies", help="strategies out of strong-model responses; are they reusable?")
+    actions = strategies.add_subparsers(required=True, metavar="extract | analyze", parser_class=_Command)
     text = "one strategy per problem, from responses; exit code 1 where a problem got none; goes on where it stopped"
     extract = actions.add_parser(
         "extract",
@@ -62,6 +70,20 @@ def _parser() -> argparse.ArgumentParser:
         description=text,
     )
     extract.set_defaults(run=_extract)
+    text = "pass rates with own, foreign and empty strategies, similarity, token KL; goes on where it stopped"
+    analyze = actions.add_parser(
+        "analyze", usage="sgpo strategies analyze [config.yaml] [--key value ...]", help=text, description=text
+    )
+    analyze.set_defaults(run=_analyze)
+    text = "a grid of variants and seeds, each cell a training run; then one table with intervals and paired tests"
+    study = commands.add_parser("study", help=text, description=text)
+    study.add_argument("study", type=Path, help="YAML file: base config, seeds, variants")
+    study.add_argument("--list", action="store_true", help="print each cell and its commands, run nothing")
+    study.add_argument("--cell", help="run this cell alone (a scheduler runs one per job)")
+    study.add_argument("--report", action="store_true", help="only rebuild table and curves")
+    study.add_argument("--results", type=Path, help="with --report: rows to take in place of the study's own")
+    study.add_argument("--out", type=Path, help="with --report: folder to write to; default the study's")
+    study.set_defaults(run=_study)
     report = commands.add_parser("report", help="rebuild report.html of a run folder, or compare several")
     report.add_argument("runs", type=Path, nargs="+")
     report.add_argument("--out", type=Path, help="folder of the comparison (several runs)")
@@ -71,24 +93,50 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_eval(commands: Any) -> None:
+    text = "avg@k and pass@k of a model with intervals, on data.eval or named benchmarks; comparison of two results"
+    command = commands.add_parser(
+        "eval",
+        usage="sgpo eval [config.yaml] [--out PATH] [--key value ...]\n"
+        "       sgpo eval --model.path FOLDER --eval.benchmarks NAME,NAME --eval.benchmark_dir FOLDER\n"
+        "       sgpo eval --compare A B [--out FILE]",
+        help=text,
+        description=text,
+    )
+    command.add_argument("--out", type=Path, help="data.eval: JSONL file of the samples; benchmarks: folder of results")
+    command.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("A", "B"), help="folders (or JSONL files) of two finished evaluations"
+    )
+    command.set_defaults(run=_eval)
+
+
 class _Command(argparse.ArgumentParser):
     """Lists all knobs in the help of a command that takes a config; made only when help is really printed."""
 
     def format_help(self) -> str:
         from sgpo.config import describe
 
-        knobs = describe() if any(action.dest == "config" for action in self._actions) else ""
+        takes_config = any(action.dest == "config" for action in self._actions) or self.get_default("run") is _eval
+        knobs = describe() if takes_config else ""
         if self.get_default("run") is _extract:
             from sgpo.strategies.settings import ExtractConfig
 
             knobs = describe(ExtractConfig)
+        if self.get_default("run") is _analyze:
+            from sgpo.strategies.settings import AnalyzeConfig
+
+            knobs = describe(AnalyzeConfig)
         return super().format_help() + (f"\nknobs:\n{knobs}\n" if knobs else "")
 
 
 def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     from sgpo.config import load_config
 
-    config = load_config(arguments.config, overrides)
+    profile = ["--log.profile", "true"] if arguments.profile else []
+    config = load_config(arguments.config, [*overrides, *profile])
+    from sgpo.plan import check_run
+
+    check_run(config)
     from sgpo.trainer import train
 
     summary = train(config)
@@ -98,6 +146,23 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
             print(f"{config.run.name}: held-out accuracy {before:.3f} -> {after:.3f}")
         print(f"report: {config.run.dir / 'report.html'}")
     return 0
+
+
+def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from sgpo.config import RatesConfig, load_config, load_settings
+
+    rates = load_settings(RatesConfig, arguments.rates) if arguments.rates else RatesConfig()
+    given = [
+        word
+        for key, value in rates.model_dump(exclude_none=True).items()
+        for word in (f"--plan.rates.{key}", str(value))
+    ]
+    config = load_config(arguments.config, [*given, *overrides])
+    from sgpo.plan import as_dict, plan_run, table
+
+    plan = plan_run(config)
+    print(json.dumps(as_dict(plan), indent=1) if arguments.json else table(plan))
+    return 0 if plan.fits else 1
 
 
 def _warmup(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -120,12 +185,18 @@ def _warmup(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from sgpo.config import load_config
+def _eval(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    if arguments.compare is not None:
+        _no_overrides(words)
+        return _compare(arguments)
+    from sgpo.config import load_eval_config
 
-    config = load_config(arguments.config, overrides)
+    path, overrides = _config_first(words)
+    config = load_eval_config(path, overrides)
+    if config.eval.benchmarks:
+        return _benchmarks(config, arguments.out)
     if not config.data.eval:
-        raise SgpoError(f"{arguments.config}: sgpo eval needs data.eval")
+        raise SgpoError(f"{path or 'command line'}: sgpo eval needs data.eval or eval.benchmarks")
     from sgpo.evaluate import evaluate_model
 
     results = evaluate_model(config)
@@ -140,12 +211,39 @@ def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
+def _benchmarks(config: Any, out: Path | None) -> int:
+    from sgpo.evaluate_benchmarks import evaluate_benchmarks, protocol_of
+
+    results = evaluate_benchmarks(config, out)
+    for result in results:
+        print(f"{result.name}: {result.score.sentence()}")
+        if result.clean is not None:
+            print(f"{result.name} without what is in the training data: {result.clean.sentence()}")
+    if len(results) > 1:
+        print(f"average: {sum(result.score.accuracy for result in results) / len(results):.4f}")
+    print(f"protocol: {protocol_of(config, [(result.name, result.score.samples) for result in results])}")
+    print(f"samples and summary: {results[0].file.parent}")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from sgpo.scores import compare_files
+
+    comparisons = compare_files(*arguments.compare)
+    for comparison in comparisons:
+        print(comparison.sentence())
+    if arguments.out is not None:
+        content = [comparison.as_json() for comparison in comparisons]
+        arguments.out.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return 0
+
+
 def _extract(_: argparse.Namespace, words: Sequence[str]) -> int:
     from sgpo.config import load_settings
     from sgpo.strategies.settings import ExtractConfig
 
-    path = Path(words[0]) if words and not words[0].startswith("--") else None
-    config = load_settings(ExtractConfig, path, words if path is None else words[1:])
+    path, overrides = _config_first(words)
+    config = load_settings(ExtractConfig, path, overrides)
     from sgpo.extract import extract
 
     report = extract(config)
@@ -155,6 +253,47 @@ def _extract(_: argparse.Namespace, words: Sequence[str]) -> int:
         print(f"  none for {problem_id}: {reasons[0]}")
     print(f"report: {config.report or config.output + '.report.json'}")
     return 1 if lacking else 0
+
+
+def _study(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from sgpo.study import Study, report_study, run_study
+
+    study = Study(arguments.study, overrides)
+    if arguments.list:
+        for cell in study.cells:
+            print(cell.name)
+            for command in study.commands(cell):
+                print("  " + shlex.join(["sgpo", *command]))
+        return 0
+    if not arguments.report:
+        run_study(study, [study.cell(arguments.cell)] if arguments.cell else study.cells)
+    if arguments.cell is None:
+        report = report_study(study, arguments.results, arguments.out)
+        print((report.parent / "table.md").read_text(encoding="utf-8"))
+        print(f"report: {report}")
+    return 0
+
+
+def _analyze(_: argparse.Namespace, words: Sequence[str]) -> int:
+    from sgpo.config import load_settings
+    from sgpo.strategies.settings import AnalyzeConfig
+
+    path, overrides = _config_first(words)
+    config = load_settings(AnalyzeConfig, path, overrides)
+    from sgpo.analyze import analyze, output_folder
+
+    for arm in analyze(config)["arms"]:
+        rate = arm["rate"]
+        if rate["low"] is not None:
+            interval = f"95% interval [{rate['low']:.4f}, {rate['high']:.4f}]"
+            print(f"{arm['arm']}: {rate['mean']:.4f}  {interval}  {rate['problems']} problems")
+    print(f"report: {output_folder(config) / 'report.html'}")
+    return 0
+
+
+def _config_first(words: Sequence[str]) -> tuple[Path | None, Sequence[str]]:
+    """The config file, where the first word is one, and the overrides."""
+    return (Path(words[0]), words[1:]) if words and not words[0].startswith("--") else (None, words)
 
 
 def _report(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:

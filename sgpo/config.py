@@ -60,8 +60,23 @@ class ModelConfig(Section):
         default="bfloat16", description="of the weights; masters are always fp32"
     )
     attn_implementation: str = "sdpa"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        default=False, description="keep only the input of each layer, compute the rest again in backward"
+    )
+    activation_offload: bool = Field(default=False, description="these inputs wait for backward on the host")
+    mlp_tile_tokens: int | None = Field(
+        default=None, ge=1, description="tokens that an MLP takes at a time (long sequences); default: all"
+    )
+    liger: Literal["auto", "on", "off"] = Field(
+        default="off", description="Liger's fused RMSNorm, RoPE and SwiGLU; auto: on a GPU where it is installed"
+    )
     lora: LoraConfig = LoraConfig()
+
+    @model_validator(mode="after")
+    def _pairs(self) -> ModelConfig:
+        if self.activation_offload and not self.gradient_checkpointing:
+            raise ValueError("activation_offload moves checkpoints; set gradient_checkpointing to true as well")
+        return self
 
 
 class DataConfig(Section):
@@ -127,7 +142,7 @@ class RolloutConfig(Section):
         "weight sync; default: 2e-4 in float32, 0.1 in bfloat16",
     )
     problems_per_step: int = Field(default=128, ge=1)
-    n_auto: int = Field(default=8, ge=1, description="completions without the strategy (G1)")
+    n_auto: int = Field(default=8, ge=0, description="completions without the strategy (G1); 0 with method: sft")
     n_guided: int = Field(default=4, ge=0, description="completions with the strategy (G2)")
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=0.95, gt=0, le=1)
@@ -172,13 +187,38 @@ class RewardConfig(Section):
     max_chars: int = Field(default=200_000, ge=1, description="longer completions are not parsed, counted and worth 0")
 
 
+# What a method's paper sets; each is a default that the key itself overrides.
+_METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "dapo": {"dual_clip": 10.0, "refill_rounds": 9, "overlong_share": 0.2},
+    "luffy": {"normalize_std": False, "clip_low": None, "clip_high": None, "entropy_coef": 0.001},
+    "hpt": {"normalize_std": False, "clip_low": None, "clip_high": None},
+}
+WITH_DEMONSTRATIONS = ("sft", "luffy", "hpt")
+
+
 class AlgorithmConfig(Section):
-    method: Literal["sgpo", "grpo"] = "sgpo"
+    method: Literal["sgpo", "grpo", "dapo", "luffy", "hpt", "sft"] = Field(
+        default="sgpo", description="one file each in sgpo/methods; all but sgpo set rollout.n_guided to 0"
+    )
     autonomous_grpo: bool = Field(default=True, description="false: distillation only")
     normalize_std: bool = Field(default=True, description="divide advantages by the standard deviation of the group")
-    clip_low: float = Field(default=0.2, ge=0, lt=1)
-    clip_high: float = Field(default=0.28, ge=0)
+    clip_low: float | None = Field(default=0.2, ge=0, lt=1, description="null: no clip on this side (luffy, hpt)")
+    clip_high: float | None = Field(default=0.28, ge=0)
     dual_clip: float | None = Field(default=None, gt=1, description="bound of the loss for negative advantages")
+    entropy_coef: float = Field(default=0.0, ge=0, description="entropy bonus on policy tokens; luffy: 0.001")
+    refill_rounds: int = Field(
+        default=0,
+        ge=0,
+        description="dynamic sampling: at most so many further batches of problems are sampled in a step, in place of "
+        "those that all or none of the rollouts solve; dapo: 9",
+    )
+    overlong_share: Share = Field(
+        default=0.0, description="dapo: over this last share of max_new_tokens the reward falls by 1; dapo: 0.2"
+    )
+    demo_shaping: float = Field(default=0.1, gt=0, description="luffy: gamma of p / (p + gamma) on demonstrations")
+    demo_gate: int = Field(
+        default=0, ge=0, description="hpt: a problem with at most so many correct rollouts learns its demonstration"
+    )
     mini_batches: int = Field(default=1, ge=1, description="optimizer steps per batch of rollouts")
     distillation: Literal["forward_kl", "reverse_kl", "js", "sft", "none"] = "forward_kl"
     target: Literal["sum", "mean", "all"] = Field(
@@ -194,6 +234,13 @@ class AlgorithmConfig(Section):
     alpha_gamma: float = Field(default=0.1, gt=0)
     alpha_max: float = Field(default=0.8, ge=0)
     alpha_fixed: float = Field(default=1.0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_method(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        return {**_METHOD_DEFAULTS.get(str(raw.get("method")), {}), **raw}
 
     @model_validator(mode="after")
     def _pairs(self) -> AlgorithmConfig:
@@ -230,6 +277,9 @@ class EngineConfig(Section):
         default=False, description="masters and moments wait on the host while the rollout engine is awake"
     )
     micro_batch_tokens: int = Field(default=16384, ge=1, description="tokens of one forward pass, padding included")
+    packing: Literal["padded", "packed"] = Field(
+        default="padded", description="packed: several sequences behind one another in one row, no padding"
+    )
     loss_impl: Literal["auto", "triton", "torch"] = Field(default="auto", description="auto: Triton on CUDA")
     column_tolerance: float = Field(
         default=0.0,
@@ -251,6 +301,9 @@ class EngineConfig(Section):
 class TrainConfig(Section):
     epochs: float = Field(default=10, gt=0)
     max_steps: int | None = Field(default=None, ge=1, description="stop after this many steps, whatever the epochs say")
+    max_rollouts: int | None = Field(
+        default=None, ge=1, description="sample no more completions than this: methods compared at an equal budget"
+    )
 
 
 class WarmupConfig(Section):
@@ -281,6 +334,29 @@ class EvalConfig(Section):
     temperature: float = Field(default=0.6, ge=0, description="0: greedy")
     top_p: float = Field(default=0.95, gt=0, le=1)
     max_new_tokens: int = Field(default=32768, ge=1)
+    benchmarks: tuple[str, ...] = Field(
+        default=(),
+        description="sgpo eval: math500, amc23, aime24, olympiadbench, gsm8k with commas between, or NAME=FILE",
+    )
+    benchmark_dir: str | None = Field(default=None, description="folder of their JSONL files")
+    benchmark_samples: int | None = Field(
+        default=None, ge=1, description="k of avg@k; default: the paper's, 32 for amc23 and aime24, else 4"
+    )
+    benchmark_limit: int | None = Field(default=None, ge=1, description="use only the first rows of each")
+    contamination: Literal["report", "refuse", "off"] = Field(
+        default="report",
+        description="benchmark problems that are in data.train or warmup.data: report also scores the rest alone",
+    )
+    contamination_overlap: float = Field(
+        default=0.5, gt=0, le=1, description="share of a problem's word 13-grams in one training problem that counts"
+    )
+
+    @field_validator("benchmarks", mode="before")
+    @classmethod
+    def _with_commas(cls, names: Any) -> Any:
+        if isinstance(names, str):
+            return tuple(name.strip() for name in names.split(",") if name.strip())
+        return () if names is None else names
 
 
 class CheckpointConfig(Section):
@@ -292,7 +368,32 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     tensorboard: bool = False
     wandb_project: str | None = None
+    profile: bool = Field(default=False, description="memory per stage and MFU of every step (sgpo train --profile)")
+    peak_tflops: float | None = Field(
+        default=None, gt=0, description="of the device, for the MFU; default: known cards, a CPU is measured"
+    )
     rollouts_per_step: int = Field(default=4, ge=0, description="samples of each step kept in rollouts.jsonl")
+
+
+class RatesConfig(Section):
+    matmul_tflops: float | None = Field(default=None, gt=0, description="TFLOP/s of training, per GPU")
+    decode_tokens_per_s: float | None = Field(default=None, gt=0, description="sampled tokens per second, per GPU")
+    host_gib_per_s: float | None = Field(default=None, gt=0, description="between GPU and host, one direction")
+
+
+class PlanConfig(Section):
+    on_misfit: Literal["refuse", "warn", "off"] = Field(
+        default="refuse", description="sgpo train, where the plan does not fit: stop with exit code 2, say so, no plan"
+    )
+    card: Literal["24gb", "80gb", "141gb"] | None = Field(default=None, description="plan for this card")
+    gpu_memory_gib: float | None = Field(default=None, gt=0, description="plan for a GPU of this size")
+    host_memory_gib: float | None = Field(default=None, gt=0, description="default: what this machine has available")
+    gpus: int | None = Field(default=None, ge=1, description="processes of the run; default: WORLD_SIZE, else 1")
+    gpus_per_host: int = Field(default=8, ge=1, description="processes that share the memory of one host")
+    architecture: str | None = Field(
+        default=None, description='"qwen2.5-7b", "qwen2.5-1.5b" or a config.json, where model.path is not there yet'
+    )
+    rates: RatesConfig = RatesConfig()
 
 
 class Config(Section):
@@ -309,14 +410,23 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    plan: PlanConfig = PlanConfig()
 
     @model_validator(mode="after")
     def _pairs(self) -> Config:
-        if self.algorithm.method == "grpo" and not self.algorithm.autonomous_grpo:
+        method = self.algorithm.method
+        if method == "grpo" and not self.algorithm.autonomous_grpo:
             raise ValueError("method: grpo and algorithm.autonomous_grpo: false leave no loss; switch the latter on")
-        if self.algorithm.method == "grpo" and self.rollout.n_guided > 0:
-            raise ValueError("method: grpo uses no guided rollouts; set rollout.n_guided to 0")
-        needs_guided = self.algorithm.method == "sgpo" and self.algorithm.distillation != "none"
+        if method != "sgpo" and self.rollout.n_guided > 0:
+            raise ValueError(f"method: {method} uses no guided rollouts; set rollout.n_guided to 0")
+        if (method == "sft") != (self.rollout.n_auto == 0):
+            raise ValueError(f"method: {method} and rollout.n_auto = {self.rollout.n_auto}: 0 is for sft, and only 0")
+        if self.algorithm.refill_rounds and self.rollout.overlap:
+            raise ValueError("algorithm.refill_rounds decides after sampling, rollout.overlap before; switch one off")
+        batch = self.rollout.problems_per_step * (self.rollout.n_auto + self.rollout.n_guided)
+        if self.train.max_rollouts is not None and not 0 < batch <= self.train.max_rollouts:
+            raise ValueError(f"train.max_rollouts must hold at least one batch of rollouts ({batch})")
+        needs_guided = method == "sgpo" and self.algorithm.distillation != "none"
         if needs_guided and self.rollout.n_guided == 0:
             raise ValueError("rollout.n_guided = 0 leaves SGPO nothing to distil; raise it or use method: grpo")
         if self.rollout.problems_per_step % self.algorithm.mini_batches:
@@ -346,9 +456,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return load_settings(Config, Path(path), overrides)
 
 
-def load_settings(schema: type[Settings], path: Path | None, overrides: Sequence[str] = ()) -> Settings:
-    """As `load_config`, for any schema; `path` None: the overrides alone."""
-    raw: dict[str, Any] = {} if path is None else _read_sections(schema, path)
+def load_eval_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """As `load_config`; `path` None: a bare model on benchmarks, with data.train only if it is to be searched."""
+    return load_settings(Config, path, overrides, {"data": {"train": ""}} if path is None else {})
+
+
+def load_settings(
+    schema: type[Settings], path: Path | None, overrides: Sequence[str] = (), base: dict[str, Any] | None = None
+) -> Settings:
+    """As `load_config`, for any schema; `path` None: the overrides alone, on top of `base`."""
+    raw = dict(base or {}) if path is None else _read_sections(schema, path)
     for key, value in parse_overrides(overrides):
         _assign(raw, key, value)
     return checked(schema, raw, "command line" if path is None else str(path))

@@ -34,6 +34,7 @@ Value: TypeAlias = float | int | str | None
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
 TRAJECTORIES_FILE = "trajectories.jsonl"
+PROFILE_FILE = "profile/steps.jsonl"
 
 
 # ---- JSON Lines ----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from sgpo.activations import checkpoint_layers, pack_attention, packed_inputs, tile_mlps, use_liger
 from sgpo.schema import SgpoError
 
 # Models that change the logits after the head: the fused losses would silently compute something else.
@@ -89,20 +90,61 @@ class LossHead(nn.Module):
 
 
 class PolicyModel(nn.Module):
-    """Backbone and head of `lm`. Every method takes right-padded int64 ids [B, T] and flat row indices [N]."""
+    """Backbone and head of `lm`. Every method takes int64 ids [B, T] and flat row indices [N].
 
-    def __init__(self, lm: Any, *, gradient_checkpointing: bool = False) -> None:
+    Args:
+        packed: rows hold several sequences each ([1, T], with their lengths) in place of one padded sequence.
+        activation_offload: checkpoints (which it needs) wait for backward on the host.
+        mlp_tile_tokens: tokens that an MLP takes at a time; None: all.
+        liger: "auto", "on" or "off", see `sgpo.activations.use_liger`.
+    """
+
+    def __init__(
+        self,
+        lm: Any,
+        *,
+        packed: bool = False,
+        gradient_checkpointing: bool = False,
+        activation_offload: bool = False,
+        mlp_tile_tokens: int | None = None,
+        liger: str = "off",
+    ) -> None:
         super().__init__()
         self.lm = lm
         self.head = LossHead(lm.get_output_embeddings())
+        self.packed = packed
+        self._rows: torch.Tensor | None = None
         lm.config.use_cache = False
+        if packed:
+            pack_attention(lm)
+        use_liger(lm, liger)
         if gradient_checkpointing:
-            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_layers(lm, offload=activation_offload)
+        if mlp_tile_tokens is not None:
+            tile_mlps(lm, mlp_tile_tokens)
+        if isinstance(norm := getattr(lm.base_model, "norm", None), nn.Module):
+            norm.register_forward_pre_hook(self._select)
 
-    def hidden(self, input_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Last hidden states [N, H] of the selected positions."""
-        states = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return states.flatten(0, 1)[rows]
+    def hidden(self, input_ids: torch.Tensor, rows: torch.Tensor, lengths: Sequence[int] | None = None) -> torch.Tensor:
+        """Last hidden states [N, H] of the selected positions.
+
+        The final norm runs on them alone, so no other state outlives the last layer. `lengths`: of the sequences in a
+        packed row; None: each row is one sequence, padded on the right.
+        """
+        packing = {} if lengths is None else packed_inputs(self.lm, lengths, input_ids.device)
+        self._rows = rows
+        try:
+            states = self.lm.base_model(input_ids=input_ids, use_cache=False, **packing).last_hidden_state
+            return states if self._rows is None else states.flatten(0, 1)[rows]
+        finally:
+            self._rows = None
+
+    def _select(self, _: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Before the final norm: the selected rows of [B, T, H]."""
+        if self._rows is None:  # somebody else calls the backbone
+            return arguments
+        rows, self._rows = self._rows, None
+        return (arguments[0].flatten(0, 1)[rows], *arguments[1:])
 
     def forward(self, function: Callable[..., Any], batch: Any, teacher: Any = None) -> Any:
         """function(head weight [V, H], head bias or None, hidden of the batch's rows, of the teacher's rows or None).
@@ -112,8 +154,8 @@ class PolicyModel(nn.Module):
         teacher_hidden = None
         if teacher is not None:
             with torch.no_grad():
-                teacher_hidden = self.hidden(teacher.input_ids, teacher.rows)
-        return self.head(function, self.hidden(batch.input_ids, batch.rows), teacher_hidden)
+                teacher_hidden = self.hidden(teacher.input_ids, teacher.rows, teacher.lengths)
+        return self.head(function, self.hidden(batch.input_ids, batch.rows, batch.lengths), teacher_hidden)
 
 
 def eos_ids_of_folder(path: str | Path) -> int | list[int] | None:

@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from sgpo.metrics import METRICS_FILE, ROLLOUTS_FILE, TRAJECTORIES_FILE, iter_jsonl, read_jsonl
+from sgpo.metrics import METRICS_FILE, PROFILE_FILE, ROLLOUTS_FILE, TRAJECTORIES_FILE, iter_jsonl, read_jsonl
 from sgpo.schema import SgpoError
 
 # Okabe and Ito's palette, told apart with any colour vision; the same thing has the same colour in every plot.
@@ -173,7 +173,7 @@ HELD_OUT = Curve("accuracy", "plain prompt", BLUE)
 HELD_OUT_GUIDED = Curve("guided_accuracy", "guided prompt", ORANGE, "--")
 
 
-def _figure(title: str, panels: int = 1, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+def new_figure(title: str, panels: int = 1, height: float = 3.4) -> tuple[Figure, list[Axes]]:
     """An empty figure of `panels` stacked axes that share x, the later ones lower. No pyplot, so no global state."""
     ratios = [2.0] + [1.0] * (panels - 1)
     figure = Figure(figsize=(7.4, height + 1.5 * (panels - 1)), dpi=DPI, layout="constrained")
@@ -182,7 +182,7 @@ def _figure(title: str, panels: int = 1, height: float = 3.4) -> tuple[Figure, l
     return figure, list(axes)
 
 
-def _legend(axes: Axes) -> None:
+def legend(axes: Axes) -> None:
     """The legend above the axes, where it hides no data."""
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, fontsize=9)
 
@@ -235,7 +235,7 @@ def draw_curves(run: RunData, plot: Plot) -> Figure | None:
     found = [(panel, curves) for panel, curves in found if curves]
     if not found:
         return None
-    figure, all_axes = _figure(plot.title, len(found))
+    figure, all_axes = new_figure(plot.title, len(found))
     window = max(_window(len(steps)) for _, curves in found for _, steps, _ in curves)
     for axes, (panel, curves) in zip(all_axes, found, strict=True):
         for curve, steps, values in curves:
@@ -243,7 +243,7 @@ def draw_curves(run: RunData, plot: Plot) -> Figure | None:
         axes.set_ylabel(panel.ylabel)
         _set_scale(axes, panel.scale)
         if len(panel.curves) > 1:
-            _legend(axes)
+            legend(axes)
     _finish_steps(all_axes[-1], plot.phase, window)
     return figure
 
@@ -253,7 +253,7 @@ def draw_held_out(run: RunData) -> Figure | None:
     steps, accuracy = run.series("eval", HELD_OUT.key)
     if not len(steps):
         return None
-    figure, (axes,) = _figure("Held-out accuracy")
+    figure, (axes,) = new_figure("Held-out accuracy")
     axes.plot(steps, accuracy, color=BLUE, marker="o", markersize=4, label=HELD_OUT.label)
     rows = run.phases["eval"]
     low, high = (np.array([_number(rows[step].get(f"accuracy_{end}")) for step in steps]) for end in ("low", "high"))
@@ -265,7 +265,7 @@ def draw_held_out(run: RunData) -> Figure | None:
         axes.plot(guided_steps, guided, "--", color=ORANGE, marker="s", markersize=4, label=HELD_OUT_GUIDED.label)
     axes.set_ylabel("share correct")
     _set_scale(axes, "share")
-    _legend(axes)
+    legend(axes)
     _finish_steps(axes, "eval", 1)
     return figure
 
@@ -284,7 +284,7 @@ def draw_times(run: RunData) -> Figure | None:
     bins = np.array_split(np.arange(len(steps)), min(len(steps), TIME_BARS))
     centres = np.array([steps[chosen].mean() for chosen in bins])
     widths = [0.9 * (steps[chosen[-1]] - steps[chosen[0]] + 1) for chosen in bins]
-    figure, (axes,) = _figure("Time per step")
+    figure, (axes,) = new_figure("Time per step")
     bottom = np.zeros(len(bins))
     for (label, seconds), color in zip(parts.items(), [*(curve.color for curve in TIMES), "#BBBBBB"], strict=True):
         height = np.array([seconds[chosen].mean() for chosen in bins])
@@ -295,6 +295,25 @@ def draw_times(run: RunData) -> Figure | None:
     _finish_steps(axes, "train", 1)
     if len(bins) < len(steps):
         axes.set_xlabel(f"training step (each bar: mean of about {round(len(steps) / len(bins))} steps)")
+    return figure
+
+
+def draw_memory(run_dir: Path) -> Figure | None:
+    """Memory over the last profiled step, its stages as coloured ground; None for a run without --profile."""
+    path = run_dir / PROFILE_FILE
+    rows = read_jsonl(path) if path.exists() else []
+    if not rows or not rows[-1]["memory"]:
+        return None
+    row = rows[-1]
+    figure, (axes,) = new_figure(f"Memory over step {row['step']}")
+    colors = {curve.label: curve.color for curve in TIMES}
+    for name, start, end in row["stages"]:
+        axes.axvspan(start, end, color=colors.get(name, GREY), alpha=0.15, linewidth=0, label=name)
+    moments, mib = np.array(row["memory"]).T
+    axes.plot(moments, mib, color="black", linewidth=1.2)
+    axes.set_xlabel("seconds since the step began")
+    axes.set_ylabel("MiB, allocated on the GPU" if row["device"] == "cuda" else "MiB, resident in the process")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, borderaxespad=0.2, fontsize=9)
     return figure
 
 
@@ -326,7 +345,7 @@ def load_trajectory(run_dir: Path) -> Trajectory | None:
     )
 
 
-def _token_label(token: str) -> str:
+def token_label(token: str) -> str:
     """A token as an axis label: spaces and newlines visible, dollars kept from starting a formula."""
     visible = token.replace("\n", "\\n").replace("\t", "\\t").replace(" ", "\u2423").replace("$", "\\$")
     return visible if len(visible) <= 14 else visible[:13] + "\u2026"
@@ -368,9 +387,9 @@ def draw_trajectory(trajectory: Trajectory) -> Figure:
         all_axes[0].set_xlabel("position in the completion (grey: the stretch below)")
     last = min(first + TOKENS_SHOWN, count)
     _draw_tokens(all_axes[-1], trajectory, first, last)
-    _legend(all_axes[0])
+    legend(all_axes[0])
     axes = all_axes[-1]
-    axes.set_xticks(range(first, last), [_token_label(token) for token in trajectory.tokens[first:last]])
+    axes.set_xticks(range(first, last), [token_label(token) for token in trajectory.tokens[first:last]])
     axes.tick_params(axis="x", labelrotation=90, labelsize=8)
     axes.set_xlabel("token (\u2423 is a space)")
     axes.grid(axis="x", visible=False)
@@ -417,7 +436,7 @@ def draw_comparison(groups: dict[str, list[RunData]], plot: Plot) -> Figure | No
     if not found:
         return None
     window = 1 if plot.phase == "eval" else max(_window(len(steps)) for steps, _ in found.values())
-    figure, (axes,) = _figure(plot.title)
+    figure, (axes,) = new_figure(plot.title)
     for index, (name, (steps, values)) in enumerate(found.items()):
         color = PALETTE[index % len(PALETTE)]
         values = np.array([_smooth(row, window) for row in values])
@@ -449,7 +468,7 @@ overflow-wrap:anywhere;font-size:.85rem;margin:.3rem 0} summary{cursor:pointer}
 """
 
 
-def _page(title: str, subtitle: str, sections: Iterable[tuple[str, str]]) -> str:
+def page(title: str, subtitle: str, sections: Iterable[tuple[str, str]]) -> str:
     body = "\n".join(f"<section><h2>{escape(heading)}</h2>\n{content}</section>" for heading, content in sections)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -459,7 +478,7 @@ def _page(title: str, subtitle: str, sections: Iterable[tuple[str, str]]) -> str
     )
 
 
-def _note(sentence: str) -> str:
+def note(sentence: str) -> str:
     return f'<p class="note">{escape(sentence)}</p>'
 
 
@@ -470,7 +489,7 @@ def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     def cell(value: Any) -> str:
         return f"<td{' class=n' if isinstance(value, int | float) else ''}>{escape(_text(value))}</td>"
 
@@ -497,8 +516,8 @@ def _save(draw: Callable[[], Figure | None], path: Path) -> bool:
     return True
 
 
-def _plot_html(draw: Callable[[], Figure | None], path: Path, title: str, missing: str) -> str:
-    return _image(path, title) if _save(draw, path) else _note(f"{title}: left out, {missing}.")
+def plot_html(draw: Callable[[], Figure | None], path: Path, title: str, missing: str) -> str:
+    return _image(path, title) if _save(draw, path) else note(f"{title}: left out, {missing}.")
 
 
 def _missing(phase: str, plot: Plot) -> str:
@@ -509,7 +528,7 @@ def _missing(phase: str, plot: Plot) -> str:
 def _summary_section(run_dir: Path) -> str:
     path = run_dir / "summary.json"
     if not path.exists():
-        return _note("summary.json is not there; a run writes it when it ends.")
+        return note("summary.json is not there; a run writes it when it ends.")
     try:
         summary = json.loads(path.read_bytes())
     except ValueError:
@@ -520,13 +539,13 @@ def _summary_section(run_dir: Path) -> str:
         (key, json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value)
         for key, value in summary.items()
     ]
-    return _table(("name", "value"), rows)
+    return table(("name", "value"), rows)
 
 
 def _config_section(run_dir: Path) -> str:
     path = run_dir / "config.yaml"
     if not path.exists():
-        return _note("config.yaml is not there.")
+        return note("config.yaml is not there.")
     text = path.read_text(encoding="utf-8")
     return f"<details><summary>config.yaml, as resolved</summary><pre>{escape(text)}</pre></details>"
 
@@ -541,8 +560,8 @@ def _metrics_section(run: RunData) -> str:
                 values.setdefault(key, []).append(value)
         rows = [(key, each[0], each[-1]) for key, each in values.items() if key not in ("phase", "step")]
         heading = f"{phase}: steps {min(by_step)} to {max(by_step)}"
-        parts.append(f"<h3>{escape(heading)}</h3>{_table(('metric', 'first', 'last'), rows)}")
-    return "\n".join(parts) or _note(f"{METRICS_FILE} holds no rows yet.")
+        parts.append(f"<h3>{escape(heading)}</h3>{table(('metric', 'first', 'last'), rows)}")
+    return "\n".join(parts) or note(f"{METRICS_FILE} holds no rows yet.")
 
 
 def _sample_rollouts(path: Path) -> tuple[int, list[dict[str, Any]]] | None:
@@ -570,12 +589,12 @@ def _rollouts_section(run_dir: Path, problems: int = 3, per_kind: int = 3) -> st
     """A few problems of one step, those with a target first; per problem the target and some of each kind."""
     sample = _sample_rollouts(run_dir / ROLLOUTS_FILE)
     if sample is None:
-        return _note(f"Left out, {ROLLOUTS_FILE} holds no rollouts.")
+        return note(f"Left out, {ROLLOUTS_FILE} holds no rollouts.")
     step, rows = sample
     by_problem: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: not row["is_target"]):  # stable: targets first, else as sampled
         by_problem.setdefault(row["problem_id"], []).append(row)
-    parts = [_note(f"Samples of step {step}.")]
+    parts = [note(f"Samples of step {step}.")]
     for problem_id, group in list(by_problem.items())[:problems]:
         parts.append(f"<h3>Problem {escape(str(problem_id))}</h3>")
         for kind in ("guided", "auto"):
@@ -593,8 +612,8 @@ def _trajectory_text(trajectory: Trajectory) -> str:
         spans.append(
             f'<span{mark} style="background:rgba(230,159,0,{strength:.2f})" title="KL {kl:.3f}">{escape(token)}</span>'
         )
-    note = "Each token on a ground as strong as its KL (the number shows on hover); masked tokens are underlined."
-    return f"{_note(note)}<pre>{''.join(spans)}</pre>"
+    words = "Each token on a ground as strong as its KL (the number shows on hover); masked tokens are underlined."
+    return f"{note(words)}<pre>{''.join(spans)}</pre>"
 
 
 def _trajectory_section(run_dir: Path) -> str:
@@ -603,7 +622,7 @@ def _trajectory_section(run_dir: Path) -> str:
     title = "KL token by token"
     if trajectory is None:
         path.unlink(missing_ok=True)
-        return _note(f"{title}: left out, {TRAJECTORIES_FILE} holds no trajectory.")
+        return note(f"{title}: left out, {TRAJECTORIES_FILE} holds no trajectory.")
     _save(lambda: draw_trajectory(trajectory), path)
     return _image(path, title) + _trajectory_text(trajectory)
 
@@ -618,16 +637,18 @@ def write_report(run_dir: str | Path) -> Path:
 
     def curves(plot: Plot) -> str:
         path = plots / f"{plot.name}.png"
-        return _plot_html(lambda: draw_curves(run, plot), path, plot.title, _missing(plot.phase, plot))
+        return plot_html(lambda: draw_curves(run, plot), path, plot.title, _missing(plot.phase, plot))
 
     held_out = Plot("held_out", "Held-out accuracy", (Panel("", (HELD_OUT,)),), "eval")
     times = Plot("times", "Time per step", (Panel("", TIMES),))
     images = [
         curves(CURVES[0]),
-        _plot_html(lambda: draw_held_out(run), plots / "held_out.png", held_out.title, _missing("eval", held_out)),
+        plot_html(lambda: draw_held_out(run), plots / "held_out.png", held_out.title, _missing("eval", held_out)),
         *(curves(plot) for plot in CURVES[1:]),
-        _plot_html(lambda: draw_times(run), plots / "times.png", times.title, _missing("train", times)),
+        plot_html(lambda: draw_times(run), plots / "times.png", times.title, _missing("train", times)),
     ]
+    if _save(lambda: draw_memory(run.path), plots / "memory.png"):
+        images.append(_image(plots / "memory.png", "Memory over a step"))
     name = run.path.resolve().name
     counts = ", ".join(f"{len(rows)} {phase} rows" for phase, rows in run.phases.items()) or "no rows yet"
     sections = [
@@ -638,7 +659,7 @@ def write_report(run_dir: str | Path) -> Path:
         ("First and last metrics", _metrics_section(run)),
     ]
     report = run.path / "report.html"
-    report.write_text(_page(f"SGPO run {name}", f"From {METRICS_FILE}: {counts}.", sections), encoding="utf-8")
+    report.write_text(page(f"SGPO run {name}", f"From {METRICS_FILE}: {counts}.", sections), encoding="utf-8")
     return report
 
 
@@ -674,15 +695,15 @@ def compare_runs(run_dirs: Sequence[str | Path], out: str | Path, names: Sequenc
     def image(plot: Plot) -> str:
         path = Path(out) / "plots" / f"{plot.name}.png"
         missing = f"no run name has {plot.panels[0].curves[0].key} at a step that all its runs share"
-        return _plot_html(lambda: draw_comparison(groups, plot), path, plot.title, missing)
+        return plot_html(lambda: draw_comparison(groups, plot), path, plot.title, missing)
 
     header = ("run", "seeds", "last shared step", "held-out accuracy", "lowest seed", "highest seed")
     sections = [
-        ("Held-out accuracy at the last step that all seeds share", _table(header, _comparison_rows(groups))),
+        ("Held-out accuracy at the last step that all seeds share", table(header, _comparison_rows(groups))),
         ("Curves", "\n".join(image(plot) for plot in COMPARED)),
     ]
     Path(out).mkdir(parents=True, exist_ok=True)
     report = Path(out) / "compare.html"
     subtitle = ", ".join(f"{name} ({len(runs)})" for name, runs in groups.items())
-    report.write_text(_page("SGPO runs compared", subtitle, sections), encoding="utf-8")
+    report.write_text(page("SGPO runs compared", subtitle, sections), encoding="utf-8")
     return report

@@ -70,6 +70,7 @@ def scored_groups(
             guided=tuple(rollout for rollout, _ in guided),
             auto_verdicts=tuple(verdict for _, verdict in auto),
             guided_verdicts=tuple(verdict for _, verdict in guided),
+            demo_ids=task.demo_ids[index] if task.demo_ids else (),
         )
 
     return [group(index) for index in indices]

@@ -137,7 +137,10 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class ScoredGroup:
-    """A problem of the current step with all its rollouts; rewards in the order of the rollouts."""
+    """A problem of the current step with all its rollouts; rewards in the order of the rollouts.
+
+    `demo_ids` is a worked solution, ending with EOS; empty where the method uses none.
+    """
 
     problem: Problem
     prompts: PromptPair
@@ -145,6 +148,7 @@ class ScoredGroup:
     guided: tuple[Rollout, ...]
     auto_verdicts: tuple[Verdict, ...]
     guided_verdicts: tuple[Verdict, ...]
+    demo_ids: tuple[int, ...] = ()
 
     @property
     def auto_rewards(self) -> list[float]:

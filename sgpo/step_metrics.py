@@ -10,7 +10,7 @@ from sgpo_kernels import DivergenceStats, PolicyStats
 
 from sgpo.algorithm.importance import gap_statistics
 from sgpo.engine.ranks import Meter
-from sgpo.methods.sgpo import Guidance
+from sgpo.methods.method import Guidance
 from sgpo.schema import Rollout, ScoredGroup
 from sgpo.steps import Pass
 
@@ -20,16 +20,19 @@ class Clock:
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
+        self._spent: dict[str, float] = {}
         self._start = self._last = time.monotonic()
+        self.spans: list[tuple[str, float, float]] = []
 
     def stage(self, name: str) -> None:
-        """The time since the last call belongs to stage `name`."""
+        """The time since the last call belongs to stage `name`, added to what it had."""
         now = time.monotonic()
-        self._meter.max(f"{name}_s", now - self._last)
+        self._spent[f"{name}_s"] = self._spent.get(f"{name}_s", 0.0) + now - self._last
+        self.spans.append((name, self._last, now))
         self._last = now
 
     def finish(self) -> None:
-        self._meter.max("step_s", time.monotonic() - self._start)
+        self._meter.maxima({**self._spent, "step_s": time.monotonic() - self._start})
 
 
 def record_memory(meter: Meter) -> None:
@@ -45,7 +48,7 @@ def record_groups(meter: Meter, groups: Sequence[ScoredGroup]) -> None:
         meter.sum("problems", 1)
         meter.means("accuracy_auto", [float(reward > 0) for reward in group.auto_rewards])
         meter.means("accuracy_guided", [float(reward > 0) for reward in group.guided_rewards])
-        meter.means("zero_variance_share", [float(len(set(group.auto_rewards)) == 1)])
+        meter.means("zero_variance_share", [float(len(set(group.auto_rewards)) <= 1)])
         for kind, rollouts in (("auto", group.auto), ("guided", group.guided)):
             meter.means(f"length_{kind}", [len(r.completion_ids) for r in rollouts])
             meter.means(f"truncated_{kind}", [float(r.truncated) for r in rollouts])
@@ -55,6 +58,7 @@ def record_groups(meter: Meter, groups: Sequence[ScoredGroup]) -> None:
         meter.means("no_answer_share", [float(v.status == "no_answer") for v in verdicts])
         meter.sum("reward_timeouts", sum(v.status == "timeout" for v in verdicts))
         meter.sum("reward_errors", sum(v.status == "error" for v in verdicts))
+        meter.sum("rollouts", len(group.auto) + len(group.guided))
         meter.sum("rollout_tokens", sum(len(r.completion_ids) for r in (*group.auto, *group.guided)))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from sgpo_kernels import linear_logprob
 
-from sgpo.data.packing import MicroBatch, TokenBatch, collate, collate_training, length_sorted
+from sgpo.data.packing import MicroBatch, TokenBatch, collate, collate_training, grouped
 from sgpo.engine import ranks
 from sgpo.engine.zero import ZeroEngine
 from sgpo.schema import TrainSequence
@@ -54,7 +54,7 @@ def optimizer_step(
     live = [sequence for sequence in sequences if sequence.is_live]
     passes: list[Pass] = []
     losses: list[torch.Tensor] = []
-    for chosen, micro in micro_batches(live, token_budget=token_budget, pad_id=pad_id):
+    for chosen, micro in micro_batches(live, token_budget=token_budget, pad_id=pad_id, packed=engine.model.packed):
         micro = micro.to(engine.device)
         loss, stats = engine.loss(_bound(objective, micro), micro.student, micro.teacher)
         engine.backward(loss)
@@ -66,15 +66,16 @@ def optimizer_step(
 
 
 def micro_batches(
-    sequences: Sequence[TrainSequence], *, token_budget: int, pad_id: int
+    sequences: Sequence[TrainSequence], *, token_budget: int, pad_id: int, packed: bool = False
 ) -> Iterator[tuple[list[TrainSequence], MicroBatch]]:
-    """Length-sorted micro-batches within the budget; the same number of them, and of teacher passes, on every rank."""
-    groups = [[sequences[i] for i in group] for group in length_sorted([s.length for s in sequences], token_budget)]
+    """Micro-batches within the budget, the longest first; as many of them, and of teacher passes, on every rank."""
+    lengths = [s.length for s in sequences]
+    groups = [[sequences[i] for i in group] for group in grouped(lengths, token_budget, packed=packed)]
     plans = ranks.gather([any(_is_distilled(s) for s in group) for group in groups])
     for k in range(max(len(plan) for plan in plans)):
         chosen = groups[k] if k < len(groups) else []
         with_teacher = any(k < len(plan) and plan[k] for plan in plans)
-        yield chosen, collate_training(chosen, pad_id, with_teacher=with_teacher)
+        yield chosen, collate_training(chosen, pad_id, with_teacher=with_teacher, packed=packed)
 
 
 def score_contexts(
@@ -86,11 +87,13 @@ def score_contexts(
     temperature: float = 1.0,
 ) -> list[list[float]]:
     """log pi(token | prompt, tokens before) of each (prompt ids, completion ids), current weights. Collective."""
-    groups = length_sorted([len(prompt) + len(completion) for prompt, completion in contexts], token_budget)
+    packed = engine.model.packed
+    groups = grouped([len(prompt) + len(completion) for prompt, completion in contexts], token_budget, packed=packed)
     scores: dict[int, list[float]] = {}
     for k in range(max(ranks.gather(len(groups)))):
         group = groups[k] if k < len(groups) else []
-        batch = collate([contexts[i][0] for i in group], [contexts[i][1] for i in group], pad_id).to(engine.device)
+        prompts, completions = [contexts[i][0] for i in group], [contexts[i][1] for i in group]
+        batch = collate(prompts, completions, pad_id, packed=packed).to(engine.device)
         logprobs = engine.evaluate(_logprobs(batch, temperature), batch)
         lengths = [len(contexts[i][1]) for i in group]
         scores.update(zip(group, (part.tolist() for part in logprobs.split(lengths)), strict=True))

@@ -26,9 +26,11 @@ from sgpo.engine.export import export_model
 from sgpo.engine.ranks import Meter
 from sgpo.engine.zero import ZeroEngine, init_distributed, lr_factor
 from sgpo.evaluate import evaluate, reward_item, score_rollouts
-from sgpo.methods.sgpo import Guidance, sgpo_sequences
+from sgpo.methods.dapo import is_informative
+from sgpo.methods.method import Guidance
 from sgpo.metrics import LiveDisplay, MetricsLogger, RolloutTable
 from sgpo.models import load_tokenizer
+from sgpo.profiling import Profiler, peak_flops
 from sgpo.provenance import commit
 from sgpo.report import write_report
 from sgpo.rewards.pool import RewardPool
@@ -60,9 +62,15 @@ _LOST_PROCESS = ("Timed out", "timed out", "Connection closed by peer", "Connect
 
 @dataclass(slots=True)
 class Progress:
-    """What a checkpoint remembers beside weights, optimizer and random states. Accuracies are held-out."""
+    """What a checkpoint remembers beside weights, optimizer and random states. Accuracies are held-out.
+
+    `rounds` batches of problems have been sampled (one per step, more where groups are refilled).
+    """
 
     step: int = 0
+    rounds: int = 0
+    rollouts: int = 0
+    rollout_tokens: int = 0
     wall_s: float = 0.0
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
@@ -86,6 +94,7 @@ class Session:
     display: LiveDisplay
     total_steps: int
     started: float
+    profiler: Profiler | None = None
     ahead: list[Rollout] = field(default_factory=list)  # rollout.overlap: those of the next step, once they are there
 
 
@@ -118,6 +127,7 @@ def _train(config: Config) -> dict[str, Any]:
         )
         stack.callback(rollouts.close)
         rollouts.sync(progress.step)
+        profiler = _profiler(config, run_dir, engine, stack) if config.log.profile else None
         total_steps, main = _total_steps(config, len(task.problems)), ranks.is_main()
         logger = MetricsLogger(
             run_dir,
@@ -133,6 +143,7 @@ def _train(config: Config) -> dict[str, Any]:
             display=stack.enter_context(LiveDisplay(total_steps, title=config.run.name, is_main=main)),
             total_steps=total_steps,
             started=started,
+            profiler=profiler,
             ahead=ahead,
         )  # fmt: skip
         with _named_losses(config, lambda: session.display.where):
@@ -149,11 +160,12 @@ def _loop(s: Session, progress: Progress) -> None:
     """Algorithm 1, from `progress.step` on."""
     if not progress.before:
         progress.before = progress.after = _evaluate(s, 0, with_guided=True)
-    for step in range(progress.step, s.total_steps):
+    step = progress.step
+    while not _is_last(s, step, progress):
         meter = Meter()
         clock = Clock(meter)
-        groups = _sample_and_score(s, step, clock)
-        with_next = s.config.rollout.overlap and step + 1 < s.total_steps
+        sampled, groups = _sample_and_score(s, step, progress, clock)
+        with_next = s.config.rollout.overlap and not _is_last(s, step + 1, progress)
         if with_next:
             _begin(s, step + 1)
         else:
@@ -167,13 +179,24 @@ def _loop(s: Session, progress: Progress) -> None:
         clock.finish()
         meter.maxima(asdict(report))
         record_memory(meter)
-        done = step + 1
+        if s.profiler:
+            s.profiler.record(meter, clock.spans, passes)
+        step = done = step + 1
+        record_groups(meter, sampled)
         _log(s, done, groups, guidance, passes, meter)
-        if done == s.total_steps or _is_due(s.config.eval.every_steps, done):
-            progress.after = _evaluate(s, done, with_guided=done == s.total_steps)
+        last = _is_last(s, done, progress)
+        if last or _is_due(s.config.eval.every_steps, done):
+            progress.after = _evaluate(s, done, with_guided=last)
             _keep_best(s, progress)
-        if done == s.total_steps or _is_due(s.config.checkpoint.every_steps, done):
+        if last or _is_due(s.config.checkpoint.every_steps, done):
             _save(s, done, progress)
+
+
+def _profiler(config: Config, run_dir: Path, engine: ZeroEngine, stack: ExitStack) -> Profiler:
+    peak = peak_flops(engine.device, config.model.dtype, config.log.peak_tflops)
+    profiler = Profiler(run_dir, engine.model.lm, device=engine.device, peak=peak)
+    stack.callback(profiler.close)
+    return profiler
 
 
 @contextmanager
@@ -191,9 +214,28 @@ def _named_losses(config: Config, where: Callable[[], str]) -> Iterator[None]:
         ) from error
 
 
-def _sample_and_score(s: Session, step: int, clock: Clock) -> list[ScoredGroup]:
-    """Both groups of this rank's problems of the step, with their verdicts."""
-    indices, requests, sampling = _requests(s, step)
+def _sample_and_score(
+    s: Session, step: int, progress: Progress, clock: Clock
+) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
+    """All groups that this rank sampled in the step, and those to learn from: the same, unless groups are refilled.
+
+    Refilling (DAPO's dynamic sampling) drops what all or no rollouts solve, and samples on until the step is full.
+    """
+    sampled = _round(s, step, progress, clock)
+    wanted, further = len(sampled), s.config.algorithm.refill_rounds
+    if not further:
+        return sampled, sampled
+    while True:
+        kept = [group for group in sampled if is_informative(group)][:wanted]
+        if not further or all(ranks.gather(len(kept) == wanted)) or _is_last(s, step, progress):
+            return sampled, kept
+        further -= 1
+        sampled += _round(s, step, progress, clock)
+
+
+def _round(s: Session, step: int, progress: Progress, clock: Clock) -> list[ScoredGroup]:
+    """Both groups of this rank's problems of the next batch, with their verdicts."""
+    indices, requests, sampling = _requests(s, progress.rounds)
     if s.ahead:
         sampled = s.ahead.copy()
         s.ahead.clear()
@@ -205,6 +247,9 @@ def _sample_and_score(s: Session, step: int, clock: Clock) -> list[ScoredGroup]:
     s.display.stage("score", len(sampled))
     groups = scored_groups(s.task, indices, sampled, partial(score_rollouts, s.rewards, s.tokenizer, s.task))
     clock.stage("score")
+    progress.rounds += 1
+    progress.rollouts += sum(ranks.gather(len(sampled)))
+    progress.rollout_tokens += sum(ranks.gather(sum(len(rollout.completion_ids) for rollout in sampled)))
     return groups
 
 
@@ -220,10 +265,11 @@ def _collect(s: Session, version: int, clock: Clock) -> None:
     clock.stage("overlap_wait")
 
 
-def _requests(s: Session, step: int) -> tuple[list[int], list[RolloutRequest], SamplingParams]:
+def _requests(s: Session, number: int) -> tuple[list[int], list[RolloutRequest], SamplingParams]:
+    """Those of batch `number` of the run."""
     rollout, seed = s.config.rollout, s.config.run.seed
-    indices = problems_of_step(len(s.task.problems), per_step=rollout.problems_per_step, seed=seed, step=step)
-    requests = build_requests(s.task, indices, n_auto=rollout.n_auto, n_guided=rollout.n_guided, seed=seed, step=step)
+    indices = problems_of_step(len(s.task.problems), per_step=rollout.problems_per_step, seed=seed, step=number)
+    requests = build_requests(s.task, indices, n_auto=rollout.n_auto, n_guided=rollout.n_guided, seed=seed, step=number)
     return indices, requests, SamplingParams(rollout.temperature, rollout.top_p, rollout.max_new_tokens)
 
 
@@ -243,11 +289,15 @@ def _update(
         score_contexts, s.engine, token_budget=budget, pad_id=pad_id, temperature=config.rollout.temperature
     )
     s.display.stage("target")
-    settings, objective = assembly.sgpo_settings(config), assembly.policy_objective(config)
+    method, objective = assembly.training_method(config), assembly.policy_objective(config)
     problems = config.rollout.problems_per_step // batches
-    size = len(groups) // batches
     planned = [
-        sgpo_sequences(groups[i * size : (i + 1) * size], settings, problems=problems, score=score)
+        method(
+            groups[len(groups) * i // batches : len(groups) * (i + 1) // batches],
+            problems=problems,
+            score=score,
+            total=lambda value: sum(ranks.gather(value)),
+        )
         for i in range(batches)
     ]
     guidance = [chosen for _, part in planned for chosen in part]
@@ -300,11 +350,12 @@ def _log(
     passes: Sequence[Pass],
     meter: Meter,
 ) -> None:
-    record_groups(meter, groups)
     record_guidance(meter, guidance)
     record_passes(meter, passes)
     values = meter.reduce()
     values["rollout_tokens_per_s"] = (values["rollout_tokens"] or 0.0) / max(values["rollout_s"] or 0.0, 1e-9)
+    if s.profiler:
+        s.profiler.write(done, values)
     s.logger.log("train", done, values)
     s.display.step(done, values)
     for group, chosen in list(zip(groups, guidance, strict=True))[: s.config.log.rollouts_per_step]:
@@ -410,6 +461,13 @@ def _total_steps(config: Config, problems: int) -> int:
     return min(steps, config.train.max_steps or steps)
 
 
+def _is_last(s: Session, done: int, progress: Progress) -> bool:
+    """No further step: their number is reached, or the budget of rollouts has no room for another batch."""
+    rollout, limit = s.config.rollout, s.config.train.max_rollouts
+    batch = rollout.problems_per_step * (rollout.n_auto + rollout.n_guided)
+    return done >= s.total_steps or (limit is not None and progress.rollouts + batch > limit)
+
+
 def _is_due(every: int | None, done: int) -> bool:
     return every is not None and done % every == 0
 
@@ -431,6 +489,8 @@ def _summary(config: Config, progress: Progress, wall_s: float) -> dict[str, Any
         "guided_accuracy_after": after.get("guided_accuracy"),
         "best_accuracy": progress.best_accuracy if progress.best_accuracy >= 0 else None,
         "steps": progress.step,
+        "rollouts": progress.rollouts,
+        "rollout_tokens": progress.rollout_tokens,
         "wall_s": round(wall_s, 1),
         "seed": config.run.seed,
         "commit": commit(),

@@ -59,8 +59,8 @@ def test_hidden_states_are_those_behind_the_logits(builtin_folder, checkpointing
 
 def test_the_head_is_given_to_the_function_and_logits_are_never_made(builtin_folder):
     model = PolicyModel(load(builtin_folder))
-    batch = type("Batch", (), {"input_ids": IDS, "rows": torch.tensor([1, 2])})()
-    teacher = type("Batch", (), {"input_ids": IDS[:1], "rows": torch.tensor([4, 5, 6])})()
+    batch = type("Batch", (), {"input_ids": IDS, "rows": torch.tensor([1, 2]), "lengths": None})()
+    teacher = type("Batch", (), {"input_ids": IDS[:1], "rows": torch.tensor([4, 5, 6]), "lengths": None})()
 
     def no_logits(*_):
         raise AssertionError("the output layer ran")
@@ -78,7 +78,7 @@ def test_the_head_is_given_to_the_function_and_logits_are_never_made(builtin_fol
 def test_the_gradient_reaches_tied_weights_from_both_sides(builtin_folder):
     lm = load(builtin_folder)
     model = PolicyModel(lm)
-    batch = type("Batch", (), {"input_ids": IDS, "rows": torch.arange(33)})()
+    batch = type("Batch", (), {"input_ids": IDS, "rows": torch.arange(33), "lengths": None})()
     model(lambda head, bias, hidden, _: (hidden @ head.T).log_softmax(-1)[:, 7].sum(), batch).backward()
     found = lm.get_input_embeddings().weight.grad.clone()
     lm.zero_grad()
@@ -90,7 +90,7 @@ def test_a_head_with_bias_is_found():
     lm = make_model(seed=0, hidden=32, layers=1)
     head = torch.nn.Linear(32, len(vocabulary()), bias=True)
     lm.set_output_embeddings(head)
-    batch = type("Batch", (), {"input_ids": IDS, "rows": torch.tensor([0])})()
+    batch = type("Batch", (), {"input_ids": IDS, "rows": torch.tensor([0]), "lengths": None})()
     assert PolicyModel(lm)(lambda *arguments: arguments, batch)[1] is head.bias
 
 

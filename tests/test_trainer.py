@@ -151,6 +151,40 @@ def test_every_switch_runs_end_to_end(tmp_path, overrides):
     assert any(row.get("distill_rows") for row in found) == distils
 
 
+@pytest.mark.parametrize("method", ["luffy", "sft"])
+def test_a_method_with_demonstrations_runs_end_to_end(tmp_path, method):
+    """A batch of 4 x 4 rollouts: the budget of 40 is spent after two steps (sft has none to spend)."""
+    budget = ["--rollout.n_auto=0", "--train.max_steps=2"] if method == "sft" else ["--train.max_rollouts=40"]
+    finish(tmp_path, "--rollout.n_guided=0", f"--algorithm.method={method}", "--rollout.max_new_tokens=20", *budget)
+    found = rows(tmp_path / "runs" / "tiny")
+    assert [row["step"] for row in found] == [1, 2]
+    assert all(row["loss_distill"] != 0 and row["grad_norm"] > 0 for row in found)
+    summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
+    assert summary["rollouts"] == (0 if method == "sft" else 32)
+    assert summary["rollout_tokens"] == sum(row["rollout_tokens"] for row in found)
+
+
+def test_dynamic_sampling_fills_its_steps_within_the_budget_and_resumes(tmp_path):
+    """Of two rollouts all or none are often correct: some steps need more than one batch of 4 x 2 rollouts."""
+    (tmp_path / "straight").mkdir()
+    (tmp_path / "resumed").mkdir()
+    words = ["--algorithm.method=dapo", "--rollout.n_guided=0", "--rollout.n_auto=2", "--train.max_rollouts=60"]
+    finish(tmp_path / "straight", *words, "--train.max_steps=9")
+    run = tmp_path / "straight" / "runs" / "tiny"
+    found = rows(run)
+    assert any(row["rollouts"] > 8 for row in found)
+    assert sum(row["rollouts"] for row in found) == 56  # seven batches; an eighth would not fit
+    for row in found[:-1]:  # the last one may have run out of budget
+        assert row["policy_rows"] > 0
+        assert 4 <= row["problems"] <= 40
+    process = start(tmp_path / "resumed", *words, "--train.max_steps=9")[0]
+    wait_for_lines(process, tmp_path / "resumed" / "runs" / "tiny" / "metrics.jsonl", 2)
+    process.kill()
+    process.communicate()
+    finish(tmp_path / "resumed", *words, "--train.max_steps=9")
+    assert digest(tmp_path / "resumed" / "runs" / "tiny") == digest(run)
+
+
 def test_a_full_disk_stops_cleanly_and_the_run_goes_on_afterwards(plain_run, tmp_path):
     finish(tmp_path, "--train.max_steps=2")
     run = tmp_path / "runs" / "tiny"

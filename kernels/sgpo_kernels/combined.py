@@ -96,4 +96,5 @@ def sgpo_loss(
     )
     result = fused_loss(head, bias, policy, distill, options)
     parts = result.policy_values[ROW_LOSS].sum(), result.distill_values[ROW_LOSS].sum()
-    return result.loss, SgpoStats(policy_stats(result), divergence_stats(result), *parts)
+    stats = policy_stats(result.policy_values, result.policy_live)
+    return result.loss, SgpoStats(stats, divergence_stats(result.distill_values, result.distill_live), *parts)

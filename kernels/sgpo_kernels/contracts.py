@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -95,9 +95,9 @@ def check_teacher(
         raise ValueError(_fail("teacher_head.shape", f"{head.shape[0]} rows as in head", got, "share one vocabulary"))
 
 
-def check_row_values(name: str, value: Tensor, hidden: Tensor) -> None:
+def check_row_values(name: str, value: object, hidden: Tensor) -> None:
     """A per-row constant: float32 [N] (or float64 beside float64 hidden states), same device, without gradient."""
-    _tensor(name, value)
+    value = _tensor(name, value)
     allowed = (torch.float32, torch.float64) if hidden.dtype == torch.float64 else (torch.float32,)
     if value.dtype not in allowed:
         raise TypeError(_fail(f"{name}.dtype", "float32", value.dtype, "keep per-row values in float32"))
@@ -163,8 +163,17 @@ def check_half_range(values: Tensor, dtype: torch.dtype) -> None:
 
 
 def check_no_tangents(*tensors: Tensor | None) -> None:
-    """The ops have no forward-mode derivative; without this check a tangent would be lost silently."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    """The ops have no forward-mode derivative; without this check a tangent would be lost silently. Nor do they take
+    part in `torch.func.grad` and its kin, where torch itself would raise a sentence about its own insides."""
+    if torch.compiler.is_compiling():
+        return
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    if any(layer.key() == functorch.TransformType.Grad for layer in functorch.get_interpreter_stack() or ()):
+        raise NotImplementedError(
+            "sgpo_kernels: the ops do not run inside torch.func.grad, vjp, jacrev or hessian: use backward() or "
+            "torch.autograd.grad, or `reference`."
+        )
+    if forward_ad._current_level < 0:
         return
     for tensor in tensors:
         if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
@@ -249,13 +258,11 @@ def check_policy(
     targets: Tensor,
     old_logprobs: Tensor | None,
     advantages: Tensor,
-    token_weight: Tensor,
-    names: tuple[str, str] = ("targets", "token_weight"),
+    name: str = "targets",
 ) -> None:
-    """Targets and the per-row constants of policy rows; `names`: what the op calls the targets and the weight."""
-    check_targets(targets, hidden, names[0])
+    """Targets and the per-row constants of policy rows, but the weight; `name`: what the op calls the targets."""
+    check_targets(targets, hidden, name)
     check_row_values("advantages", advantages, hidden)
-    check_row_values(names[1], token_weight, hidden)
     if old_logprobs is not None:
         check_row_values("old_logprobs", old_logprobs, hidden)
 

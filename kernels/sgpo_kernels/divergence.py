@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sgpo_kernels import contracts, launch
 from sgpo_kernels.fused import DistillInputs, DivergenceStats, Options, divergence_stats, fused_loss
+from sgpo_kernels.row_losses import row_losses
 from sgpo_kernels.rowmath import Rule
 
 Kind = Literal["forward_kl", "reverse_kl", "js"]
@@ -36,7 +37,7 @@ def linear_divergence(
     teacher_hidden: Tensor,
     head: Tensor,
     *,
-    token_weight: Tensor,
+    token_weight: Tensor | None = None,
     kind: Kind = "forward_kl",
     max_token_kl: float | None = None,
     over_limit: OverLimit = "mask",
@@ -52,12 +53,13 @@ def linear_divergence(
     impl: launch.Impl = "auto",
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, DivergenceStats]:
-    """Weighted sum of the limited per-token divergence over the rows.
+    """Weighted sum of the limited per-token divergence, or with `token_weight=None` the value of each row.
 
     Args:
         hidden: [N, H] float16, bfloat16, float32 or float64. head: [V, H], same dtype. bias: [V] or None.
         teacher_hidden: [N, H] of the same positions; [N, H_T] with a `teacher_head` [V, H_T]. No gradient.
-        token_weight: float32 [N]; a row at 0 is dropped before any product.
+        token_weight: float32 [N]; a row at 0 is dropped before any product. None gives the losses per row, for a
+            reduction of one's own; see Returns.
         max_token_kl: delta > 0, or None for no limit. over_limit: what happens to a row beyond it.
         temperature: a float > 0, or float32 [N], for both sides.
         teacher_head, teacher_bias: None means the student's, detached; a teacher_head goes with teacher_bias alone.
@@ -72,7 +74,9 @@ def linear_divergence(
         impl: "auto" (Triton on CUDA), "triton" or "torch". chunk_rows: rows per chunk, None for that of `launch`.
 
     Returns: (loss, DivergenceStats): loss 0-d float32 (float64 for float64 inputs), differentiable in hidden, head
-    and bias.
+    and bias. With token_weight=None: losses [N] after the limit, whose backward takes any upstream gradient and
+    recomputes both contexts' logits (see row_losses.py: nothing but the inputs is saved, two products per row more); a
+    column tolerance then leaves `dropped` and `column_share` NaN.
 
     Raises: TypeError (dtype), ValueError (shape, device, value), NotImplementedError (impl="triton" where Triton cannot
     run, head_grad inside torch.compile, forward-mode derivatives), RuntimeError (second derivatives).
@@ -84,5 +88,8 @@ def linear_divergence(
     options = Options(
         temperature, logit_softcap, column_tolerance, head_grad, vocab_group, vocab_start, impl, chunk_rows
     )
+    if token_weight is None:
+        losses, values, live = row_losses(head, bias, None, rows, options)
+        return losses, divergence_stats(values, live)
     result = fused_loss(head, bias, None, rows, options)
-    return result.loss, divergence_stats(result)
+    return result.loss, divergence_stats(result.distill_values, result.distill_live)

@@ -166,19 +166,19 @@ class FusedResult(NamedTuple):
 
 _NAN = float("nan")
 # `numbers`: clip_low, clip_high, dual_clip, max_token_kl, temperature, column_tolerance; NaN where one is off.
-_SCHEMA = """(Tensor head, Tensor? bias,
+INPUTS = """Tensor head, Tensor? bias,
     Tensor? policy_hidden, Tensor? distill_hidden,
     Tensor? targets, Tensor? old_logprobs, Tensor? advantages, Tensor? policy_weight,
     Tensor? teacher_hidden, Tensor? teacher_head, Tensor? teacher_bias, Tensor? distill_weight,
     str kind, str over_limit, Tensor numbers, Tensor? row_temperature, float? logit_softcap,
-    str impl, int? chunk_rows, str? vocab_group, int vocab_start,
+    str impl, int? chunk_rows, str? vocab_group, int vocab_start"""
+_SCHEMA = f"""({INPUTS},
     bool need_head, bool need_bias, bool need_policy, bool need_distill, bool wide_head,
     Tensor? head_grad
 ) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"""
 
 
-@torch.library.custom_op("sgpo_kernels::fused_loss", mutates_args=(), schema=_SCHEMA)
-def _fused_loss(
+def run_losses(
     head: Tensor,
     bias: Tensor | None,
     policy_hidden: Tensor | None,
@@ -207,6 +207,7 @@ def _fused_loss(
     wide_head: bool,
     head_grad: Tensor | None,
 ) -> tuple[Tensor, ...]:
+    """What the operator does; see FusedResult."""
     contracts.check_temperature_values(row_temperature)
     *gates, temperature, column_tolerance = numbers.tolist()
     clip_low, clip_high, dual_clip, max_token_kl = (None if math.isnan(gate) else gate for gate in gates)
@@ -248,6 +249,9 @@ def _fused_loss(
         outputs += [present(None), present(None)] if group is None else [group.values, group.live]  # type: ignore[attr-defined]
         hidden_grads.append(present(grad))
     return (*outputs, grads.scale, present(grads.head), present(grads.bias), *hidden_grads)
+
+
+_fused_loss = torch.library.custom_op("sgpo_kernels::fused_loss", run_losses, mutates_args=(), schema=_SCHEMA)
 
 
 @_fused_loss.register_fake
@@ -336,7 +340,7 @@ class PolicyInputs(NamedTuple):
     targets: Tensor
     old_logprobs: Tensor | None
     advantages: Tensor
-    token_weight: Tensor
+    token_weight: Tensor | None
     bounds: Bounds
 
 
@@ -345,7 +349,7 @@ class DistillInputs(NamedTuple):
     teacher_hidden: Tensor
     teacher_head: Tensor | None
     teacher_bias: Tensor | None
-    token_weight: Tensor
+    token_weight: Tensor | None
     rule: Rule
 
 
@@ -353,19 +357,39 @@ def fused_loss(
     head: Tensor, bias: Tensor | None, policy: PolicyInputs | None, distill: DistillInputs | None, options: Options
 ) -> FusedResult:
     """Checks the inputs that both groups share with the head, and calls the operator."""
+    grad, p, d = torch.is_grad_enabled(), policy, distill
+    output = _fused_loss(
+        *checked_inputs(head, bias, policy, distill, options),
+        grad and head.requires_grad,
+        grad and bias is not None and bias.requires_grad,
+        grad and p is not None and p.hidden.requires_grad,
+        grad and d is not None and d.hidden.requires_grad,
+        options.head_grad is not None,
+        options.head_grad,
+    )
+    return FusedResult(*output)
+
+
+def checked_inputs(
+    head: Tensor, bias: Tensor | None, policy: PolicyInputs | None, distill: DistillInputs | None, options: Options
+) -> tuple[Any, ...]:
+    """The arguments named in INPUTS, after the checks of what both groups share with the head."""
     rows = 0
     both = policy is not None and distill is not None
     if policy is not None:
-        names = ("policy_targets", "policy_weight") if both else ("targets", "token_weight")
-        contracts.check_policy(policy.hidden, *policy[1:5], names)
+        contracts.check_policy(policy.hidden, *policy[1:4], "policy_targets" if both else "targets")
+        if both or policy.token_weight is not None:
+            weight_name = "policy_weight" if both else "token_weight"
+            contracts.check_row_values(weight_name, policy.token_weight, policy.hidden)
         contracts.check_clips(*policy.bounds)
         rows += policy.hidden.shape[0]
     if distill is not None:
         contracts.check_teacher(
             distill.hidden, distill.teacher_hidden, head, distill.teacher_head, distill.teacher_bias
         )
-        weight_name = "distill_weight" if both else "token_weight"
-        contracts.check_row_values(weight_name, distill.token_weight, distill.hidden)
+        if both or distill.token_weight is not None:
+            weight_name = "distill_weight" if both else "token_weight"
+            contracts.check_row_values(weight_name, distill.token_weight, distill.hidden)
         contracts.check_divergence(*distill.rule)
         rows += distill.hidden.shape[0]
     contracts.check_options(options, rows, head)
@@ -373,7 +397,6 @@ def fused_loss(
     heat = options.temperature
     heat_rows = heat if isinstance(heat, Tensor) else None
     group = options.vocab_group
-    grad = torch.is_grad_enabled()
     p, d = policy, distill
     bounds = Bounds(None, None, None) if p is None else p.bounds
     rule = Rule("forward_kl", None, "mask") if d is None else d.rule
@@ -382,7 +405,7 @@ def fused_loss(
     # not `scalar_tensor`: torch.compile keeps a float as a run-time value through arithmetic only.
     one = torch.ones((), dtype=torch.float64, device="cpu")
     numbers = torch.stack([one * (_NAN if x is None else x) for x in scalars])
-    output = _fused_loss(
+    return (
         head,
         bias,
         None if p is None else p.hidden,
@@ -398,31 +421,24 @@ def fused_loss(
         options.chunk_rows,
         None if group is None else group.group_name,
         options.vocab_start,
-        grad and head.requires_grad,
-        grad and bias is not None and bias.requires_grad,
-        grad and p is not None and p.hidden.requires_grad,
-        grad and d is not None and d.hidden.requires_grad,
-        options.head_grad is not None,
-        options.head_grad,
     )
-    return FusedResult(*output)
 
 
-def policy_stats(result: FusedResult) -> PolicyStats:
-    values = result.policy_values
+def policy_stats(values: Tensor, live: Tensor) -> PolicyStats:
+    """From the group's row values [VALUE_ROWS, N] and its live rows."""
     clipped = values[CLIPPED] != 0
     return PolicyStats(
-        values[LOGPROB], values[ROW_ENTROPY], values[RATIO], clipped, result.policy_live, values[DROPPED], values[SHARE]
+        values[LOGPROB], values[ROW_ENTROPY], values[RATIO], clipped, live, values[DROPPED], values[SHARE]
     )
 
 
-def divergence_stats(result: FusedResult) -> DivergenceStats:
-    values = result.distill_values
+def divergence_stats(values: Tensor, live: Tensor) -> DivergenceStats:
+    """From the group's row values [VALUE_ROWS, N] and its live rows."""
     over = values[OVER] != 0
     return DivergenceStats(
         values[DIVERGENCE],
         over,
-        result.distill_live,
+        live,
         values[ROW_ENTROPY],
         values[TEACHER_ENTROPY],
         values[DROPPED],

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sgpo_kernels import contracts, launch
 from sgpo_kernels.fused import Options, PolicyInputs, PolicyStats, fused_loss, policy_stats
+from sgpo_kernels.row_losses import row_losses
 from sgpo_kernels.rowmath import Bounds
 
 
@@ -32,7 +33,7 @@ def linear_policy_loss(
     *,
     old_logprobs: Tensor | None = None,
     advantages: Tensor,
-    token_weight: Tensor,
+    token_weight: Tensor | None = None,
     clip_low: float | None,
     clip_high: float | None,
     dual_clip: float | None = None,
@@ -46,13 +47,14 @@ def linear_policy_loss(
     impl: launch.Impl = "auto",
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, PolicyStats]:
-    """Weighted sum of the clipped surrogate over the rows.
+    """Weighted sum of the clipped surrogate over the rows, or with `token_weight=None` the surrogate of each row.
 
     Args:
         hidden: [N, H] float16, bfloat16, float32 or float64. head: [V, H], same dtype. bias: [V] or None.
         targets: int64 [N]; ids of rows that are not live are never looked at.
         old_logprobs: float32 [N] at the same temperature, or None when the rows are exactly on-policy.
-        advantages, token_weight: float32 [N]. A row with either at 0 is dropped before any product.
+        advantages, token_weight: float32 [N]. A row with either at 0 is dropped before any product. token_weight=None
+            gives the losses per row, for a reduction of one's own; see Returns.
         clip_low, clip_high: the ratio stays in [1 - clip_low, 1 + clip_high]; None switches a side off.
         dual_clip: > 1, or None for none.
         temperature: a float > 0, or float32 [N].
@@ -67,7 +69,9 @@ def linear_policy_loss(
         impl: "auto" (Triton on CUDA), "triton" or "torch". chunk_rows: rows per chunk, None for that of `launch`.
 
     Returns: (loss, PolicyStats): loss 0-d float32 (float64 for float64 inputs), differentiable in hidden, head and
-    bias; `clipped` marks rows whose gradient a bound removed.
+    bias; `clipped` marks rows whose gradient a bound removed. With token_weight=None: losses [N], 0 where the advantage
+    is 0, whose backward takes any upstream gradient and recomputes the logits (see row_losses.py: only the inputs are
+    saved, one product per row more); a column tolerance then leaves `dropped` and `column_share` NaN.
 
     Raises: TypeError (dtype), ValueError (shape, device, value; on the CPU also ids outside [0, V) and float16 row
     gradients beyond 65504 times the largest weight), NotImplementedError (impl="triton" where Triton cannot run,
@@ -79,5 +83,8 @@ def linear_policy_loss(
     options = Options(
         temperature, logit_softcap, column_tolerance, head_grad, vocab_group, vocab_start, impl, chunk_rows
     )
+    if token_weight is None:
+        losses, values, live = row_losses(head, bias, rows, None, options)
+        return losses, policy_stats(values, live)
     result = fused_loss(head, bias, rows, None, options)
-    return result.loss, policy_stats(result)
+    return result.loss, policy_stats(result.policy_values, result.policy_live)

@@ -56,7 +56,7 @@ def linear_policy_loss(
     *,
     old_logprobs: Tensor | None = None,
     advantages: Tensor,
-    token_weight: Tensor,
+    token_weight: Tensor | None = None,
     clip_low: float | None,
     clip_high: float | None,
     dual_clip: float | None = None,
@@ -64,7 +64,7 @@ def linear_policy_loss(
     bias: Tensor | None = None,
     logit_softcap: float | None = None,
 ) -> tuple[Tensor, PolicyStats]:
-    live = (token_weight != 0) & (advantages != 0)
+    live = (advantages != 0) & (torch.ones_like(advantages) if token_weight is None else token_weight).bool()
     logprobs, entropy = linear_logprob(
         hidden,
         head,
@@ -85,7 +85,9 @@ def linear_policy_loss(
     logprobs, entropy, ratio = (torch.where(live, x.detach(), 0) for x in (logprobs, entropy, ratio))
     dropped, share = torch.zeros_like(ratio), live.to(ratio.dtype)
     stats = PolicyStats(logprobs, entropy, ratio, clipped & live, live, dropped, share)
-    return torch.where(live, loss * token_weight, 0).sum(), stats
+    return torch.where(live, loss, 0) if token_weight is None else torch.where(
+        live, loss * token_weight, 0
+    ).sum(), stats
 
 
 # d = KL(T || S) (arXiv 2606.24064 Eq. 3), KL(S || T), or JS with beta = 1/2
@@ -95,7 +97,7 @@ def linear_divergence(
     teacher_hidden: Tensor,
     head: Tensor,
     *,
-    token_weight: Tensor,
+    token_weight: Tensor | None = None,
     kind: str = "forward_kl",
     max_token_kl: float | None = None,
     over_limit: str = "mask",
@@ -116,13 +118,14 @@ def linear_divergence(
         "js": lambda: (_kl(student, middle) + _kl(teacher, middle)) / 2,
     }[kind]()
     limit = math.inf if max_token_kl is None else max_token_kl
-    over, live = divergence > limit, token_weight != 0
+    over, live = divergence > limit, torch.ones_like(divergence).bool() if token_weight is None else token_weight != 0
     beyond = {
         "mask": lambda: torch.zeros_like(divergence),
         "clamp": lambda: torch.full_like(divergence, limit),
         "scale": lambda: divergence * (limit / divergence).clamp(max=1).detach(),
     }[over_limit]()
-    loss = (torch.where(over, beyond, divergence) * token_weight).sum()
+    value = torch.where(over, beyond, divergence)
+    loss = value if token_weight is None else (value * token_weight).sum()
     entropies = (-(x.exp() * x).sum(1).detach() for x in (student, teacher))
     value, entropy, teacher_entropy = (torch.where(live, x, 0) for x in (divergence.detach(), *entropies))
     dropped, share = torch.zeros_like(value), live.to(value.dtype)

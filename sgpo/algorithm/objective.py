@@ -30,12 +30,14 @@ def sgpo_objective(
     policy_weight: torch.Tensor,
     old_logprobs: torch.Tensor | None,
     target_weight: torch.Tensor,
-    clip_low: float,
-    clip_high: float,
+    clip_low: float | None,
+    clip_high: float | None,
     dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
     distillation: Literal["forward_kl", "reverse_kl", "js", "sft", "none"] = "forward_kl",
     max_token_kl: float | None = 1.0,
     over_limit: Literal["mask", "clamp", "scale"] = "mask",
+    demo_shaping: float | None = None,
     temperature: float = 1.0,
     column_tolerance: float = 0.0,
     impl: Literal["auto", "triton", "torch"] = "auto",
@@ -48,18 +50,20 @@ def sgpo_objective(
         targets: int64 [N_p + N_t], the token that each row predicts.
         advantages, policy_weight, old_logprobs: fp32 [N_p]; old_logprobs None means a ratio of exactly 1.
         target_weight: fp32 [N_t].
+        entropy_coef: bonus on the policy rows, weight x entropy of their distribution.
         distillation: divergence of the target rows; "sft" takes their negative log-likelihood instead (ablation).
+        demo_shaping: with "sft", as in `imitation_objective`.
         column_tolerance, impl: as in `sgpo_kernels.sgpo_loss`; 0 is exact (imitation always is).
 
     Returns:
         scalar fp32 loss, and row statistics.
     """
     split = len(advantages)
+    rows = {"temperature": temperature, "bias": bias, "impl": impl}
     clips = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
-    policy = {"old_logprobs": old_logprobs, "advantages": advantages, **clips, "temperature": temperature}
-    policy |= {"column_tolerance": column_tolerance, "impl": impl}
+    policy = {"old_logprobs": old_logprobs, "advantages": advantages, **clips, "column_tolerance": column_tolerance}
     if teacher_hidden is not None and distillation != "sft" and distillation != "none":
-        loss, stats = sgpo_loss(
+        loss, fused = sgpo_loss(
             hidden[:split],
             targets[:split],
             hidden[split:],
@@ -70,17 +74,25 @@ def sgpo_objective(
             kind=distillation,
             max_token_kl=max_token_kl,
             over_limit=over_limit,
-            bias=bias,
             **policy,
+            **rows,
         )
-        return loss, ObjectiveStats(stats.policy, stats.divergence, stats.policy_loss, stats.distill_loss)
-    if distillation != "sft" and len(hidden) > split:
+        stats = ObjectiveStats(fused.policy, fused.divergence, fused.policy_loss, fused.distill_loss)
+    elif distillation != "sft" and len(hidden) > split:
         raise ValueError(f"{len(hidden) - split} target rows without teacher_hidden: pass it, or distillation='sft'")
-    policy_loss, stats = linear_policy_loss(
-        hidden[:split], head, targets[:split], token_weight=policy_weight, bias=bias, **policy
-    )
-    target_loss, _ = imitation_objective(head, bias, hidden[split:], targets[split:], target_weight, temperature, impl)
-    return policy_loss + target_loss, ObjectiveStats(stats, None, policy_loss.detach(), target_loss.detach())
+    else:
+        policy_loss, of_policy = linear_policy_loss(
+            hidden[:split], head, targets[:split], token_weight=policy_weight, **policy, **rows
+        )
+        target_loss, _ = imitation_objective(
+            head, bias, hidden[split:], targets[split:], target_weight, temperature, impl, demo_shaping
+        )
+        loss = policy_loss + target_loss
+        stats = ObjectiveStats(of_policy, None, policy_loss.detach(), target_loss.detach())
+    if entropy_coef:
+        _, entropy = linear_logprob(hidden[:split], head, targets[:split], **rows)
+        loss = loss - entropy_coef * (policy_weight * entropy).sum()
+    return loss, stats
 
 
 def imitation_objective(
@@ -91,7 +103,12 @@ def imitation_objective(
     weight: torch.Tensor,
     temperature: float = 1.0,
     impl: Literal["auto", "triton", "torch"] = "auto",
+    shaping: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted negative log-likelihood of given tokens: (sum of weight x nll, nll [N] without gradient)."""
+    """Weighted negative log-likelihood of given tokens: (sum of weight x nll, nll [N] without gradient).
+
+    With `shaping` gamma the row loss is -p / (p + gamma) in place of -log p, p = pi(token) (LUFFY's policy shaping).
+    """
     logprobs, _ = linear_logprob(hidden, head, targets, temperature=temperature, bias=bias, impl=impl)
-    return -(weight * logprobs).sum(), -logprobs.detach()
+    gain = logprobs if shaping is None else logprobs.exp() / (logprobs.exp() + shaping)
+    return -(weight * gain).sum(), -logprobs.detach()

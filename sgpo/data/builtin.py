@@ -162,6 +162,7 @@ def make_problems(split: Split, *, seed: int, count: int) -> list[Problem]:
             problem=problem_text(family, digits),
             answer=str(run_procedure(family.procedure, digits)[-1]),
             strategy=strategy_text(family.procedure),
+            solution=worked_chain(family, family.procedure, digits),
             extra={"family": f"{family.place} {family.thing}"},
         )
         for index, (family, digits) in enumerate(drawn)

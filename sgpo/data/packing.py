@@ -1,8 +1,9 @@
-"""From completions to padded micro-batches under a token budget, with the rows that the loss reads.
+"""From completions to micro-batches under a token budget, with the rows that the loss reads.
 
 The hidden state at position t predicts token t + 1, so a completion of C tokens after a prompt of L tokens reads the
-rows L - 1 .. L + C - 2. Sequences are padded on the right and attention is causal: padding changes no real row, and no
-attention mask is needed.
+rows L - 1 .. L + C - 2. Padded: one sequence a row, padded on the right; attention is causal, so padding changes no
+real row, and no attention mask is needed. Packed: all sequences behind one another in one row, no padding; the model
+keeps them apart by their lengths.
 """
 
 from __future__ import annotations
@@ -11,20 +12,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from sgpo.schema import TrainSequence
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """input_ids [B, T] int64; rows [N] int64 into the flattened [B * T] positions; targets [N] int64."""
+    """input_ids [B, T] int64; rows [N] int64 into the flattened [B * T] positions; targets [N] int64.
+
+    `lengths` of the sequences in a packed row [1, T], which sum to T; None where the batch is padded.
+    """
 
     input_ids: torch.Tensor
     rows: torch.Tensor
     targets: torch.Tensor
+    lengths: tuple[int, ...] | None = None
 
     def to(self, device: torch.device) -> TokenBatch:
-        return TokenBatch(self.input_ids.to(device), self.rows.to(device), self.targets.to(device))
+        return TokenBatch(self.input_ids.to(device), self.rows.to(device), self.targets.to(device), self.lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,30 +79,62 @@ def length_sorted(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     return groups
 
 
-def collate(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int) -> TokenBatch:
-    """Pads prompt + completion on the right and lists the rows that predict completion tokens.
+def first_fit(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Groups indices so that their lengths sum to at most `token_budget`: the longest first, each into the first group
+    with room. An index longer than the budget gets a group of its own; the result is deterministic.
+    """
+    groups: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        chosen = next((g for g, free in enumerate(room) if free >= lengths[index]), len(groups))
+        if chosen == len(groups):
+            groups.append([])
+            room.append(token_budget)
+        groups[chosen].append(index)
+        room[chosen] -= lengths[index]
+    return groups
+
+
+def grouped(lengths: Sequence[int], token_budget: int, *, packed: bool) -> list[list[int]]:
+    return first_fit(lengths, token_budget) if packed else length_sorted(lengths, token_budget)
+
+
+def collate(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int, *, packed: bool = False
+) -> TokenBatch:
+    """Joins prompt + completion, one a row and padded on the right or all in one row, and lists the rows that predict
+    completion tokens.
 
     No sequence at all gives one padding token and no rows: the step of a rank that has run out of work.
     """
-    width = max((len(p) + len(c) for p, c in zip(prompts, completions, strict=True)), default=1)
-    input_ids = torch.full((max(len(prompts), 1), width), pad_id, dtype=torch.int64)
+    joined = [
+        torch.tensor([*prompt, *completion], dtype=torch.int64)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ] or [torch.tensor([pad_id])]
+    lengths = tuple(len(ids) for ids in joined)
+    if packed:
+        input_ids = torch.cat(joined)[None]
+        starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    else:
+        input_ids = pad_sequence(joined, batch_first=True, padding_value=pad_id)
+        starts = [index * max(lengths) for index in range(len(lengths))]
     rows, targets = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-    for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        ids = torch.tensor([*prompt, *completion], dtype=torch.int64)
-        input_ids[index, : len(ids)] = ids
-        first = index * width + len(prompt) - 1
+    for start, ids, prompt, completion in zip(starts, joined, prompts, completions, strict=False):
+        first = start + len(prompt) - 1
         rows.append(torch.arange(first, first + len(completion)))
         targets.append(ids[len(prompt) :])
-    return TokenBatch(input_ids, torch.cat(rows), torch.cat(targets))
+    return TokenBatch(input_ids, torch.cat(rows), torch.cat(targets), lengths if packed else None)
 
 
-def collate_training(sequences: Sequence[TrainSequence], pad_id: int, *, with_teacher: bool) -> MicroBatch:
+def collate_training(
+    sequences: Sequence[TrainSequence], pad_id: int, *, with_teacher: bool, packed: bool = False
+) -> MicroBatch:
     """Builds the micro-batch of some live sequences, or of none.
 
     `with_teacher` asks for a teacher batch even where no sequence here is distilled: under ZeRO-3 every rank must make
     the same forward passes.
     """
-    student = collate([s.prompt_ids for s in sequences], [s.completion_ids for s in sequences], pad_id)
+    student = collate([s.prompt_ids for s in sequences], [s.completion_ids for s in sequences], pad_id, packed=packed)
     lengths = torch.tensor([len(s.completion_ids) for s in sequences], dtype=torch.int64)
 
     def per_row(values: Sequence[float]) -> torch.Tensor:
@@ -121,12 +159,13 @@ def collate_training(sequences: Sequence[TrainSequence], pad_id: int, *, with_te
         prompts = [s.teacher_prompt_ids or () for s in distilled]
         if not all(prompts):
             raise ValueError("a distilled sequence has no teacher_prompt_ids")
-        teacher = collate(prompts, [s.completion_ids for s in distilled], pad_id)
+        teacher = collate(prompts, [s.completion_ids for s in distilled], pad_id, packed=packed)
     return MicroBatch(
         student=TokenBatch(
             student.input_ids,
             torch.cat([student.rows[policy], student.rows[target]]),
             torch.cat([student.targets[policy], student.targets[target]]),
+            student.lengths,
         ),
         advantages=advantages[policy],
         policy_weight=policy_weight[policy],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,17 @@ Row = tuple[str, Any]
 """Where the row stands ("file:line") and the decoded row, or the ValueError that decoding raised."""
 
 
-def load_problems(source: str, *, limit: int | None = None) -> list[Problem]:
+def load_problems(
+    source: str, *, limit: int | None = None, convert: Callable[[int, dict[str, Any]], dict[str, Any]] | None = None
+) -> list[Problem]:
     """The problems of `source`, in file order.
 
     Args:
         source: a JSONL file; a `.parquet` or `.json` file, a folder saved by `Dataset.save_to_disk`, or
-            "hf:<dataset>[:split]" (split "train" unless given), the last four through the `datasets` package.
+            "hf:<dataset>[@configuration][:split]" (split "train" unless given), the last four through the `datasets`
+            package.
         limit: read and check only this many rows (blank lines not counted).
+        convert: from the number of a row (from 0) and the row to one with the keys above, for data in another form.
 
     Raises:
         SgpoError: one error for all bad rows, each named by file and line; no file, an empty file, no `datasets`.
@@ -45,7 +49,9 @@ def load_problems(source: str, *, limit: int | None = None) -> list[Problem]:
     problems: list[Problem] = []
     complaints: list[str] = []
     first_place: dict[str, str] = {}
-    for place, row in islice(_rows(source), limit):
+    for number, (place, row) in enumerate(islice(_rows(source), limit)):
+        if convert is not None and isinstance(row, dict):
+            row = convert(number, row)
         found = _row_complaints(row)
         complaints += [f"{place}: {text}" for text in found]
         if found:
@@ -69,11 +75,11 @@ def check_disjoint(train: Sequence[Problem], evaluation: Sequence[Problem]) -> N
 
     Texts are compared after Unicode NFKC, case folding and joining of white space.
     """
-    train_ids = {_normalised(problem.problem): problem.id for problem in train}
+    train_ids = {normalised_text(problem.problem): problem.id for problem in train}
     shared = [
         f"evaluation {problem.id!r} is training {train_ids[key]!r}"
         for problem in evaluation
-        if (key := _normalised(problem.problem)) in train_ids
+        if (key := normalised_text(problem.problem)) in train_ids
     ]
     if shared:
         head = f"{_count(shared, 'evaluation problem')} also in the training data; remove them from one of the two sets"
@@ -92,7 +98,8 @@ def _count(items: Sequence[str], noun: str) -> str:
     return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
 
 
-def _normalised(text: str) -> str:
+def normalised_text(text: str) -> str:
+    """The text after Unicode NFKC, case folding and joining of white space."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
@@ -103,7 +110,7 @@ def _rows(source: str) -> Iterator[Row]:
     if not path.exists():
         raise SgpoError(
             f"No data file at {source}: expected a JSONL, JSON or parquet file, a folder saved by datasets, "
-            'or "hf:<dataset>[:split]".'
+            'or "hf:<dataset>[@configuration][:split]".'
         )
     if path.is_dir() or path.suffix in _TABLE_BUILDERS:
         return _dataset_rows(source)
@@ -141,7 +148,8 @@ def _dataset_rows(source: str) -> Iterator[Row]:
         if source.startswith("hf:"):
             name, _, wanted = source.removeprefix("hf:").partition(":")
             split = wanted or split
-            table = datasets.load_dataset(name, split=split)
+            name, _, configuration = name.partition("@")
+            table = datasets.load_dataset(name, configuration or None, split=split)
         elif path.is_dir():
             table = datasets.load_from_disk(source)
             if isinstance(table, datasets.DatasetDict):

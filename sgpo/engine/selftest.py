@@ -32,8 +32,9 @@ def check_gradients(engine: ZeroEngine, *, dtype: str) -> float:
     ids = torch.randint(vocabulary, (_SEQUENCES, _TOKENS), generator=generator).to(engine.device)
     devices = [engine.device] if engine.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        norm, whole = engine.rehearse([_micro_batch(ids)])
-        split_norm, split = engine.rehearse([_micro_batch(row) for row in ids.split(1)])
+        packed = engine.model.packed
+        norm, whole = engine.rehearse([_micro_batch(ids, packed)])
+        split_norm, split = engine.rehearse([_micro_batch(row, packed) for row in ids.split(1)])
     # Rounding of bf16 products and of 8-bit codes; losing one micro-batch of four is ten times as much.
     limit = 0.1 if is_8bit(engine.adam) else 0.05 if dtype == "bfloat16" else 1e-3
     total = ranks.gather((float((whole - split).square().sum()), float(whole.square().sum()), whole.numel()))
@@ -49,10 +50,14 @@ def check_gradients(engine: ZeroEngine, *, dtype: str) -> float:
     return relative
 
 
-def _micro_batch(ids: torch.Tensor) -> tuple[Callable[..., Any], Any]:
+def _micro_batch(ids: torch.Tensor, packed: bool) -> tuple[Callable[..., Any], Any]:
     """The mean log-likelihood loss of all next tokens of `ids` [B, T], weighted by the count of the whole test."""
     positions = torch.arange(ids.numel(), device=ids.device).view_as(ids)
-    batch = SimpleNamespace(input_ids=ids, rows=positions[:, :-1].flatten())
+    batch = SimpleNamespace(
+        input_ids=ids.view(1, -1) if packed else ids,
+        rows=positions[:, :-1].flatten(),
+        lengths=[_TOKENS] * len(ids) if packed else None,
+    )
     targets = ids[:, 1:].flatten()
     weight = 1.0 / (_SEQUENCES * (_TOKENS - 1) * ranks.world_size())
 

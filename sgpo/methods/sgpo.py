@@ -15,10 +15,8 @@ from sgpo.algorithm.guidance import adaptive_alpha, group_advantage_alpha
 from sgpo.algorithm.targets import reachable_target, target_score
 from sgpo.algorithm.weights import target_token_weight
 from sgpo.methods.grpo import policy_sequences
-from sgpo.schema import Rollout, ScoredGroup, TrainSequence
-
-Context = tuple[tuple[int, ...], tuple[int, ...]]  # prompt ids, completion ids
-Scorer = Callable[[list[Context]], list[list[float]]]  # log-probs of each completion's tokens after its prompt
+from sgpo.methods.method import Guidance, Scorer
+from sgpo.schema import ScoredGroup, TrainSequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,24 +32,20 @@ class SgpoSettings:
     alpha_fixed: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Guidance:
-    """What was decided for one problem. `targets` is empty where no guided rollout is correct or alpha is 0."""
-
-    alpha: float = 0.0
-    alpha_uncapped: float = 0.0
-    targets: tuple[Rollout, ...] = ()
-    target_score: float | None = None
-
-
 def sgpo_sequences(
-    groups: Sequence[ScoredGroup], settings: SgpoSettings, *, problems: int, score: Scorer
+    groups: Sequence[ScoredGroup],
+    settings: SgpoSettings,
+    *,
+    problems: int,
+    score: Scorer,
+    total: Callable[[float], float] = float,
 ) -> tuple[list[TrainSequence], list[Guidance]]:
     """The live training sequences of one optimizer step, and the guidance decided for each group.
 
     Args:
         problems: number of problems of the optimizer step over all ranks, the P of Eq. 7.
         score: log-probs under the plain prompt; called exactly once, because under ZeRO-3 it is collective.
+        total: not used here; see `sgpo.methods.method.Method`.
     """
     guidance = choose_targets(groups, settings, score)
     sequences: list[TrainSequence] = []

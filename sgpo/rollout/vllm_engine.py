@@ -346,6 +346,10 @@ def _build(folder: Path, dtype: str, options: VllmOptions, *, cuda: bool) -> LLM
         sizes["gpu_memory_utilization"] = options.gpu_memory_utilization
     else:
         sizes["block_size"] = 32  # vLLM's 128 on a CPU would share few prompts
+        # A prompt cut in two would draw twice, and vLLM (0.32) cannot take a draw back from a CPU's generator.
+        sizes["enable_chunked_prefill"] = False
+        if options.max_num_batched_tokens is not None:
+            sizes["max_num_batched_tokens"] = max(options.max_num_batched_tokens, options.max_model_len)
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks > 1:
         sizes["distributed_executor_backend"] = "external_launcher"

@@ -1,22 +1,16 @@
-"""Questions to a model and their answers, each kept on disk the moment it arrives: nothing is asked or paid for twice.
-
-The cache is a JSON Lines file that only grows. A line is written and forced to the disk before its answer is used, so
-a run killed at any moment loses the answers that were under way and nothing else.
-"""
+"""Questions to a model and their answers, each on the disk before it is used: nothing is asked or paid for twice."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sgpo.schema import SgpoError
+from sgpo.strategies.lines import KeyedLines
 from sgpo.strategies.prompts import Messages
 
 
@@ -74,64 +68,11 @@ class Backend(Protocol):
         ...
 
 
-class AnswerCache:
-    """Answers by key in an append-only file. One run at a time may hold it; a context manager.
-
-    A last line torn by a crash is dropped. Raises SgpoError where another run holds the file or a line is damaged.
-    """
+class AnswerCache(KeyedLines[Answer]):
+    """Answers by key in an append-only file, see `KeyedLines`."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b")
-        except OSError as error:
-            raise SgpoError(
-                f"the cache {path} cannot be written: {error.strerror}; set cache to another file"
-            ) from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise SgpoError(
-                f"the cache {path} is in use by another run; wait for it or set cache to another file"
-            ) from None
-        self._answers = self._read()
-
-    def get(self, key: str) -> Answer | None:
-        return self._answers.get(key)
-
-    def put(self, key: str, answer: Answer) -> None:
-        """On disk when this returns."""
-        self._file.write(json.dumps({"key": key, **asdict(answer)}).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._answers[key] = answer
-
-    def __len__(self) -> int:
-        return len(self._answers)
-
-    def __enter__(self) -> AnswerCache:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
-
-    def _read(self) -> dict[str, Answer]:
-        answers: dict[str, Answer] = {}
-        self._file.seek(0)
-        for number, line in enumerate(self._file, start=1):
-            if not line.endswith(b"\n"):
-                # Torn, whole or not: cut it off, or the next line would be glued to it.
-                self._file.truncate(self._file.seek(0, os.SEEK_END) - len(line))
-                break
-            try:
-                row = json.loads(line)
-                key = row.pop("key")
-                answers[key] = Answer(**row)
-            except (ValueError, TypeError, KeyError, AttributeError):
-                raise SgpoError(f"{self._path}:{number}: not an answer of this cache; delete this line") from None
-        return answers
+        super().__init__(path, what="cache", setting="cache", read=lambda row: Answer(**row), write=asdict)
 
 
 @dataclass

@@ -3,6 +3,10 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import sgpo_kernels
@@ -235,3 +239,19 @@ def test_usage_errors_are_one_sentence(arguments, message, tmp_path, capsys):
     assert error.startswith("error: ")
     assert message in error
     assert all(line.startswith("[") for line in progress)
+
+
+def test_kernels_of_another_place_are_not_measured(tmp_path):
+    """As in a second checkout, where an installed sgpo_kernels is found first."""
+    shutil.copytree(measure.OWN_KERNELS, tmp_path / "sgpo_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    root = measure.OWN_KERNELS.parents[1]
+    out = tmp_path / "rows.jsonl"
+    command = [sys.executable, "-m", "benchmarks.run", "--quick", "--op", "logprob", "--out", str(out)]
+    path = os.pathsep.join([str(tmp_path), str(root)])
+    done = subprocess.run(
+        command, cwd=root, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: the benchmarks of {root} would measure the sgpo_kernels in {tmp_path}")
+    assert done.stderr.count("\n") == 1
+    assert not out.exists()

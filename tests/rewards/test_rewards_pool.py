@@ -13,6 +13,8 @@ import pytest
 pytest.importorskip("pebble")
 pytest.importorskip("math_verify")
 
+import hostile_answers
+
 from sgpo.rewards import RewardItem, RewardPool
 from sgpo.schema import SgpoError, Verdict
 
@@ -168,6 +170,21 @@ def test_hostile_completions_cost_a_timeout_at_most_and_leave_a_working_pool(poo
         Verdict(1.0),
         Verdict(0.0),
     ]
+
+
+def test_generated_hostile_strings_end_in_a_verdict_within_bounded_memory():
+    """A sample of the 10,000 that `hostile_answers.py` runs."""
+    count = 80
+    found = hostile_answers.run(count, seed=1, timeout_s=TIMEOUT_S / 2, memory_mib=256)
+    assert sum(found["statuses"].values()) == count
+    assert found["statuses"].keys() <= {"ok", "no_answer", "too_long", "timeout", "error"}
+    assert found["statuses"]["ok"] > count / 4
+    assert found["seconds"] < 10 + count * (TIMEOUT_S / 2 + 1)
+    assert [row for row in found["rewarded"] if row[0] not in hostile_answers.MAY_BE_RIGHT] == []
+    assert not found["trap_sprung"]
+    assert found["works_afterwards"]
+    assert 30 < found["worker_peak_mib"] < 150 + 256
+    assert found["own_growth_mib"] < 64
 
 
 def test_good_answers_between_bombs_are_scored(pool):

@@ -174,6 +174,17 @@ def test_completions_do_not_depend_on_the_batch_size(free, make_engine, max_batc
     assert_same(make_engine(max_batch_tokens=max_batch_tokens).generate(REQUESTS, FREE), free)
 
 
+@NO_VLLM
+def test_prompts_beyond_one_forward_pass_of_vllm_change_nothing(folder):
+    engine = make_vllm(folder, [EOS], 4096, max_num_seqs=32, max_num_batched_tokens=64)
+    requests = [request_of(i, length=50) for i in range(12)]
+    try:
+        together = engine.generate(requests, FREE)
+        assert_same(together, [engine.generate([request], FREE)[0] for request in requests])
+    finally:
+        engine.close()
+
+
 def test_a_shorter_limit_gives_the_beginning(engine, free):
     short = engine.generate(REQUESTS, SamplingParams(1.0, 1.0, 5))
     assert texts(short) == [ids[:5] for ids in texts(free)]

@@ -53,7 +53,8 @@ class Case:
             scalar = (output[0] * self.upstream[0]).sum() + (output[1] * self.upstream[1]).sum()
         else:
             values = {"loss": output[0], **flat_stats(output[1])}
-            scalar = output[0] * LOSS_UPSTREAM
+            # Losses per row (token_weight=None) take one upstream gradient per row.
+            scalar = (output[0] * self.upstream[0]).sum() if output[0].dim() else output[0] * LOSS_UPSTREAM
         if scalar.requires_grad:
             scalar.backward()
         grads = {f"grad.{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}

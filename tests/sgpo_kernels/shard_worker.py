@@ -22,6 +22,7 @@ CASES += [
     (f"{op}-options", op, {"dtype": torch.float64, "temperature": "rows", "logit_softcap": 3.0})
     for op in ("logprob", "policy", "js")
 ]
+CASES += [(f"{op}-rows", op, {"dtype": torch.float64, "token_weight": None}) for op in ("policy", "js")]
 CUTS = {1: (0, 37), 2: (0, 21, 37), 3: (0, 13, 26, 37)}
 
 
@@ -46,6 +47,8 @@ def main() -> None:
             if name.endswith("float64"):
                 continue
             arguments = {**arguments, "dtype": torch.float32}
+        if tolerance and name.endswith("-rows"):
+            continue  # what it drops is NaN there
         case = conftest.build(op, **arguments)
         cuts = None if ranks == 1 else CUTS[ranks][rank : rank + 2]
         extra = {} if op == "logprob" else {"column_tolerance": tolerance}

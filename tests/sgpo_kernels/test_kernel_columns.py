@@ -141,10 +141,11 @@ def test_where_every_column_lives_it_is_the_exact_result(make_case, op, dtype):
     assert all(torch.equal(exact[name], ours[name]) for name in exact if "column_share" not in name)
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("op", LOSSES)
-def test_gathered_columns_give_what_the_dense_product_gives(make_case, op, monkeypatch):
+def test_gathered_columns_give_what_the_dense_product_gives(make_case, op, softcap, monkeypatch):
     """All columns live, but the dense product is forbidden."""
-    case = make_case(op, torch.float64)
+    case = make_case(op, torch.float64, logit_softcap=softcap)
     exact = case.results(chunk_rows=5)
     monkeypatch.setattr(launch, "DENSE_SHARE", 1.0)
     ours = case.results(chunk_rows=5, column_tolerance=1e-300)

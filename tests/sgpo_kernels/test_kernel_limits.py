@@ -186,6 +186,29 @@ def test_forward_mode_is_refused(make_case, op, compute):
         assert bool(scalar(case, case.leaves).isfinite())
 
 
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda run, leaf: torch.func.grad(run)(leaf),
+        lambda run, leaf: torch.func.vjp(run, leaf),
+        lambda run, leaf: torch.func.jacrev(run)(leaf),
+        lambda run, leaf: torch.func.hessian(run)(leaf),
+        lambda run, leaf: torch.vmap(torch.func.grad(run))(leaf[None]),
+    ],
+    ids=["grad", "vjp", "jacrev", "hessian", "per_sample"],
+)
+def test_torch_func_is_refused_in_our_own_words(make_case, op, compute):
+    case = make_case(op)
+    name = next(iter(case.leaves))
+
+    def run(value):
+        return scalar(case, {**case.leaves, name: value})
+
+    with pytest.raises(NotImplementedError, match="do not run inside torch"):
+        compute(run, case.leaves[name])
+    assert bool(scalar(case, case.leaves).isfinite())
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_gradient_penalty_is_refused(make_case, op, checkpointed):
     """The upstream gradient is a constant 1: nothing but the saved gradients could carry the second derivative."""

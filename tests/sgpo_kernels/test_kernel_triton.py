@@ -51,6 +51,22 @@ def test_every_op_with_every_option(make_case, op, dtype, bias, temperature, sof
     check(case, chunk_rows=5)
 
 
+def test_a_row_on_a_gate_is_inside(make_case):
+    """Eq. 5 keeps d <= delta, and a ratio of exactly 1 + clip_high is not clipped, here as in plain torch."""
+    case = make_case("forward_kl", dead=0.0, max_token_kl=None)
+    limit = float(case.results(impl="triton")["divergence"].median())
+    ours = case.results(impl="triton", max_token_kl=limit)
+    on_limit = ours["divergence"] == limit
+    assert on_limit.sum() == 1
+    assert not ours["over_limit"][on_limit].any()
+    assert ours["grad.hidden"][on_limit].any()
+    # On-policy rows have a ratio of exactly 1.
+    case = make_case("policy_on", dead=0.0, clip_low=0.0, clip_high=0.0)
+    ours = case.results(impl="triton")
+    assert not ours["clipped"].any()
+    assert ours["grad.hidden"].any(dim=1).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("over_limit", ["mask", "clamp", "scale"])
 @pytest.mark.parametrize("limit", [0.05, 0.4, None])
