@@ -1,6 +1,7 @@
 """`sgpo eval` on benchmarks with the built-in model: protocol, resumption, refusals, contamination, comparison."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,13 @@ from sgpo.data.builtin import make_problems
 from sgpo.evaluate_benchmarks import evaluate_benchmarks, model_fingerprint, protocol_of
 from sgpo.schema import SgpoError
 
-REWARD = "def even(completion, answer, problem):\n    return float(len(completion.split()) % 2 == 0)\n"
+REWARD = """
+import os, time
+
+def even(completion, answer, problem):
+    time.sleep(float(os.environ.get("REWARD_SLEEP_S", "0")))
+    return float(len(completion.split()) % 2 == 0)
+"""
 
 
 @pytest.fixture
@@ -72,9 +79,13 @@ def test_a_killed_evaluation_goes_on_and_ends_as_the_undisturbed_one(folder, bui
     whole, _ = run(builtin_folder, folder / "whole")
     assert len(requested) == 8 * 4
     command = [sys.executable, "-m", "sgpo.cli", "eval", *words(builtin_folder), "--out", "killed"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    slow = {
+        **os.environ,
+        "REWARD_SLEEP_S": "0.2",
+    }  # not over before it is killed, on a busy machine too
+    process = subprocess.Popen(command, env=slow, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     first = folder / "killed" / "one.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (first.exists() and first.read_bytes().count(b"\n") > 4):
         assert process.poll() is None
         assert time.monotonic() < deadline
