@@ -393,6 +393,10 @@ class PlanConfig(Section):
     architecture: str | None = Field(
         default=None, description='"qwen2.5-7b", "qwen2.5-1.5b" or a config.json, where model.path is not there yet'
     )
+    worst_case_step: bool | None = Field(
+        default=None,
+        description="sgpo train, before its first step: the longest micro-batch, without effect; default: on a GPU",
+    )
     rates: RatesConfig = RatesConfig()
 
 

@@ -56,7 +56,7 @@ def optimizer_step(
     losses: list[torch.Tensor] = []
     for chosen, micro in micro_batches(live, token_budget=token_budget, pad_id=pad_id, packed=engine.model.packed):
         micro = micro.to(engine.device)
-        loss, stats = engine.loss(_bound(objective, micro), micro.student, micro.teacher)
+        loss, stats = engine.loss(bound_objective(objective, micro), micro.student, micro.teacher)
         engine.backward(loss)
         losses.append(loss.detach())
         passes.append(Pass(chosen, stats, micro.tokens, micro.tokens - _real_tokens(chosen, micro)))
@@ -107,7 +107,8 @@ def _logprobs(batch: TokenBatch, temperature: float) -> Callable[..., torch.Tens
     return logprobs
 
 
-def _bound(objective: Objective, micro: MicroBatch) -> Callable[..., tuple[torch.Tensor, Any]]:
+def bound_objective(objective: Objective, micro: MicroBatch) -> Callable[..., tuple[torch.Tensor, Any]]:
+    """`objective` of `micro` as ZeroEngine.loss takes it."""
     return lambda head, bias, hidden, teacher_hidden: objective(head, bias, hidden, teacher_hidden, micro)
 
 

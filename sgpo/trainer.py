@@ -30,6 +30,7 @@ from sgpo.methods.dapo import is_informative
 from sgpo.methods.method import Guidance
 from sgpo.metrics import LiveDisplay, MetricsLogger, RolloutTable
 from sgpo.models import load_tokenizer
+from sgpo.preflight import wants_worst_case, worst_case_step
 from sgpo.profiling import Profiler, peak_flops
 from sgpo.provenance import commit
 from sgpo.report import write_report
@@ -127,6 +128,10 @@ def _train(config: Config) -> dict[str, Any]:
         )
         stack.callback(rollouts.close)
         rollouts.sync(progress.step)
+        if progress.step == 0 and wants_worst_case(config, device):
+            rollouts.sleep()
+            worst_case_step(engine, config, task.prompts, tokenizer.pad_token_id)
+            rollouts.sync(progress.step)
         profiler = _profiler(config, run_dir, engine, stack) if config.log.profile else None
         total_steps, main = _total_steps(config, len(task.problems)), ranks.is_main()
         logger = MetricsLogger(

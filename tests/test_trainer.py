@@ -164,6 +164,11 @@ def test_a_method_with_demonstrations_runs_end_to_end(tmp_path, method):
     assert summary["rollout_tokens"] == sum(row["rollout_tokens"] for row in found)
 
 
+def test_a_worst_case_step_changes_nothing(plain_run, tmp_path):
+    finish(tmp_path, "--plan.worst_case_step=true")
+    assert digest(tmp_path / "runs" / "tiny") == digest(plain_run)
+
+
 def test_dynamic_sampling_fills_its_steps_within_the_budget_and_resumes(tmp_path):
     """Of two rollouts all or none are often correct: some steps need more than one batch of 4 x 2 rollouts."""
     (tmp_path / "straight").mkdir()

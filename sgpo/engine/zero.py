@@ -144,15 +144,15 @@ class ZeroEngine:
             raise SgpoError(f"the gradient norm is {norm}; the last checkpoint is intact: lower the learning rate")
         return float(norm)
 
-    def rehearse(self, micro_batches: Sequence[tuple[Callable[..., Any], Any]]) -> tuple[float, torch.Tensor]:
+    def rehearse(self, micro_batches: Sequence[tuple[Any, ...]]) -> tuple[float, torch.Tensor]:
         """(gradient norm, sketch of this rank's share of the gradient) of a step that leaves everything as it was.
 
-        The way of a real step, reduction and offload included: Adam's first moment after a step with learning rate 0
-        is the gradient. Only for an engine that has made no step yet. Collective.
+        A micro-batch is what `loss` takes. The way of a real step, reduction and offload included: Adam's first moment
+        after a step with learning rate 0 is the gradient. Only for an engine that has made no step yet. Collective.
         """
         counters = {name: getattr(self._engine, name) for name in ("global_steps", "global_samples", "micro_steps")}
-        for function, batch in micro_batches:
-            self.backward(self.loss(function, batch)[0])
+        for micro_batch in micro_batches:
+            self.backward(self.loss(*micro_batch)[0])
         norm, found = self.step(lr=0.0), sketch_of_first_moments(self.adam)
         forget(self.adam)
         for name, value in counters.items():

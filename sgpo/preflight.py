@@ -1,0 +1,60 @@
+"""Before the first step: the longest micro-batch that the run may meet goes through once, optimizer included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sgpo import assembly
+from sgpo.config import WITH_DEMONSTRATIONS, Config
+from sgpo.data.packing import collate_training
+from sgpo.engine.zero import ZeroEngine
+from sgpo.schema import PromptPair, SgpoError, TrainSequence
+from sgpo.steps import bound_objective
+
+
+def wants_worst_case(config: Config, device: torch.device) -> bool:
+    """plan.worst_case_step; by default on a GPU alone, where memory ends without warning."""
+    asked = config.plan.worst_case_step
+    return device.type == "cuda" if asked is None else asked
+
+
+def worst_case_step(engine: ZeroEngine, config: Config, prompts: Sequence[PromptPair], pad_id: int) -> None:
+    """A step over full-length sequences in both contexts; weights, optimizer and random states stay as they were.
+
+    For an engine that has made no step yet. Collective. Raises SgpoError where it does not fit.
+    """
+    sequences = longest_micro_batch(config, prompts, pad_id)
+    micro = collate_training(
+        sequences,
+        pad_id,
+        with_teacher=any(s.teacher_prompt_ids for s in sequences),
+        packed=config.engine.packing == "packed",
+    ).to(engine.device)
+    objective = bound_objective(assembly.policy_objective(config), micro)
+    devices = [engine.device] if engine.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            engine.rehearse([(objective, micro.student, micro.teacher)] * 2)
+    except torch.OutOfMemoryError as error:
+        raise SgpoError(
+            f"the longest micro-batch ({micro.tokens} tokens in both contexts) does not fit into the GPU's memory: "
+            "lower engine.micro_batch_tokens or rollout.max_new_tokens, or see sgpo plan"
+        ) from error
+
+
+def longest_micro_batch(config: Config, prompts: Sequence[PromptPair], pad_id: int) -> list[TrainSequence]:
+    """As many full-length completions as a micro-batch holds, of which SGPO distils one and imitation learns one."""
+    plain = max((pair.plain for pair in prompts), key=len)
+    guided = max((pair.guided or pair.plain for pair in prompts), key=len)
+    new = (pad_id,) * config.rollout.max_new_tokens
+    algorithm = config.algorithm
+    distils = algorithm.method == "sgpo" and algorithm.distillation not in ("none", "sft")
+    imitates = algorithm.method in WITH_DEMONSTRATIONS or algorithm.distillation == "sft"
+    longest = len(guided if distils else plain) + len(new)
+    count = max(1, config.engine.micro_batch_tokens // longest)
+    sequences = [TrainSequence(plain, new, advantage=1.0, policy_weight=1e-6) for _ in range(count)]
+    if distils or imitates:
+        sequences[-1] = TrainSequence(plain, new, target_weight=1e-6, teacher_prompt_ids=guided if distils else None)
+    return sequences
