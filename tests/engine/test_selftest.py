@@ -1,5 +1,6 @@
 """The start-up test against engines that lose gradients."""
 
+import deepspeed.utils.groups
 import pytest
 import torch
 
@@ -11,22 +12,28 @@ from sgpo.schema import SgpoError
 
 @pytest.fixture(scope="module")
 def engine(builtin_folder):
-    device = zero.init_distributed(60)
-    engine = zero.ZeroEngine(
-        PolicyModel(load_causal_lm(builtin_folder, dtype="float32")),
-        device=device,
-        zero_stage=2,
-        dtype="float32",
-        lr=1e-3,
-        betas=(0.9, 0.95),
-        eps=1e-8,
-        weight_decay=0.1,
-        max_grad_norm=1.0,
-        optimizer_state="cpu_offload",
-    )
-    yield engine
-    engine.close()
-    torch.distributed.destroy_process_group()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            patch.setenv(name, "0")  # so that what the process group sets is undone
+            patch.delenv(name)
+        # DeepSpeed keeps its copy of a process group that another test of this process has destroyed.
+        patch.setattr(deepspeed.utils.groups, "_WORLD_GROUP", None)
+        device = zero.init_distributed(60)
+        engine = zero.ZeroEngine(
+            PolicyModel(load_causal_lm(builtin_folder, dtype="float32")),
+            device=device,
+            zero_stage=2,
+            dtype="float32",
+            lr=1e-3,
+            betas=(0.9, 0.95),
+            eps=1e-8,
+            weight_decay=0.1,
+            max_grad_norm=1.0,
+            optimizer_state="cpu_offload",
+        )
+        yield engine
+        engine.close()
+        torch.distributed.destroy_process_group()
 
 
 def test_a_whole_engine_passes(engine):
