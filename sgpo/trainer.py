@@ -253,8 +253,9 @@ def _round(s: Session, step: int, progress: Progress, clock: Clock) -> list[Scor
     groups = scored_groups(s.task, indices, sampled, partial(score_rollouts, s.rewards, s.tokenizer, s.task))
     clock.stage("score")
     progress.rounds += 1
-    progress.rollouts += sum(ranks.gather(len(sampled)))
-    progress.rollout_tokens += sum(ranks.gather(sum(len(rollout.completion_ids) for rollout in sampled)))
+    for count, tokens in ranks.gather((len(sampled), sum(len(rollout.completion_ids) for rollout in sampled))):
+        progress.rollouts += count
+        progress.rollout_tokens += tokens
     return groups
 
 

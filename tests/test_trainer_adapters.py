@@ -1,16 +1,10 @@
 """A whole run with adapters and with states that leave while the rollout engine is awake."""
 
-import importlib.util
-
-import pytest
 import tiny_runs
 
 from sgpo.models import load_causal_lm
 
-NO_PEFT = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 
-
-@NO_PEFT
 def test_a_run_with_adapters_exports_a_plain_model(tmp_path):
     tiny_runs.finish(
         tmp_path,

@@ -23,17 +23,8 @@ def build(folder: str, case: str, device: torch.device) -> ZeroEngine:
     stage, dtype, kind = case.split(":")
     lm = load_causal_lm(folder, dtype=dtype)
     add_adapters(lm, rank=4, alpha=8.0, targets=["all-linear"], dora=kind == "dora", seed=1)
-    return ZeroEngine(
-        PolicyModel(lm, gradient_checkpointing=True),
-        device=device,
-        zero_stage=int(stage),
-        dtype=dtype,
-        lr=1e-2,
-        betas=(0.9, 0.95),
-        eps=1e-8,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-    )
+    model = PolicyModel(lm, gradient_checkpointing=True)
+    return zero_worker.engine_of(model, device, int(stage), dtype, lr=1e-2, max_grad_norm=1.0)
 
 
 def step(engine: ZeroEngine) -> float:

@@ -27,19 +27,8 @@ SLOW_STEPS = 36
 def build(folder: str, case: str, device: torch.device) -> ZeroEngine:
     stage, dtype, state, *offload = case.split(":")
     lm = load_causal_lm(folder, dtype="bfloat16").to(getattr(torch, dtype))  # the same start for both dtypes
-    return ZeroEngine(
-        PolicyModel(lm),
-        device=device,
-        zero_stage=int(stage),
-        dtype=dtype,
-        lr=1e-3,
-        betas=(0.9, 0.95),
-        eps=1e-8,
-        weight_decay=0.0,
-        max_grad_norm=1e9,
-        optimizer_state=state,
-        offload_during_rollout=bool(offload),
-    )
+    states = {"optimizer_state": state, "offload_during_rollout": bool(offload)}
+    return zero_worker.engine_of(PolicyModel(lm), device, int(stage), dtype, **states)
 
 
 def step(engine: ZeroEngine, *, lr: float = 1e-3, budget: int = 100) -> float:

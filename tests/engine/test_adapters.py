@@ -1,6 +1,5 @@
 """LoRA and DoRA: only adapters are trained and saved, and everybody else sees the merged weights."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from sgpo.models import load_causal_lm
 from sgpo.schema import SgpoError
 
 WORKER = Path(__file__).with_name("lora_worker.py")
-NO_PEFT = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 CASES = ["0:float32:lora", "2:float32:dora", "2:bfloat16:lora"]
 
 
@@ -23,7 +21,6 @@ def runs(launcher, tmp_path_factory, builtin_folder):
     return torch.load(folder / "out.pt")
 
 
-@NO_PEFT
 @pytest.mark.parametrize("case", CASES)
 def test_only_adapters_are_trained_and_saved(runs, case):
     run = runs[case]
@@ -36,7 +33,6 @@ def test_only_adapters_are_trained_and_saved(runs, case):
         assert run["sizes"]["saved"] < run["sizes"]["model"]
 
 
-@NO_PEFT
 @pytest.mark.parametrize("case", CASES)
 def test_others_see_a_plain_model_with_merged_weights(runs, case, builtin_folder):
     run, dtype = runs[case], case.split(":")[1]
@@ -60,7 +56,6 @@ def test_others_see_a_plain_model_with_merged_weights(runs, case, builtin_folder
         assert run["gap"] < 2e-4
 
 
-@NO_PEFT
 def test_an_unknown_target_is_one_sentence(builtin_folder):
     lm = load_causal_lm(builtin_folder, dtype="float32")
     with pytest.raises(SgpoError, match=r"model.lora.targets = \['q_prj'\]: .*q_prj"):

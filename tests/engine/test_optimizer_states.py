@@ -11,15 +11,14 @@ from sgpo.engine.optimizer import build_optimizer, fit_blocks
 from sgpo.schema import SgpoError
 
 WORKER = Path(__file__).with_name("states_worker.py")
-NO_TORCHAO = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 HERE = importlib.util.find_spec("torchao") is not None
 FULL = "0:float32:full"
 OFFLOADED = ["2:float32:cpu_offload", "3:float32:cpu_offload"]
-EIGHT_BIT = [pytest.param(f"{stage}:float32:8bit", marks=NO_TORCHAO) for stage in (2, 3)]
+EIGHT_BIT = [f"{stage}:float32:8bit" for stage in (2, 3)]
 LOW = ["3:bfloat16:cpu_offload", "2:bfloat16:full:offload"]
-LOW_8BIT = [pytest.param("2:bfloat16:8bit:offload", marks=NO_TORCHAO)]
+LOW_8BIT = ["2:bfloat16:8bit:offload"]
 SLOW = ["slow:2:bfloat16:full", "slow:3:bfloat16:cpu_offload"]
-SLOW_8BIT = [pytest.param("slow:2:bfloat16:8bit", marks=NO_TORCHAO)]
+SLOW_8BIT = ["slow:2:bfloat16:8bit"]
 
 
 def _values(*cases):

@@ -67,20 +67,16 @@ def gradient(engine: ZeroEngine, stage: int) -> dict[str, list[float]]:
     return found
 
 
+def engine_of(model: PolicyModel, device: torch.device, stage: int, dtype: str, **changes) -> ZeroEngine:
+    """The engine of these tests; `changes` to its settings."""
+    settings = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1e9}
+    return ZeroEngine(model, device=device, zero_stage=stage, dtype=dtype, **{**settings, **changes})
+
+
 def run_case(case: str, folder: str, device: torch.device) -> dict:
     stage, dtype, budget = case.split(":")
     lm = load_causal_lm(folder, dtype=dtype)
-    engine = ZeroEngine(
-        PolicyModel(lm),
-        device=device,
-        zero_stage=int(stage),
-        dtype=dtype,
-        lr=1e-3,
-        betas=(0.9, 0.95),
-        eps=1e-8,
-        weight_decay=0.0,
-        max_grad_norm=1e9,
-    )
+    engine = engine_of(PolicyModel(lm), device, int(stage), dtype)
     mine = make_sequences()[ranks.rank() :: ranks.world_size()]
     live = [sequence for sequence in mine if sequence.is_live]
     batches = sum(1 for _ in micro_batches(live, token_budget=int(budget), pad_id=0))
