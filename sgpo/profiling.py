@@ -1,4 +1,4 @@
-"""`sgpo train --profile`: peak memory per stage, a memory timeline, the share of the device's peak rate in training.
+"""`sgpo train --profile`: a memory timeline of each step, the share of the device's peak rate in training.
 
 One thread samples memory; nothing is added to the training's own path. On CUDA torch's allocator history of the first
 profiled step is dumped as well (profile/memory-snapshot.pickle, for pytorch.org/memory_viz).
@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,13 +93,16 @@ def peak_flops(device: torch.device, dtype: str, given_tflops: float | None) -> 
 class Profiler:
     """Samples memory from its start to `close`; `record` and `write` once per step.
 
-    Memory is what torch has allocated on a GPU, else the resident memory of the process, in MiB.
+    Memory is what torch has allocated on a GPU without the bytes of a sleeping engine (`asleep`), else the resident
+    memory of the process, in MiB.
     """
 
-    def __init__(self, run_dir: Path, lm: Any, *, device: torch.device, peak: float) -> None:
+    def __init__(
+        self, run_dir: Path, lm: Any, *, device: torch.device, peak: float, asleep: Callable[[], int] = lambda: 0
+    ) -> None:
         self._path = run_dir / PROFILE_FILE
         self._flops = ModelFlops.of(lm)
-        self._device, self._peak = device, peak
+        self._device, self._peak, self._asleep = device, peak, asleep
         self._samples: list[tuple[float, float]] = []
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="memory profile", daemon=True)
@@ -110,12 +113,8 @@ class Profiler:
         self._thread.start()
 
     def record(self, meter: Meter, spans: Sequence[Span], passes: Sequence[Pass]) -> None:
-        """Adds the step's peaks (the fullest rank) and operations (all ranks) to `meter`."""
+        """Adds the step's operations (of all ranks) to `meter`, and takes the step's samples."""
         samples, self._samples = [*self._samples, self._now()], []
-        for name, start, end in spans:
-            inside = [mib for moment, mib in samples if start <= moment <= end]
-            if inside:
-                meter.max(f"peak_{name}_mib", max(inside))
         meter.sum("train_flops", sum(self._flops.training(s) for done in passes for s in done.sequences))
         zero = spans[0][1]
         self._timeline = {
@@ -149,7 +148,7 @@ class Profiler:
 
     def _now(self) -> tuple[float, float]:
         if self._device.type == "cuda":
-            return time.monotonic(), torch.cuda.memory_allocated(self._device) / 2**20
+            return time.monotonic(), (torch.cuda.memory_allocated(self._device) - self._asleep()) / 2**20
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return time.monotonic(), pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 

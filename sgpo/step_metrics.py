@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from sgpo_kernels import DivergenceStats, PolicyStats
@@ -16,10 +16,10 @@ from sgpo.steps import Pass
 
 
 class Clock:
-    """Wall time of the stages of a step, in seconds; the slowest rank counts."""
+    """Wall time of the stages of a step, in seconds; the slowest rank counts. `at_end` is told each stage that ends."""
 
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
+    def __init__(self, meter: Meter, at_end: Callable[[str], None] = lambda _: None) -> None:
+        self._meter, self._at_end = meter, at_end
         self._spent: dict[str, float] = {}
         self._start = self._last = time.monotonic()
         self.spans: list[tuple[str, float, float]] = []
@@ -30,6 +30,7 @@ class Clock:
         self._spent[f"{name}_s"] = self._spent.get(f"{name}_s", 0.0) + now - self._last
         self.spans.append((name, self._last, now))
         self._last = now
+        self._at_end(name)
 
     def finish(self) -> None:
         self._meter.maxima({**self._spent, "step_s": time.monotonic() - self._start})

@@ -109,6 +109,10 @@ class SyncedRollouts:
         self._rollouts.sleep()
         self._engine.reload_states()
 
+    def asleep_bytes(self) -> int:
+        """GPU memory that a sleeping engine in this process has given back, which torch still counts as allocated."""
+        return getattr(self._rollouts, "asleep_bytes", 0)
+
     def close(self) -> None:
         self._rollouts.close()
 

@@ -26,6 +26,7 @@ from sgpo.engine.export import export_model
 from sgpo.engine.ranks import Meter
 from sgpo.engine.zero import ZeroEngine, init_distributed, lr_factor
 from sgpo.evaluate import evaluate, reward_item, score_rollouts
+from sgpo.gauge import Gauge, planned_peaks
 from sgpo.methods.dapo import is_informative
 from sgpo.methods.method import Guidance
 from sgpo.metrics import LiveDisplay, MetricsLogger, RolloutTable
@@ -95,6 +96,7 @@ class Session:
     display: LiveDisplay
     total_steps: int
     started: float
+    gauge: Gauge
     profiler: Profiler | None = None
     ahead: list[Rollout] = field(default_factory=list)  # rollout.overlap: those of the next step, once they are there
 
@@ -115,6 +117,7 @@ def _train(config: Config) -> dict[str, Any]:
     task = assembly.load_task(config, tokenizer, split="train")
     held_out = assembly.load_task(config, tokenizer, split="eval") if config.data.eval else None
     assembly.check_data(config, model_folder, task, held_out)
+    planned = planned_peaks(config, model_folder)
     with ExitStack() as stack:
         rewards = stack.enter_context(assembly.build_rewards(config))
         if config.warmup.enabled:
@@ -128,11 +131,13 @@ def _train(config: Config) -> dict[str, Any]:
         )
         stack.callback(rollouts.close)
         rollouts.sync(progress.step)
+        gauge = Gauge(planned, rollouts.asleep_bytes)
         if progress.step == 0 and wants_worst_case(config, device):
             rollouts.sleep()
-            worst_case_step(engine, config, task.prompts, tokenizer.pad_token_id)
+            with gauge.reading("worst_case"):
+                worst_case_step(engine, config, task.prompts, tokenizer.pad_token_id)
             rollouts.sync(progress.step)
-        profiler = _profiler(config, run_dir, engine, stack) if config.log.profile else None
+        profiler = _profiler(config, run_dir, engine, rollouts, stack) if config.log.profile else None
         total_steps, main = _total_steps(config, len(task.problems)), ranks.is_main()
         logger = MetricsLogger(
             run_dir,
@@ -148,13 +153,14 @@ def _train(config: Config) -> dict[str, Any]:
             display=stack.enter_context(LiveDisplay(total_steps, title=config.run.name, is_main=main)),
             total_steps=total_steps,
             started=started,
+            gauge=gauge,
             profiler=profiler,
             ahead=ahead,
         )  # fmt: skip
         with _named_losses(config, lambda: session.display.where):
             _loop(session, progress)
         export_model(engine, tokenizer, run_dir / "final")
-    summary = _summary(config, progress, progress.wall_s + time.monotonic() - started)
+    summary = _summary(config, progress, progress.wall_s + time.monotonic() - started) | {"memory": gauge.summary}
     if main:
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
         write_report(run_dir)
@@ -168,7 +174,7 @@ def _loop(s: Session, progress: Progress) -> None:
     step = progress.step
     while not _is_last(s, step, progress):
         meter = Meter()
-        clock = Clock(meter)
+        clock = Clock(meter, partial(s.gauge.read, meter))
         sampled, groups = _sample_and_score(s, step, progress, clock)
         with_next = s.config.rollout.overlap and not _is_last(s, step + 1, progress)
         if with_next:
@@ -197,9 +203,11 @@ def _loop(s: Session, progress: Progress) -> None:
             _save(s, done, progress)
 
 
-def _profiler(config: Config, run_dir: Path, engine: ZeroEngine, stack: ExitStack) -> Profiler:
+def _profiler(
+    config: Config, run_dir: Path, engine: ZeroEngine, rollouts: SyncedRollouts, stack: ExitStack
+) -> Profiler:
     peak = peak_flops(engine.device, config.model.dtype, config.log.peak_tflops)
-    profiler = Profiler(run_dir, engine.model.lm, device=engine.device, peak=peak)
+    profiler = Profiler(run_dir, engine.model.lm, device=engine.device, peak=peak, asleep=rollouts.asleep_bytes)
     stack.callback(profiler.close)
     return profiler
 
@@ -359,6 +367,7 @@ def _log(
     record_guidance(meter, guidance)
     record_passes(meter, passes)
     values = meter.reduce()
+    s.gauge.compare(values)
     values["rollout_tokens_per_s"] = (values["rollout_tokens"] or 0.0) / max(values["rollout_s"] or 0.0, 1e-9)
     if s.profiler:
         s.profiler.write(done, values)

@@ -42,6 +42,7 @@ FLOORS = {
     "sgpo.evaluate_benchmarks": 9,
     "sgpo.extract": 9,
     "sgpo.analysis": 9,
+    "sgpo.gauge": 9,
     "sgpo.preflight": 9,
     "sgpo.step_metrics": 9,
     "sgpo.profiling": 9,

@@ -24,8 +24,7 @@ def profiled(tmp_path_factory):
 def test_every_step_has_its_numbers(profiled):
     for row in rows(profiled):
         for stage in ("rollout", "score", "target", "train", "sync"):
-            assert row.get(f"peak_{stage}_mib", 100.0) > 50.0  # a stage shorter than the sampling may have none
-        assert row["peak_train_mib"] >= 50.0
+            assert row[f"peak_{stage}_mib"] > 50.0
         assert 0.0 < row["mfu"] < 1.0
         assert row["live_row_share"] == (row["policy_rows"] + row["distill_rows"]) / row["rollout_tokens"]
         assert row["padding_share"] in (0.0, None)  # packed

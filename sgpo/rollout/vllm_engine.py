@@ -147,6 +147,15 @@ class VllmEngine:
             if level == 2:
                 self.policy_version = None
 
+    @property
+    def asleep_bytes(self) -> int:
+        """What a sleeping engine has unmapped from the GPU; torch's statistics never hear of it."""
+        if not (self._asleep and self._cuda):
+            return 0
+        from vllm.device_allocator.cumem import CuMemAllocator
+
+        return CuMemAllocator.get_instance().get_current_usage()
+
     def wake(self) -> None:
         if self._asleep:
             self._wake("weights")
