@@ -6,7 +6,8 @@
 The model has random weights, made on the device from the numbers of Qwen2.5-7B; nothing is downloaded. A step is two
 policy completions and one distilled completion with its teacher pass, each of `tokens` tokens and alone in its
 micro-batch. A row per optimizer state and length: phase -> seconds, GiB alive before and peak GiB beyond (on a CPU only
-the latter), and what `sgpo plan` predicts where it is there. A state that does not fit is a row that says so.
+the latter); the trainer's peaks by the planner of `sgpo plan`, and on a GPU planned / measured. A state that does not
+fit is a row that says so.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from benchmarks import measure
 from sgpo import assembly
 from sgpo.config import Config
 from sgpo.engine.zero import ZeroEngine, init_distributed
+from sgpo.planning.architectures import find_architecture
+from sgpo.planning.memory import Place, Planner
 from sgpo.schema import SgpoError, TrainSequence
 from sgpo.steps import micro_batches
 
@@ -82,8 +85,9 @@ def rows_of(
 ) -> Iterator[dict[str, Any]]:
     """A row per length; those that do not fit or for which no time is left say why in `not_run`."""
     same = {"what": "train_step", "shape": shape, "optimizer_state": state}
+    config = config_of(folder, state, max(lengths))
     try:
-        config, lm = make_model(shape, state, max(lengths), device, folder)
+        lm = make_model(shape, device, folder)
         if (lacking := _missing_host_gib(lm, state)) > 0:
             raise torch.OutOfMemoryError(f"the host lacks {lacking:.0f} GiB")
         engine, start = _measured(partial(assembly.engine_on, config, lm, config.optim, device), device)
@@ -96,17 +100,17 @@ def rows_of(
             if time.monotonic() > until:
                 yield {**same, "tokens": tokens, "not_run": "no time is left"}
                 continue
-            at_length = config.model_copy(
-                update={"engine": config.engine.model_copy(update={"micro_batch_tokens": tokens})}
-            )
-            phases, loss, norm = training_step(engine, at_length, tokens)
+            config = config_of(folder, state, tokens)
+            phases, loss, norm = training_step(engine, config, tokens)
+            peaks = planned_peaks(config, folder, device)
             yield {
                 **same,
                 "tokens": tokens,
                 "loss": loss,
                 "grad_norm": norm,
                 "phases": {"start": start, **phases},
-                "planned": planned(at_length),
+                "planned_gib": peaks,
+                "planned_over_measured": _ratios(peaks, phases) if device.type == "cuda" else None,
                 "host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             }
     except torch.OutOfMemoryError as error:  # longer ones will not fit either
@@ -119,24 +123,27 @@ def rows_of(
             torch.cuda.empty_cache()
 
 
-def make_model(shape: str, state: str, longest: int, device: torch.device, folder: Path) -> tuple[Config, Any]:
-    """The run's config and a model of `shape` with random bf16 weights, made on the device."""
+def make_model(shape: str, device: torch.device, folder: Path) -> Any:
+    """A model of `shape` with random bf16 weights, made on the device; its config.json is written to `folder`."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     numbers = Qwen2Config(**SHAPES[shape], tie_word_embeddings=False)
     numbers.save_pretrained(folder)
     torch.manual_seed(0)  # every optimizer state starts from the same weights
     with torch.device(device):
-        lm = AutoModelForCausalLM.from_config(numbers, dtype=torch.bfloat16, attn_implementation="sdpa")
-    config = Config.model_validate(
+        return AutoModelForCausalLM.from_config(numbers, dtype=torch.bfloat16, attn_implementation="sdpa")
+
+
+def config_of(folder: Path, state: str, tokens: int, **rollout: Any) -> Config:
+    """A run whose longest sequence has `tokens` tokens, a quarter of them the prompt, alone in its micro-batch."""
+    return Config.model_validate(
         {
             "model": {"path": str(folder), "dtype": "bfloat16", "gradient_checkpointing": True},
-            "data": {"train": "builtin", "max_prompt_tokens": longest // 4},
-            "rollout": {"engine": "hf", "max_new_tokens": longest - longest // 4},
-            "engine": {"zero_stage": 2, "optimizer_state": state, "micro_batch_tokens": longest},
+            "data": {"train": "builtin", "max_prompt_tokens": tokens // 4},
+            "rollout": {"engine": "hf", "max_new_tokens": tokens - tokens // 4, **rollout},
+            "engine": {"zero_stage": 2, "optimizer_state": state, "micro_batch_tokens": tokens},
         }
     )
-    return config, lm
 
 
 def make_sequences(tokens: int, vocabulary: int) -> list[TrainSequence]:
@@ -181,13 +188,19 @@ def training_step(engine: ZeroEngine, config: Config, tokens: int) -> tuple[dict
     return phases, total, norm
 
 
-def planned(config: Config) -> dict[str, Any] | None:
-    """What `sgpo plan` predicts for each phase; None where this version has no plan."""
-    try:
-        from sgpo.plan import as_dict, plan_run  # type: ignore[import-not-found]
-    except ImportError:
-        return None
-    return as_dict(plan_run(config))["phases"] if hasattr(config, "plan") else None
+def planned_peaks(config: Config, folder: Path, device: torch.device) -> dict[str, float]:
+    """GiB on the device by phase: the terms of the trainer alone, as torch's allocator sees them."""
+    place = Place(float(torch.cuda.mem_get_info()[1]) if device.type == "cuda" else None, 0.0)
+    planner = Planner(config, find_architecture(str(folder)), place)
+    kept = planner.states() | planner.gradients()
+    terms = {"forward": planner.forward(), "backward": planner.backward(), "optimizer": planner.update()}
+    return {name: sum((kept | more).values()) / GIB for name, more in terms.items()}
+
+
+def _ratios(planned: dict[str, float], phases: dict[str, Any]) -> dict[str, float]:
+    peak = {name: cost["alive_gib"] + cost["peak_beyond_gib"] for name, cost in phases.items()}
+    peak["forward"] = max(peak["forward"], peak["teacher_and_forward"])
+    return {name: gib / peak[name] for name, gib in planned.items()}
 
 
 def _measured(run: Callable[[], Any], device: torch.device) -> tuple[Any, dict[str, float | None]]:

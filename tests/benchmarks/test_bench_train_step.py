@@ -26,9 +26,12 @@ def test_small_step_gives_a_row_for_every_state_and_length(launcher, tmp_path):
         assert all(phase["seconds"] > 0 for phase in row["phases"].values())
         assert row["phases"]["forward"]["peak_beyond_gib"] > 0
         assert row["grad_norm"] > 0
+        assert set(row["planned_gib"]) == {"forward", "backward", "optimizer"}
     # Both states compute the same step from the same weights.
     assert rows[0]["grad_norm"] == pytest.approx(rows[2]["grad_norm"], rel=1e-3)
     assert rows[0]["loss"] == pytest.approx(rows[2]["loss"], rel=1e-3, abs=1e-5)
+    # The plan is that of the row's own length; states and dW do not grow.
+    assert 1.0 < rows[1]["planned_gib"]["forward"] / rows[0]["planned_gib"]["forward"] <= 2.0
     # Twice the tokens: about twice the activations that forward leaves for backward.
     small, large = (row["phases"]["forward"]["peak_beyond_gib"] for row in rows[:2])
     assert 1.3 * small < large < 4 * small
