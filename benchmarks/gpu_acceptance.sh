@@ -45,15 +45,21 @@ else
 fi
 part policy 35 "$PYTHON" -m benchmarks.run --device cuda --op policy --shape qwen2.5-7b --mix policy --states calibrated --rounds 5 --out "$ROWS"
 part divergence 45 "$PYTHON" -m benchmarks.run --device cuda --op divergence --shape qwen2.5-7b --mix distill --states calibrated,spread:0.1 --rounds 3 --out "$ROWS"
-# The last one takes what is left of nine minutes; vLLM alone starts for a minute.
+# The last ones take what is left of nine minutes; vLLM alone starts for a minute.
+last() {  # last NAME LIMIT_S COMMAND...
+  local name=$1 limit=$2 left=$((530 - SECONDS + START))
+  shift 2
+  if [ $IMPORTED -ne 0 ]; then
+    printf '%-12s not run: vllm cannot be imported\n' "$name" | tee -a "$SUMMARY"
+  elif [ $left -lt 90 ]; then
+    printf '%-12s not run: %d s are left\n' "$name" $left | tee -a "$SUMMARY"
+  else
+    part "$name" $((left < limit ? left : limit)) "$@"
+  fi
+}
 "$PYTHON" -c 'import vllm' >> "$LOG" 2>&1
-IMPORTED=$? LEFT=$((530 - SECONDS + START))
-if [ $IMPORTED -ne 0 ]; then
-  echo 'rollouts     not run: vllm cannot be imported' | tee -a "$SUMMARY"
-elif [ $LEFT -lt 90 ]; then
-  echo "rollouts     not run: $LEFT s are left" | tee -a "$SUMMARY"
-else
-  part rollouts $((LEFT < 180 ? LEFT : 180)) "$PYTHON" -m benchmarks.rollouts --device cuda --eager --problems 32 --max-new-tokens 128 --rounds 8 --placements inprocess --out "$ROWS"
-fi
+IMPORTED=$?
+last colocated 150 "$PYTHON" -m benchmarks.colocated --out "$ROWS"
+last rollouts 180 "$PYTHON" -m benchmarks.rollouts --device cuda --eager --problems 32 --max-new-tokens 128 --rounds 8 --placements inprocess --out "$ROWS"
 printf 'all          %d s\n' $((SECONDS - START)) | tee -a "$SUMMARY"
 exit $STATUS

@@ -43,7 +43,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "tiny": {
         "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512,
     },
 }  # fmt: skip
 # Masters, moments and gradients in fp32, and what else a process has on the host.
@@ -127,7 +127,7 @@ def make_model(shape: str, device: torch.device, folder: Path) -> Any:
     """A model of `shape` with random bf16 weights, made on the device; its config.json is written to `folder`."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    numbers = Qwen2Config(**SHAPES[shape], tie_word_embeddings=False)
+    numbers = Qwen2Config(**SHAPES[shape], tie_word_embeddings=False, architectures=["Qwen2ForCausalLM"])
     numbers.save_pretrained(folder)
     torch.manual_seed(0)  # every optimizer state starts from the same weights
     with torch.device(device):

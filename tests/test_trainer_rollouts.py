@@ -13,7 +13,8 @@ from engine_builders import NO_VLLM
 from tiny_runs import BASE, REWARD, digest, finish, rows, start
 
 STEP_WORKER = str(Path(__file__).with_name("rollout_step_worker.py"))
-VLLM = ["--rollout.engine=vllm", "--rollout.vllm.kv_cache_mib=64"]
+# Under ZeRO the trainer still needs its process group after vLLM has shut down.
+VLLM = ["--rollout.engine=vllm", "--rollout.vllm.kv_cache_mib=64", "--engine.zero_stage=2"]
 OWN_PROCESS = ["--rollout.placement=process"]
 OVERLAP = [*OWN_PROCESS, "--rollout.overlap=true", "--rollout.importance_cap=2.0"]
 

@@ -12,7 +12,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ class VllmEngine:
         self._options = options
         self._asleep = False
         self._cuda = torch.cuda.is_available()
+        self._is_guest = dist.is_initialized()  # in a process group that is not vLLM's own
         self.policy_version: int | None = None if options.from_scratch else 0
         with _undisturbed():
             self._llm: Any = _build(folder, dtype, options, cuda=self._cuda)
@@ -164,7 +165,8 @@ class VllmEngine:
 
     def close(self) -> None:
         if self._llm is not None:
-            self._engine.engine_core.shutdown()
+            with _keeping_the_process_group() if self._is_guest else nullcontext():
+                self._engine.engine_core.shutdown()
             self._llm = self._engine = None
             if self._cuda:
                 gc.collect()  # else the card stays full until Python gets round to it
@@ -380,6 +382,22 @@ def _build(folder: Path, dtype: str, options: VllmOptions, *, cuda: bool) -> LLM
         )
     except (ValueError, RuntimeError, AssertionError, OSError) as error:
         raise SgpoError(f"vLLM cannot run the model in {folder}: {' '.join(str(error).split())[:600]}") from error
+
+
+@contextmanager
+def _keeping_the_process_group() -> Iterator[None]:
+    """vLLM's shutdown ends all of torch.distributed, the trainer's process group included, which outlives it."""
+    destroy = dist.destroy_process_group
+
+    def destroy_own(group: Any = None) -> None:
+        if group is not None:
+            destroy(group)
+
+    dist.destroy_process_group = destroy_own
+    try:
+        yield
+    finally:
+        dist.destroy_process_group = destroy
 
 
 @contextmanager
