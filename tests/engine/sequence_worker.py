@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from sgpo_kernels.testing import cpu_peak
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from sgpo.data.packing import collate_training
@@ -17,6 +18,7 @@ from sgpo.engine import ranks
 from sgpo.engine.selftest import check_gradients
 from sgpo.engine.zero import init_distributed
 from sgpo.models import PolicyModel
+from sgpo.schema import TrainSequence
 from sgpo.sequence_parallel import SequenceParallel
 from sgpo.steps import bound_objective, optimizer_step, score_contexts
 
@@ -27,10 +29,16 @@ spec.loader.exec_module(zero_worker)
 BUDGET = 60  # tokens of a rank: a few micro-batches, and some sequences are longer than a rank's part
 
 
-def make_model(kv_heads: int):
+def make_model(kv_heads: int, **changes: int):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        sizes = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            **changes,
+        }
         lm = Qwen2ForCausalLM(Qwen2Config(vocab_size=48, num_key_value_heads=kv_heads, **sizes)).eval()
         for name, parameter in lm.named_parameters():  # biases start at 0 and would hide a mistake
             if name.endswith("bias"):
@@ -91,10 +99,31 @@ def run_case(case: str, device: torch.device) -> dict:
     }
 
 
+def peak_bytes(size: int, *, checkpointed: bool) -> int:
+    """Peak of what forward and backward allocate on this rank; the one long micro-batch is the last rank's."""
+    lm = make_model(2, hidden_size=128, intermediate_size=384, num_hidden_layers=4, max_position_embeddings=4096)
+    parallel = SequenceParallel(lm, size, timeout_s=300) if size > 1 else None
+    model = PolicyModel(lm, packed=True, gradient_checkpointing=checkpointed, parallel=parallel)
+    tokens = tuple(i % 40 + 5 for i in range(1024))
+    made = [
+        TrainSequence(tokens[:200], tokens, advantage=0.5, policy_weight=1e-3),
+        TrainSequence(tokens[:200], tokens, target_weight=1e-3, teacher_prompt_ids=tokens[:400]),
+    ]
+    micro = collate_training(made if ranks.rank() else [], 0, with_teacher=True, packed=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    objective = bound_objective(zero_worker.objective, micro)
+    return cpu_peak(lambda: model(objective, micro.student, micro.teacher)[0].backward()).peak_bytes
+
+
 def main() -> None:
     out, *cases = sys.argv[1:]
     device = init_distributed(300)
     results = {case: run_case(case, device) for case in cases}
+    results["peaks"] = {
+        checkpointed: ranks.gather([peak_bytes(size, checkpointed=checkpointed) for size in (1, 2)])
+        for checkpointed in (False, True)
+    }
     if ranks.is_main():
         torch.save(results, out)
     ranks.settle()
