@@ -32,22 +32,33 @@ def pack_attention(lm: Any) -> None:
 
     Raises SgpoError for a model whose layers mix tokens by anything but full causal attention.
     """
-    settings = lm.config.get_text_config()
-    kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
-    if not getattr(lm, "_supports_attention_backend", False) or kinds != {"full_attention"}:
-        raise SgpoError(
-            f"engine.packing: packed needs full causal attention in every layer, which {settings.model_type} does not "
-            f"have ({', '.join(sorted(kinds))}); set engine.packing to padded"
-        )
-    if settings._attn_implementation in _FLASH:
+    require_full_attention(lm, "engine.packing: packed", "set engine.packing to padded")
+    if lm.config.get_text_config()._attn_implementation in _FLASH:
         return
     if torch.cuda.is_available() and lm.dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn"):
         lm.set_attn_implementation("flash_attention_2")
         return
+    attend_per_sequence(lm)
+
+
+def require_full_attention(lm: Any, wish: str, instead: str) -> None:
+    """SgpoError, in the words of the knob, for a model whose layers do not all attend to everything before."""
+    settings = lm.config.get_text_config()
+    kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
+    if not getattr(lm, "_supports_attention_backend", False) or kinds != {"full_attention"}:
+        raise SgpoError(
+            f"{wish} needs full causal attention in every layer, which {settings.model_type} does not "
+            f"have ({', '.join(sorted(kinds))}); {instead}"
+        )
+
+
+def attend_per_sequence(lm: Any) -> Callable[..., tuple[torch.Tensor, None]]:
+    """Gives the model causal SDPA, sequence by sequence; returns that attention function."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(_PER_SEQUENCE, _attention_per_sequence)
     lm.set_attn_implementation(_PER_SEQUENCE)
+    return _attention_per_sequence
 
 
 def packed_inputs(lm: Any, lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
@@ -75,11 +86,17 @@ def _attention_per_sequence(
     attention_mask: torch.Tensor | None,
     *,
     sequence_lengths: tuple[int, ...] | None = None,
+    across_ranks: Callable[..., tuple[torch.Tensor, None]] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query [1, heads, T, D], key and value [1, key heads, T, D] -> [1, T, heads, D]."""
+    """query [1, heads, T, D], key and value [1, key heads, T, D] -> [1, T, heads, D].
+
+    `across_ranks` (sgpo.sequence_parallel): T is this rank's slice, and it calls back with all tokens of some heads.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if across_ranks is not None:
+        return across_ranks(module, query, key, value, None, sequence_lengths=sequence_lengths, **kwargs)
     if sequence_lengths is None:  # the model dropped the argument: tokens would see other sequences
         raise SgpoError(
             f"engine.packing: packed does not work with {type(module).__name__}, which does not hand the lengths to "

@@ -34,6 +34,7 @@ from sgpo.provenance import environment
 from sgpo.rewards.pool import RewardPool
 from sgpo.schema import Problem, PromptPair, RolloutEngine, SgpoError, TrainSequence
 from sgpo.seeds import seed_of
+from sgpo.sequence_parallel import SequenceParallel, check_size
 from sgpo.steps import Objective
 from sgpo.strategies.calculator import attach_strategies
 from sgpo.synced import SyncedRollouts
@@ -127,6 +128,8 @@ def _demonstrations(config: Config, source: str, problems: list[Problem], tokeni
 
 def check_data(config: Config, model_folder: Path, train: TaskData, evaluation: TaskData | None) -> None:
     """What only the data as a whole can tell: enough problems for a step, lengths, no overlap with the evaluation."""
+    size = config.engine.sequence_parallel_size
+    check_size(size, processes=ranks.world_size(), model=_model_config(model_folder))
     if len(train.problems) < config.rollout.problems_per_step:
         raise SgpoError(
             f"{config.data.train} has {len(train.problems)} problems, fewer than "
@@ -141,8 +144,9 @@ def check_data(config: Config, model_folder: Path, train: TaskData, evaluation: 
     prompt = max(len(ids) for pair in train.prompts for ids in (pair.plain, pair.guided or ()))
     longest = prompt + config.rollout.max_new_tokens
     sequence = f"a sequence may have {longest} tokens (prompt {prompt} + rollout.max_new_tokens)"
-    if longest > (budget := config.engine.micro_batch_tokens):
-        raise SgpoError(f"{sequence}, more than engine.micro_batch_tokens = {budget}; raise it or lower the other")
+    if longest > (budget := config.engine.micro_batch_tokens * size):
+        of = "engine.micro_batch_tokens" + (" x engine.sequence_parallel_size" if size > 1 else "")
+        raise SgpoError(f"{sequence}, more than {of} = {budget}; raise it or lower the other")
     positions = positions_of(model_folder)
     if positions is not None and longest > positions:
         raise SgpoError(f"{sequence}, more than {positions}, the positions of {model_folder}; lower max_new_tokens")
@@ -152,7 +156,11 @@ def check_data(config: Config, model_folder: Path, train: TaskData, evaluation: 
 
 def positions_of(model_folder: Path) -> int | None:
     """Longest sequence that the model was made for."""
-    return json.loads((model_folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    return _model_config(model_folder).get("max_position_embeddings")
+
+
+def _model_config(model_folder: Path) -> dict[str, Any]:
+    return json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
 
 
 def check_packages(config: Config) -> None:
@@ -206,9 +214,11 @@ def engine_on(config: Config, lm: Any, optim: OptimConfig, device: torch.device)
     if config.model.lora.rank:
         lora = config.model.lora
         add_adapters(lm, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dora=lora.dora, seed=config.run.seed)
+    size, timeout_s = config.engine.sequence_parallel_size, config.run.timeout_s
     engine = ZeroEngine(
         PolicyModel(
             lm,
+            parallel=SequenceParallel(lm, size, timeout_s=timeout_s) if size > 1 else None,
             packed=config.engine.packing == "packed",
             gradient_checkpointing=config.model.gradient_checkpointing,
             activation_offload=config.model.activation_offload,

@@ -276,7 +276,14 @@ class EngineConfig(Section):
     offload_states_during_rollout: bool = Field(
         default=False, description="masters and moments wait on the host while the rollout engine is awake"
     )
-    micro_batch_tokens: int = Field(default=16384, ge=1, description="tokens of one forward pass, padding included")
+    micro_batch_tokens: int = Field(
+        default=16384, ge=1, description="tokens of one forward pass, padding included, of each process"
+    )
+    sequence_parallel_size: int = Field(
+        default=1,
+        ge=1,
+        description="so many processes share every forward pass, each with an equal part of its tokens (Ulysses)",
+    )
     packing: Literal["padded", "packed"] = Field(
         default="padded", description="packed: several sequences behind one another in one row, no padding"
     )
@@ -441,6 +448,8 @@ class Config(Section):
             raise ValueError(
                 "vLLM takes temperatures up to 2; lower rollout.temperature or eval.temperature, or use hf"
             )
+        if self.engine.sequence_parallel_size > 1 and self.model.attn_implementation != "sdpa":
+            raise ValueError("engine.sequence_parallel_size above 1 needs model.attn_implementation: sdpa")
         if self.model.lora.rank and self.engine.zero_stage == 3:
             raise ValueError("model.lora needs engine.zero_stage 0, 1 or 2: the frozen weights stay whole on each GPU")
         if self.engine.offload_states_during_rollout and self.rollout.placement == "process":

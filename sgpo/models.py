@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from sgpo.activations import checkpoint_layers, pack_attention, packed_inputs, tile_mlps, use_liger
 from sgpo.schema import SgpoError
+from sgpo.sequence_parallel import SequenceParallel
 
 # Models that change the logits after the head: the fused losses would silently compute something else.
 # Each with the values that change nothing.
@@ -97,6 +99,7 @@ class PolicyModel(nn.Module):
         activation_offload: checkpoints (which it needs) wait for backward on the host.
         mlp_tile_tokens: tokens that an MLP takes at a time; None: all.
         liger: "auto", "on" or "off", see `sgpo.activations.use_liger`.
+        parallel: the ranks that share every forward pass of `lm`; all of its calls are then collective among them.
     """
 
     def __init__(
@@ -108,14 +111,16 @@ class PolicyModel(nn.Module):
         activation_offload: bool = False,
         mlp_tile_tokens: int | None = None,
         liger: str = "off",
+        parallel: SequenceParallel | None = None,
     ) -> None:
         super().__init__()
         self.lm = lm
         self.head = LossHead(lm.get_output_embeddings())
         self.packed = packed
-        self._rows: torch.Tensor | None = None
+        self._parallel = parallel
+        self._pick: Callable[[torch.Tensor], torch.Tensor] | None = None
         lm.config.use_cache = False
-        if packed:
+        if packed and parallel is None:
             pack_attention(lm)
         use_liger(lm, liger)
         if gradient_checkpointing:
@@ -125,26 +130,35 @@ class PolicyModel(nn.Module):
         if isinstance(norm := getattr(lm.base_model, "norm", None), nn.Module):
             norm.register_forward_pre_hook(self._select)
 
+    @property
+    def shared_by(self) -> int:
+        """Number of ranks that share a forward pass."""
+        return 1 if self._parallel is None else self._parallel.size
+
     def hidden(self, input_ids: torch.Tensor, rows: torch.Tensor, lengths: Sequence[int] | None = None) -> torch.Tensor:
         """Last hidden states [N, H] of the selected positions.
 
         The final norm runs on them alone, so no other state outlives the last layer. `lengths`: of the sequences in a
         packed row; None: each row is one sequence, padded on the right.
         """
-        packing = {} if lengths is None else packed_inputs(self.lm, lengths, input_ids.device)
-        self._rows = rows
+        if self._parallel is not None:
+            input_ids, arguments, pick = self._parallel.share(input_ids, rows, lengths)
+        else:
+            arguments = {} if lengths is None else packed_inputs(self.lm, lengths, input_ids.device)
+            pick = partial(_selected, rows)
+        self._pick = pick
         try:
-            states = self.lm.base_model(input_ids=input_ids, use_cache=False, **packing).last_hidden_state
-            return states if self._rows is None else states.flatten(0, 1)[rows]
+            states = self.lm.base_model(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state
+            return states if self._pick is None else pick(states)
         finally:
-            self._rows = None
+            self._pick = None
 
     def _select(self, _: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Before the final norm: the selected rows of [B, T, H]."""
-        if self._rows is None:  # somebody else calls the backbone
+        if self._pick is None:  # somebody else calls the backbone
             return arguments
-        rows, self._rows = self._rows, None
-        return (arguments[0].flatten(0, 1)[rows], *arguments[1:])
+        pick, self._pick = self._pick, None
+        return (pick(arguments[0]), *arguments[1:])
 
     def forward(self, function: Callable[..., Any], batch: Any, teacher: Any = None) -> Any:
         """function(head weight [V, H], head bias or None, hidden of the batch's rows, of the teacher's rows or None).
@@ -156,6 +170,11 @@ class PolicyModel(nn.Module):
             with torch.no_grad():
                 teacher_hidden = self.hidden(teacher.input_ids, teacher.rows, teacher.lengths)
         return self.head(function, self.hidden(batch.input_ids, batch.rows, batch.lengths), teacher_hidden)
+
+
+def _selected(rows: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Rows [N, H] of [B, T, H]."""
+    return states.flatten(0, 1)[rows]
 
 
 def eos_ids_of_folder(path: str | Path) -> int | list[int] | None:

@@ -9,6 +9,7 @@ import torch
 from sgpo import assembly
 from sgpo.config import WITH_DEMONSTRATIONS, Config
 from sgpo.data.packing import collate_training
+from sgpo.engine import ranks
 from sgpo.engine.zero import ZeroEngine
 from sgpo.schema import PromptPair, SgpoError, TrainSequence
 from sgpo.steps import bound_objective
@@ -26,20 +27,21 @@ def worst_case_step(engine: ZeroEngine, config: Config, prompts: Sequence[Prompt
     For an engine that has made no step yet. Collective. Raises SgpoError where it does not fit.
     """
     sequences = longest_micro_batch(config, prompts, pad_id)
-    micro = collate_training(
-        sequences,
-        pad_id,
-        with_teacher=any(s.teacher_prompt_ids for s in sequences),
-        packed=config.engine.packing == "packed",
-    ).to(engine.device)
-    objective = bound_objective(assembly.policy_objective(config), micro)
+    with_teacher = any(s.teacher_prompt_ids for s in sequences)
+    packed, members = config.engine.packing == "packed", config.engine.sequence_parallel_size
+    micros = []
+    for owner in range(max(2, members)):  # of ranks that share a micro-batch, each has all of its rows once
+        own = sequences if ranks.rank() % members == owner % members else []
+        micros.append(collate_training(own, pad_id, with_teacher=with_teacher, packed=packed).to(engine.device))
+    objective = assembly.policy_objective(config)
     devices = [engine.device] if engine.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
-            engine.rehearse([(objective, micro.student, micro.teacher)] * 2)
+            engine.rehearse([(bound_objective(objective, micro), micro.student, micro.teacher) for micro in micros])
     except torch.OutOfMemoryError as error:
+        tokens = max(micro.tokens for micro in micros)
         raise SgpoError(
-            f"the longest micro-batch ({micro.tokens} tokens in both contexts) does not fit into the GPU's memory: "
+            f"the longest micro-batch ({tokens} tokens in both contexts) does not fit into the GPU's memory: "
             "lower engine.micro_batch_tokens or rollout.max_new_tokens, or see sgpo plan"
         ) from error
 
@@ -53,7 +55,7 @@ def longest_micro_batch(config: Config, prompts: Sequence[PromptPair], pad_id: i
     distils = algorithm.method == "sgpo" and algorithm.distillation not in ("none", "sft")
     imitates = algorithm.method in WITH_DEMONSTRATIONS or algorithm.distillation == "sft"
     longest = len(guided if distils else plain) + len(new)
-    count = max(1, config.engine.micro_batch_tokens // longest)
+    count = max(1, config.engine.micro_batch_tokens * config.engine.sequence_parallel_size // longest)
     sequences = [TrainSequence(plain, new, advantage=1.0, policy_weight=1e-6) for _ in range(count)]
     if distils or imitates:
         sequences[-1] = TrainSequence(plain, new, target_weight=1e-6, teacher_prompt_ids=guided if distils else None)

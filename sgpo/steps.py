@@ -54,7 +54,10 @@ def optimizer_step(
     live = [sequence for sequence in sequences if sequence.is_live]
     passes: list[Pass] = []
     losses: list[torch.Tensor] = []
-    for chosen, micro in micro_batches(live, token_budget=token_budget, pad_id=pad_id, packed=engine.model.packed):
+    packed, shared_by = engine.model.packed, engine.model.shared_by
+    for chosen, micro in micro_batches(
+        live, token_budget=token_budget, pad_id=pad_id, packed=packed, shared_by=shared_by
+    ):
         micro = micro.to(engine.device)
         loss, stats = engine.loss(bound_objective(objective, micro), micro.student, micro.teacher)
         engine.backward(loss)
@@ -66,16 +69,31 @@ def optimizer_step(
 
 
 def micro_batches(
-    sequences: Sequence[TrainSequence], *, token_budget: int, pad_id: int, packed: bool = False
+    sequences: Sequence[TrainSequence], *, token_budget: int, pad_id: int, packed: bool = False, shared_by: int = 1
 ) -> Iterator[tuple[list[TrainSequence], MicroBatch]]:
-    """Micro-batches within the budget, the longest first; as many of them, and of teacher passes, on every rank."""
+    """Micro-batches within the budget, the longest first; as many of them, and of teacher passes, on every rank.
+
+    `shared_by`: so many ranks share each forward pass (sgpo.sequence_parallel) and add up their budgets for it.
+    """
     lengths = [s.length for s in sequences]
-    groups = [[sequences[i] for i in group] for group in grouped(lengths, token_budget, packed=packed)]
+    own = _own_groups(lengths, token_budget, packed=packed, shared_by=shared_by)
+    groups = [[sequences[i] for i in group] for group in own]
     plans = ranks.gather([any(_is_distilled(s) for s in group) for group in groups])
     for k in range(max(len(plan) for plan in plans)):
         chosen = groups[k] if k < len(groups) else []
         with_teacher = any(k < len(plan) and plan[k] for plan in plans)
         yield chosen, collate_training(chosen, pad_id, with_teacher=with_teacher, packed=packed)
+
+
+def _own_groups(lengths: Sequence[int], token_budget: int, *, packed: bool, shared_by: int) -> list[list[int]]:
+    """Indices of this rank's sequences in each micro-batch; the ranks that share micro-batches form them together."""
+    if shared_by == 1:
+        return grouped(lengths, token_budget, packed=packed)
+    first = ranks.rank() // shared_by * shared_by
+    members = ranks.gather(list(lengths))[first : first + shared_by]
+    start = sum(len(member) for member in members[: ranks.rank() - first])
+    joint = grouped([length for member in members for length in member], shared_by * token_budget, packed=packed)
+    return [[i - start for i in group if start <= i < start + len(lengths)] for group in joint]
 
 
 def score_contexts(
@@ -88,15 +106,16 @@ def score_contexts(
 ) -> list[list[float]]:
     """log pi(token | prompt, tokens before) of each (prompt ids, completion ids), current weights. Collective."""
     packed = engine.model.packed
-    groups = grouped([len(prompt) + len(completion) for prompt, completion in contexts], token_budget, packed=packed)
+    lengths = [len(prompt) + len(completion) for prompt, completion in contexts]
+    groups = _own_groups(lengths, token_budget, packed=packed, shared_by=engine.model.shared_by)
     scores: dict[int, list[float]] = {}
     for k in range(max(ranks.gather(len(groups)))):
         group = groups[k] if k < len(groups) else []
         prompts, completions = [contexts[i][0] for i in group], [contexts[i][1] for i in group]
         batch = collate(prompts, completions, pad_id, packed=packed).to(engine.device)
         logprobs = engine.evaluate(_logprobs(batch, temperature), batch)
-        lengths = [len(contexts[i][1]) for i in group]
-        scores.update(zip(group, (part.tolist() for part in logprobs.split(lengths)), strict=True))
+        counts = [len(contexts[i][1]) for i in group]
+        scores.update(zip(group, (part.tolist() for part in logprobs.split(counts)), strict=True))
     return [scores[i] for i in range(len(contexts))]
 
 

@@ -110,9 +110,18 @@ def plain_run(tmp_path_factory):
     return folder / "runs" / "tiny"
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_two_processes_give_the_loss_curve_of_one(plain_run, tmp_path, stage):
-    finish(tmp_path, f"--engine.zero_stage={stage}", processes=2)
+# In the last, the longest sequence is longer than micro_batch_tokens, and fits because two processes share it.
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--engine.zero_stage=0"],
+        ["--engine.zero_stage=3"],
+        ["--engine.zero_stage=2", "--engine.sequence_parallel_size=2", "--engine.micro_batch_tokens=32",
+         "--engine.packing=packed", "--plan.worst_case_step=true"],
+    ],
+)  # fmt: skip
+def test_two_processes_give_the_loss_curve_of_one(plain_run, tmp_path, overrides):
+    finish(tmp_path, *overrides, processes=2)
     pair = tmp_path / "runs" / "tiny"
     for alone, both in zip(rows(plain_run), rows(pair), strict=True):
         for key in ("loss", "accuracy_auto", "accuracy_guided", "alpha_mean", "grad_norm", "policy_rows", "problems"):

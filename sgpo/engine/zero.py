@@ -1,9 +1,9 @@
 """DeepSpeed as the training engine: ZeRO 0-3, accumulation with final weights, gathered weights, checkpoints.
 
-The only file that imports deepspeed. The loss of a micro-batch is formed inside the wrapped model's forward, because
-ZeRO-3 only has the parameters there. Weights of all rows are final (global denominators), so micro-batches are summed:
-the gradient is the same however a step is split. DeepSpeed averages over ranks, so the loss is multiplied by their
-number.
+The only file that imports deepspeed, but for attention across ranks (sgpo.sequence_parallel). The loss of a
+micro-batch is formed inside the wrapped model's forward, because ZeRO-3 only has the parameters there. Weights of all
+rows are final (global denominators), so micro-batches are summed: the gradient is the same however a step is split.
+DeepSpeed averages over ranks, so the loss is multiplied by their number.
 """
 
 from __future__ import annotations

@@ -137,9 +137,9 @@ class Planner:
         rank = getattr(lora, "rank", 0) if lora is not None else 0
         self.trained = sizes.adapter_parameters(rank) if rank else self.P
         self.sequence = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-        self.T = max(config.engine.micro_batch_tokens, self.sequence) / getattr(
-            config.engine, "sequence_parallel_size", 1
-        )
+        # S processes share a micro-batch of S x the budget: each has a part of its tokens, and one may have all rows.
+        self.S = config.engine.sequence_parallel_size
+        self.T = max(config.engine.micro_batch_tokens, self.sequence / self.S)
         self.distils = config.algorithm.method == "sgpo" and config.algorithm.distillation != "none"
 
     def plan(self) -> Plan:
@@ -253,7 +253,9 @@ class Planner:
         from sgpo_kernels.launch import extra_bytes
 
         op = op or ("sgpo" if self.distils else "policy")
-        rows = int(self.T * self.config.rollout.max_new_tokens / self.sequence) * (2 if self.distils and grad else 1)
+        rows = int(self.S * self.T * self.config.rollout.max_new_tokens / self.sequence) * (
+            2 if self.distils and grad else 1
+        )
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         return float(
             extra_bytes(op, rows, self.sizes.hidden, self.sizes.vocab, dtype, self.place.device_type, head_grad=grad)
@@ -266,7 +268,7 @@ class Planner:
         states = self.s * self.sizes.hidden * self.T
         return {
             **terms,
-            "hidden states": states * (3 if self.distils else 2),
+            "hidden states": states * self.S * (3 if self.distils else 2),
             "head chunks and dW": self.head(),
             "attention scores": self._attention(),
         }
@@ -277,7 +279,7 @@ class Planner:
         return {
             **self.activations(),
             "layer's gradients": self.working_per_token() * self.T / self._tiles(),
-            "hidden states": 2 * self.s * self.sizes.hidden * self.T,
+            "hidden states": 2 * self.s * self.sizes.hidden * self.T * self.S,
             "head's dW": embedding,
             "attention scores": self._attention(),
         }
