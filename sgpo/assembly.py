@@ -289,9 +289,6 @@ def vllm_options(config: Config, model_folder: Path, from_scratch: bool) -> Any:
         rollout.max_new_tokens, config.eval.max_new_tokens if config.data.eval or config.eval.benchmarks else 0
     )
     longest = chosen.max_model_len or config.data.max_prompt_tokens + new_tokens
-    sleep_level = chosen.sleep_level
-    if sleep_level is None:
-        sleep_level = 2 if torch.cuda.is_available() and rollout.placement == "inprocess" else 0
     return VllmOptions(
         max_model_len=min(longest, positions_of(model_folder) or longest),
         max_num_seqs=chosen.max_num_seqs,
@@ -300,7 +297,7 @@ def vllm_options(config: Config, model_folder: Path, from_scratch: bool) -> Any:
         gpu_memory_utilization=chosen.gpu_memory_utilization,
         tensor_parallel_size=chosen.tensor_parallel_size,
         enforce_eager=chosen.enforce_eager,
-        sleep_level=sleep_level,
+        sleep_level=rollout.sleep_level(cuda=torch.cuda.is_available()),
         from_scratch=from_scratch,
         stall_s=rollout.stall_s,
     )

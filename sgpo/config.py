@@ -171,6 +171,16 @@ class RolloutConfig(Section):
             raise ValueError("devices is for placement: process; an engine in the trainer's process has its device")
         return self
 
+    def sleep_level(self, *, cuda: bool) -> int:
+        """vllm.sleep_level, and where it is null: 2 in the trainer's process on a GPU, else 0.
+
+        Never 1 by itself: it would keep a copy of the weights on the host and carry it back at each wake, where the
+        next sync, which every step makes anyway, overwrites it.
+        """
+        if self.vllm.sleep_level is not None:
+            return self.vllm.sleep_level
+        return 2 if cuda and self.placement == "inprocess" else 0
+
 
 class RewardConfig(Section):
     kind: str = Field(
