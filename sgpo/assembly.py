@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -336,7 +337,9 @@ def training_method(config: Config) -> Method:
     algorithm = config.algorithm
     centred = {"normalize_std": algorithm.normalize_std, "max_new_tokens": config.rollout.max_new_tokens}
     methods: dict[str, Any] = {
-        "sgpo": partial(sgpo_sequences, settings=sgpo_settings(config)),
+        "sgpo": partial(
+            sgpo_sequences, settings=sgpo_settings(config), contest_above_tokens=contest_above_tokens(config)
+        ),
         "grpo": partial(sgpo_sequences, settings=sgpo_settings(config)),
         "dapo": partial(dapo_sequences, overlong_share=algorithm.overlong_share, **centred),
         "luffy": partial(luffy_sequences, **centred),
@@ -344,6 +347,17 @@ def training_method(config: Config) -> Method:
         "sft": sft_step,
     }
     return methods[algorithm.method]
+
+
+def contest_above_tokens(config: Config) -> float:
+    """Shorter guided completions go through the model in company, which is worth more than sparing o+ a pass.
+
+    Without checkpoints two of them would hold all their activations; with several mini-batches the weights are no
+    longer those that chose.
+    """
+    engine = config.engine
+    shares = engine.shared_target_pass and config.model.gradient_checkpointing and config.algorithm.mini_batches == 1
+    return engine.micro_batch_tokens / 2 if shares else math.inf
 
 
 def policy_objective(config: Config) -> Objective:

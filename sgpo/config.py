@@ -280,6 +280,11 @@ class EngineConfig(Section):
     packing: Literal["padded", "packed"] = Field(
         default="padded", description="packed: several sequences behind one another in one row, no padding"
     )
+    shared_target_pass: bool = Field(
+        default=True,
+        description="a correct guided completion that fills more than half a micro-batch goes through the model once "
+        "for choosing o+ and for learning it; needs model.gradient_checkpointing and algorithm.mini_batches 1",
+    )
     loss_impl: Literal["auto", "triton", "torch"] = Field(default="auto", description="auto: Triton on CUDA")
     column_tolerance: float = Field(
         default=0.0,

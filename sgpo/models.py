@@ -146,16 +146,20 @@ class PolicyModel(nn.Module):
         rows, self._rows = self._rows, None
         return (arguments[0].flatten(0, 1)[rows], *arguments[1:])
 
-    def forward(self, function: Callable[..., Any], batch: Any, teacher: Any = None) -> Any:
+    def forward(
+        self, function: Callable[..., Any], batch: Any, teacher: Any = None, hidden: torch.Tensor | None = None
+    ) -> Any:
         """function(head weight [V, H], head bias or None, hidden of the batch's rows, of the teacher's rows or None).
 
-        The teacher's rows carry no gradient.
+        The teacher's rows carry no gradient. `hidden`: the batch's rows [N, H], where they are there already.
         """
         teacher_hidden = None
         if teacher is not None:
             with torch.no_grad():
                 teacher_hidden = self.hidden(teacher.input_ids, teacher.rows, teacher.lengths)
-        return self.head(function, self.hidden(batch.input_ids, batch.rows, batch.lengths), teacher_hidden)
+        if hidden is None:
+            hidden = self.hidden(batch.input_ids, batch.rows, batch.lengths)
+        return self.head(function, hidden, teacher_hidden)
 
 
 def eos_ids_of_folder(path: str | Path) -> int | list[int] | None:
