@@ -18,7 +18,7 @@ from sgpo.schema import Problem, PromptPair, Rollout, RolloutRequest, ScoredGrou
 from sgpo.step_metrics import record_guidance, record_passes
 from sgpo.steps import optimizer_step, score_contexts
 
-BUDGET, PAD = 60, 0
+BUDGET, PAD, TEMPERATURE = 60, 0, 0.7
 # Rewards of the autonomous and the guided rollouts. Every second group is one rank's where there are two: that rank has
 # contests of 4 and 3 candidates and a lone o+, the other a contest of 2 that is a tie.
 REWARDS = [
@@ -69,13 +69,19 @@ def watch(lm) -> tuple[list, list]:
 
 
 def one_step(engine: ZeroEngine, groups: list[ScoredGroup], *, shared: bool) -> dict:
-    guess = partial(score_contexts, engine, token_budget=BUDGET, pad_id=PAD)
+    guess = partial(score_contexts, engine, token_budget=BUDGET, pad_id=PAD, temperature=TEMPERATURE)
     sequences, guidance = sgpo_sequences(
         groups, SgpoSettings(), problems=len(REWARDS), score=guess, contest_above_tokens=0 if shared else math.inf
     )
-    contests = [chosen.contest for chosen in guidance if chosen.contest]
     result = optimizer_step(
-        engine, sequences, zero_worker.objective, token_budget=BUDGET, pad_id=PAD, lr=1e-3, contests=contests
+        engine,
+        sequences,
+        zero_worker.objective,
+        token_budget=BUDGET,
+        pad_id=PAD,
+        lr=1e-3,
+        contests=[chosen.contest for chosen in guidance if chosen.contest],
+        temperature=TEMPERATURE,
     )
     winners = iter(result.winners)
     guidance = [chosen.decided(*next(winners)) if chosen.contest else chosen for chosen in guidance]
