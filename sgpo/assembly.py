@@ -343,7 +343,9 @@ def training_method(config: Config) -> Method:
     algorithm = config.algorithm
     centred = {"normalize_std": algorithm.normalize_std, "max_new_tokens": config.rollout.max_new_tokens}
     methods: dict[str, Any] = {
-        "sgpo": partial(sgpo_sequences, settings=sgpo_settings(config)),
+        "sgpo": partial(
+            sgpo_sequences, settings=sgpo_settings(config), contest_above_tokens=config.contest_above_tokens()
+        ),
         "grpo": partial(sgpo_sequences, settings=sgpo_settings(config)),
         "dapo": partial(dapo_sequences, overlong_share=algorithm.overlong_share, **centred),
         "luffy": partial(luffy_sequences, **centred),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -297,6 +298,12 @@ class EngineConfig(Section):
     packing: Literal["padded", "packed"] = Field(
         default="padded", description="packed: several sequences behind one another in one row, no padding"
     )
+    shared_target_pass: bool = Field(
+        default=True,
+        description="a correct guided completion that fills more than half a micro-batch goes through the model once "
+        "for choosing o+ and for learning it; where model.gradient_checkpointing is on, and algorithm.mini_batches and "
+        "sequence_parallel_size are 1",
+    )
     loss_impl: Literal["auto", "triton", "torch"] = Field(default="auto", description="auto: Triton on CUDA")
     column_tolerance: float = Field(
         default=0.0,
@@ -432,6 +439,17 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     plan: PlanConfig = PlanConfig()
+
+    def contest_above_tokens(self) -> float:
+        """Of how many tokens on a guided completion goes through the model alone, once for its choice as o+ and for
+        learning it (engine.shared_target_pass). Shorter ones go in company, which is worth more than a pass.
+
+        Never without checkpoints, where two of them would hold all their activations; with several mini-batches, whose
+        weights are no longer those that chose; nor where ranks share a pass and are in company by that.
+        """
+        engine = self.engine
+        alone = self.model.gradient_checkpointing and self.algorithm.mini_batches == engine.sequence_parallel_size == 1
+        return engine.micro_batch_tokens / 2 if engine.shared_target_pass and alone else math.inf
 
     @model_validator(mode="after")
     def _pairs(self) -> Config:

@@ -128,6 +128,16 @@ def test_two_processes_give_the_loss_curve_of_one(plain_run, tmp_path, overrides
             assert both[key] == pytest.approx(alone[key], rel=1e-3, abs=1e-6), key
 
 
+def test_one_pass_of_long_targets_gives_the_loss_curve_of_two(plain_run, tmp_path):
+    """Every guided prompt has 39 tokens, more than half of the 64 of a micro-batch."""
+    finish(tmp_path, "--model.gradient_checkpointing=true", "--engine.micro_batch_tokens=64")
+    found = rows(tmp_path / "runs" / "tiny")
+    for two, one in zip(rows(plain_run), found, strict=True):
+        for key in ("loss", "alpha_mean", "grad_norm", "target_share", "target_score_mean", "kl_mean"):
+            assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-6), key
+    assert any(row["target_score_mean"] is not None for row in found)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

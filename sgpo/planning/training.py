@@ -235,7 +235,15 @@ class TrainingMemory:
             "teacher's hidden states": self.s * states * self.teaches,
             "head": self.head(),
         }
-        return fullest(loss, self.activations() | self._layer_at_work()) if self.checkpointed else loss
+        if not self.checkpointed:
+            return loss
+        best = self.candidates_waiting() * sum(self.activations().values())
+        return fullest(loss, self.activations() | self._layer_at_work() | {"best candidate's checkpoints": best})
+
+    def candidates_waiting(self) -> float:
+        """While o+ is chosen, the best candidate so far waits beside the next one: in micro-batches, 0 to 1."""
+        contested = self.distils and self.sequence > self.config.contest_above_tokens()
+        return self.sequence / self.T if contested else 0.0
 
     def _layer_at_work(self) -> Terms:
         """A layer's forward pass that keeps nothing: in its MLP, three inner states beside input and residual."""

@@ -1,6 +1,6 @@
 """One rank of the engine tests: runs every case of the command line in one process and writes what came out.
 
-python zero_worker.py OUT.json MODEL_FOLDER STAGE:DTYPE:TOKEN_BUDGET ...
+python zero_worker.py OUT.json MODEL_FOLDER STAGE:DTYPE:TOKEN_BUDGET ... contest:CASE ...    see contest_cases.py
 """
 
 import json
@@ -108,7 +108,14 @@ def run_case(case: str, folder: str, device: torch.device) -> dict:
 def main() -> None:
     out, folder, *cases = sys.argv[1:]
     device = init_distributed(300)
-    results = {case: run_case(case, folder, device) for case in cases}
+    results = {}
+    for case in cases:
+        if case.startswith("contest:"):
+            import contest_cases
+
+            results[case] = contest_cases.run_case(case.removeprefix("contest:"), folder, device)
+        else:
+            results[case] = run_case(case, folder, device)
     if ranks.is_main():
         Path(out).write_text(json.dumps(results))
 
