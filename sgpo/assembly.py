@@ -352,8 +352,8 @@ def training_method(config: Config) -> Method:
 def contest_above_tokens(config: Config) -> float:
     """Shorter guided completions go through the model in company, which is worth more than sparing o+ a pass.
 
-    Without checkpoints two of them would hold all their activations; with several mini-batches the weights are no
-    longer those that chose.
+    Without checkpoints two of them would hold all their activations (and DeepSpeed's ZeRO-3 all weights until backward
+    ends); with several mini-batches the weights are no longer those that chose.
     """
     engine = config.engine
     shares = engine.shared_target_pass and config.model.gradient_checkpointing and config.algorithm.mini_batches == 1
