@@ -444,8 +444,9 @@ class Config(Section):
         """Of how many tokens on a guided completion goes through the model alone, once for its choice as o+ and for
         learning it (engine.shared_target_pass). Shorter ones go in company, which is worth more than a pass.
 
-        Never without checkpoints, where two of them would hold all their activations; with several mini-batches, whose
-        weights are no longer those that chose; nor where ranks share a pass and are in company by that.
+        Never without checkpoints, where two of them would hold all their activations (and DeepSpeed's ZeRO-3 all
+        weights until backward ends); with several mini-batches, whose weights are no longer those that chose; nor where
+        ranks share a pass and are in company by that.
         """
         engine = self.engine
         alone = self.model.gradient_checkpointing and self.algorithm.mini_batches == engine.sequence_parallel_size == 1
