@@ -52,6 +52,11 @@ class LoraConfig(Section):
         default=("all-linear",), min_length=1, description='names of the linear layers, or "all-linear" (not the head)'
     )
     dora: bool = Field(default=False, description="DoRA: the length of each row is learned apart from its direction")
+    sync: Literal["auto", "adapters", "merged"] = Field(
+        default="auto",
+        description="what the rollout engine is sent: adapters alone (after one whole sync), or merged weights; "
+        "auto: adapters, but for DoRA with vLLM, which has none",
+    )
 
 
 class ModelConfig(Section):
@@ -441,8 +446,8 @@ class Config(Section):
             raise ValueError(
                 "vLLM takes temperatures up to 2; lower rollout.temperature or eval.temperature, or use hf"
             )
-        if self.model.lora.rank and self.engine.zero_stage == 3:
-            raise ValueError("model.lora needs engine.zero_stage 0, 1 or 2: the frozen weights stay whole on each GPU")
+        if self.model.lora.dora and self.model.lora.sync == "adapters" and self.rollout.engine == "vllm":
+            raise ValueError("vLLM has no DoRA adapters; set model.lora.sync to merged (or leave it at auto)")
         if self.engine.offload_states_during_rollout and self.rollout.placement == "process":
             raise ValueError(
                 "engine.offload_states_during_rollout is for rollout.placement: inprocess, where both share the memory"
@@ -450,6 +455,13 @@ class Config(Section):
         if self.warmup.enabled and self.warmup.data is None:
             raise ValueError("warmup.enabled needs warmup.data")
         return self
+
+    @property
+    def syncs_adapters(self) -> bool:
+        """Whether the trainer's rollout engine has adapters of its own, so that a sync sends these alone."""
+        lora = self.model.lora
+        possible = not (lora.dora and self.rollout.engine == "vllm")
+        return lora.rank > 0 and possible and lora.sync != "merged"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
