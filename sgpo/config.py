@@ -53,6 +53,11 @@ class LoraConfig(Section):
         default=("all-linear",), min_length=1, description='names of the linear layers, or "all-linear" (not the head)'
     )
     dora: bool = Field(default=False, description="DoRA: the length of each row is learned apart from its direction")
+    sync: Literal["auto", "adapters", "merged"] = Field(
+        default="auto",
+        description="what the rollout engine is sent: adapters alone (after one whole sync), or merged weights; "
+        "auto: adapters, but for DoRA with vLLM, which has none",
+    )
 
 
 class ModelConfig(Section):
@@ -171,16 +176,6 @@ class RolloutConfig(Section):
         if self.devices is not None and self.placement != "process":
             raise ValueError("devices is for placement: process; an engine in the trainer's process has its device")
         return self
-
-    def sleep_level(self, *, cuda: bool) -> int:
-        """vllm.sleep_level, and where it is null: 2 in the trainer's process on a GPU, else 0.
-
-        Never 1 by itself: it would keep a copy of the weights on the host and carry it back at each wake, where the
-        next sync, which every step makes anyway, overwrites it.
-        """
-        if self.vllm.sleep_level is not None:
-            return self.vllm.sleep_level
-        return 2 if cuda and self.placement == "inprocess" else 0
 
 
 class RewardConfig(Section):
@@ -479,8 +474,8 @@ class Config(Section):
             )
         if self.engine.sequence_parallel_size > 1 and self.model.attn_implementation != "sdpa":
             raise ValueError("engine.sequence_parallel_size above 1 needs model.attn_implementation: sdpa")
-        if self.model.lora.rank and self.engine.zero_stage == 3:
-            raise ValueError("model.lora needs engine.zero_stage 0, 1 or 2: the frozen weights stay whole on each GPU")
+        if self.model.lora.dora and self.model.lora.sync == "adapters" and self.rollout.engine == "vllm":
+            raise ValueError("vLLM has no DoRA adapters; set model.lora.sync to merged (or leave it at auto)")
         if self.engine.offload_states_during_rollout and self.rollout.placement == "process":
             raise ValueError(
                 "engine.offload_states_during_rollout is for rollout.placement: inprocess, where both share the memory"
@@ -488,6 +483,23 @@ class Config(Section):
         if self.warmup.enabled and self.warmup.data is None:
             raise ValueError("warmup.enabled needs warmup.data")
         return self
+
+    @property
+    def syncs_adapters(self) -> bool:
+        """Whether the trainer's rollout engine has adapters of its own, so that a sync sends these alone."""
+        lora = self.model.lora
+        possible = not (lora.dora and self.rollout.engine == "vllm")
+        return lora.rank > 0 and possible and lora.sync != "merged"
+
+    def sleep_level(self, *, cuda: bool) -> int:
+        """rollout.vllm.sleep_level, and where it is null: 0 without a GPU or in a process of its own, else 2, which
+        drops the weights that the next sync brings anyway. Where it would bring adapters alone: 1, a copy on the host.
+        """
+        if (chosen := self.rollout.vllm.sleep_level) is not None:
+            return chosen
+        if not cuda or self.rollout.placement != "inprocess":
+            return 0
+        return 1 if self.syncs_adapters else 2
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -174,7 +174,7 @@ def _of_states(config: Config, place: Place) -> Iterator[Change]:
     staged = {} if engine.zero_stage >= 2 else {"engine.zero_stage": 2}
     if staged and place.processes > 1:
         yield staged
-    if engine.zero_stage < 3 and place.processes > 1 and not config.model.lora.rank:
+    if engine.zero_stage < 3 and place.processes > 1:
         yield {"engine.zero_stage": 3}
     for state in ("8bit", "cpu_offload"):
         if engine.optimizer_state != state:
@@ -184,7 +184,7 @@ def _of_states(config: Config, place: Place) -> Iterator[Change]:
             {} if engine.zero_stage == 2 else {"engine.zero_stage": 2}
         )
     if not config.model.lora.rank:
-        yield {"model.lora.rank": 16} | ({"engine.zero_stage": 2} if engine.zero_stage == 3 else {})
+        yield {"model.lora.rank": 16}
 
 
 def _of_rollouts(config: Config, sizes: Architecture, place: Place) -> Iterator[Change]:
@@ -205,7 +205,7 @@ def _of_rollouts(config: Config, sizes: Architecture, place: Place) -> Iterator[
         for share in (0.9, 0.7, 0.5, 0.3, 0.2):
             if share != vllm.gpu_memory_utilization:
                 yield {"rollout.vllm.gpu_memory_utilization": share}
-    if rollout.sleep_level(cuda=True) != 2 and rollout.placement == "inprocess":
+    if config.sleep_level(cuda=True) != 2 and rollout.placement == "inprocess":
         yield {"rollout.vllm.sleep_level": 2}
     if place.processes > 1 and vllm.tensor_parallel_size == 1 and rollout.placement == "inprocess":
         yield {"rollout.vllm.tensor_parallel_size": 2}

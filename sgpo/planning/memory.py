@@ -171,7 +171,7 @@ class Planner(TrainingMemory):
     def _sleep_level(self) -> int:
         rollout = self.config.rollout
         sleeps = rollout.engine == "vllm" and self.cuda and not rollout.overlap
-        return rollout.sleep_level(cuda=self.cuda) if sleeps else 0
+        return self.config.sleep_level(cuda=self.cuda) if sleeps else 0
 
     def _asleep(self) -> Terms:
         """The engine while the trainer works, on the device."""
