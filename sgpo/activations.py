@@ -151,6 +151,12 @@ def tile_mlps(lm: Any, tile_tokens: int) -> None:
         layer.mlp.forward = partial(_tiled, layer.mlp.forward, tile_tokens)
 
 
+def tiled_mlps(model: nn.Module) -> list[nn.Module]:
+    """The MLPs that `tile_mlps` has changed."""
+    forwards = [(module, module.__dict__.get("forward")) for module in model.modules()]
+    return [module for module, forward in forwards if isinstance(forward, partial) and forward.func is _tiled]
+
+
 def _tiled(mlp: Callable[[torch.Tensor], torch.Tensor], tile_tokens: int, hidden: torch.Tensor) -> torch.Tensor:
     """hidden [B, T, H] -> [B, T, H]."""
     tokens = hidden.flatten(0, -2)

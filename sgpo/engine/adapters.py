@@ -42,9 +42,7 @@ def add_adapters(lm: Any, *, rank: int, alpha: float, targets: Sequence[str], do
             raise SgpoError(f"model.lora.targets = {list(targets)}: {str(error).splitlines()[0]}") from error
     for module in (lm.get_output_embeddings(), lm.get_input_embeddings()):
         if _is_adapted(module):  # the fused loss reads the head's own weight: adapters there would learn nothing
-            raise SgpoError(
-                f"model.lora.targets = {list(targets)}: head and embedding take no adapters; leave them out"
-            )
+            raise SgpoError(f"model.lora.targets = {list(targets)}: head and embedding take no adapters")
 
 
 def _is_adapted(module: Any) -> bool:

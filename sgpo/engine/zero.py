@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 
+from sgpo.activations import tiled_mlps
 from sgpo.adapter_names import is_adapter, plain_name
 from sgpo.engine import ranks
 from sgpo.engine.adapters import merged_weights
@@ -115,6 +116,9 @@ class ZeroEngine:
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
         if dtype == "bfloat16" and zero_stage > 0:  # DeepSpeed has no fp32 accumulation at stage 0, only fp32 masters
             config["data_types"] = {"grad_accum_dtype": "fp32"}
+        if zero_stage == 3:
+            for mlp in tiled_mlps(model):  # gathered once per pass: ranks may have different numbers of tiles
+                deepspeed.utils.set_z3_leaf_module(mlp, True)
         self.model = model
         self._engine: Any
         self._optimizer: Any

@@ -13,6 +13,8 @@ WORKER = Path(__file__).with_name("zero_worker.py")
 STAGES = (0, 1, 2, 3)
 WHOLE, SPLIT = 4000, 100  # token budgets: everything in one micro-batch, or in many
 FP32 = [f"{stage}:float32:{budget}" for stage in STAGES for budget in (WHOLE, SPLIT)]
+LEAN = [f"3:float32:{WHOLE}:{option}" for option in ("packed", "checkpointed", "hosted", "tiled")]
+LEAN_2 = f"3:float32:{SPLIT}:packed:hosted:tiled"
 BF16 = [f"{stage}:bfloat16:{SPLIT}" for stage in STAGES]
 # Of contest_cases.py: STAGE:CHECKPOINTED:PACKED:SHARED. The first scores before the step, the others in it.
 BEFORE, *WITHIN = [f"contest:{case}" for case in ("0:1:0:0", "0:1:0:1", "0:1:1:1", "2:1:0:1", "3:1:0:1")]
@@ -26,12 +28,13 @@ def _run(launcher, tmp_path_factory, folder, cases, processes):
 
 @pytest.fixture(scope="module")
 def one(launcher, tmp_path_factory, builtin_folder):
-    return _run(launcher, tmp_path_factory, builtin_folder, [*FP32, *BF16, BEFORE, *WITHIN], 1)
+    return _run(launcher, tmp_path_factory, builtin_folder, [*FP32, *BF16, *LEAN, BEFORE, *WITHIN], 1)
 
 
 @pytest.fixture(scope="module")
 def two(launcher, tmp_path_factory, builtin_folder):
-    cases = [f"{stage}:float32:{SPLIT}" for stage in STAGES] + [f"2:bfloat16:{SPLIT}", BEFORE, *WITHIN]
+    cases = [f"{stage}:float32:{SPLIT}" for stage in STAGES]
+    cases += [f"2:bfloat16:{SPLIT}", LEAN_2, BEFORE, *WITHIN]
     return _run(launcher, tmp_path_factory, builtin_folder, cases, 2)
 
 
@@ -78,6 +81,15 @@ def test_gradient_is_that_of_plain_autograd_for_every_stage_and_split(one, plain
     loss, truth = plain
     assert one[case]["losses"][0] == pytest.approx(loss, rel=1e-5)
     assert _relative(one[case]["gradient"], truth) < 1e-5
+
+
+@pytest.mark.parametrize("case", [*LEAN, LEAN_2])
+def test_what_saves_memory_gives_the_plain_gradient_over_cut_weights_too(one, two, plain, case):
+    loss, truth = plain
+    run = one.get(case) or two[case]
+    assert run["losses"][0] == pytest.approx(loss, rel=1e-5)
+    assert _relative(run["gradient"], truth) < 1e-5
+    assert run["losses"] == pytest.approx(one[f"0:float32:{WHOLE}"]["losses"], rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", STAGES)
