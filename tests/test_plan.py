@@ -81,6 +81,26 @@ def test_training_memory_grows_with_tokens_by_the_named_terms_and_not_with_the_v
     assert per_row == pytest.approx(2 * 3584 * 2 + 48 * 4, rel=0.01)  # no term in the vocabulary
 
 
+def test_processes_that_share_a_micro_batch_halve_its_layers_and_not_its_rows():
+    def forward(size):
+        tokens = 40_000 // size
+        return planner(
+            Place(80 * GIB, 256 * GIB, 2), engine={"micro_batch_tokens": tokens, "sequence_parallel_size": size}
+        ).forward()
+
+    alone, shared = forward(1), forward(2)
+    assert shared["activations"] == alone["activations"] / 2
+    assert shared["hidden states"] == alone["hidden states"]
+    assert shared["head chunks and dW"] == alone["head chunks and dW"]
+
+
+def test_processes_that_cannot_share_are_refused_before_anything_is_planned():
+    odd = config(engine={"sequence_parallel_size": 2}, plan={"card": "80gb", "gpus": 3})
+    with pytest.raises(SgpoError, match="must divide the number of processes, which is 3"):
+        plan_run(odd)
+    assert plan_run(odd.model_copy(update={"plan": odd.plan.model_copy(update={"gpus": 4})})).place.processes == 4
+
+
 def test_a_misfit_names_phase_size_and_changes_that_fit():
     too_big = config()
     place = Place(80 * GIB, 256 * GIB, card="80gb")

@@ -14,7 +14,8 @@ from sgpo.schema import SgpoError
 
 def largest_micro_batch(config: Config, sizes: Architecture, place: Place) -> int:
     """The largest engine.micro_batch_tokens that fits, in steps of 1024 and at least one sequence; 0: none does."""
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    sequence = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    longest = -(-sequence // config.engine.sequence_parallel_size)
 
     def fits(tokens: int) -> bool:
         return Planner(_with(config, {"engine.micro_batch_tokens": tokens}), sizes, place).plan().fits
@@ -57,8 +58,9 @@ def _candidates(config: Config, place: Place) -> Iterator[dict[str, Any]]:
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if not config.model.gradient_checkpointing:
         yield {"model.gradient_checkpointing": True}
-    if config.engine.micro_batch_tokens > longest:
-        yield {"engine.micro_batch_tokens": longest}
+    part = -(-longest // config.engine.sequence_parallel_size)
+    if config.engine.micro_batch_tokens > part:
+        yield {"engine.micro_batch_tokens": part}
     staged = config.engine.zero_stage >= 2
     if not staged and place.processes > 1:
         yield {"engine.zero_stage": 2}
