@@ -50,6 +50,8 @@ def find_place(config: Config, *, here: bool = False) -> Place:
     """What the section `plan` names, else this machine. Without a card in either: the CPU.
 
     `here` (of `sgpo train`): this machine and these processes; of `plan` only host_memory_gib counts, as a limit.
+
+    Raises SgpoError where the processes do not split into groups of engine.sequence_parallel_size.
     """
     asked, gpu = config.plan, None
     if not here and (asked.gpu_memory_gib or asked.card):
@@ -60,6 +62,10 @@ def find_place(config: Config, *, here: bool = False) -> Place:
         if torch.cuda.is_available():
             gpu = float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
     processes = (None if here else asked.gpus) or int(os.environ.get("WORLD_SIZE", "1"))
+    if processes % (size := config.engine.sequence_parallel_size):
+        raise SgpoError(
+            f"engine.sequence_parallel_size = {size} must divide the number of processes, which is {processes}"
+        )
     host = asked.host_memory_gib * GIB if asked.host_memory_gib else available_host_bytes()
     if here:
         host = min(host, available_host_bytes())

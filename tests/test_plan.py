@@ -92,6 +92,13 @@ def test_training_memory_grows_with_tokens_by_the_named_terms_and_not_with_the_v
     assert per_row == pytest.approx(2 * 3584 + 8 * 4, rel=0.01)  # no term in the vocabulary
 
 
+def test_processes_that_cannot_share_are_refused_before_anything_is_planned():
+    odd = config(engine={"sequence_parallel_size": 2}, plan={"card": "80gb", "gpus": 3})
+    with pytest.raises(SgpoError, match="must divide the number of processes, which is 3"):
+        plan_run(odd)
+    assert plan_run(odd.model_copy(update={"plan": odd.plan.model_copy(update={"gpus": 4})})).place.processes == 4
+
+
 def test_plan_is_within_a_tenth_of_measured_memory():
     """Every phase that can be the peak, on a CPU, against the resident memory of a process."""
     names = ["1M fp32", "1M bf16 ZeRO-2, LoRA, tiled MLP", "1M bf16 ZeRO-3, packed"]

@@ -23,7 +23,8 @@ ENOUGH = math.inf  # of it while searching: as much as the plan then needs
 
 def largest_micro_batch(config: Config, sizes: Architecture, place: Place) -> int:
     """The largest engine.micro_batch_tokens that fits, in steps of 1024 and at least one sequence; 0: none does."""
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    sequence = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    longest = -(-sequence // config.engine.sequence_parallel_size)
 
     def fits(tokens: int) -> bool:
         return Planner(_with(config, {"engine.micro_batch_tokens": tokens}), sizes, place).plan().fits
@@ -145,14 +146,14 @@ def _joined(changes: Iterable[Change]) -> Change:
 
 def _candidates(config: Config, sizes: Architecture, place: Place) -> Iterator[Change]:
     """Changes worth trying, each valid by itself."""
-    yield from _of_activations(config, place)
+    yield from _of_activations(config, sizes, place)
     yield from _of_states(config, place)
     yield from _of_rollouts(config, sizes, place)
     yield from _of_lengths(config)
     yield from _of_machines(place)
 
 
-def _of_activations(config: Config, place: Place) -> Iterator[Change]:
+def _of_activations(config: Config, sizes: Architecture, place: Place) -> Iterator[Change]:
     model, on_gpu = config.model, place.gpu_bytes is not None
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if not model.gradient_checkpointing:
@@ -163,8 +164,13 @@ def _of_activations(config: Config, place: Place) -> Iterator[Change]:
         )
     if min(longest, model.mlp_tile_tokens or longest) > 2048:
         yield {"model.mlp_tile_tokens": 2048}
-    if config.engine.micro_batch_tokens > longest:
-        yield {"engine.micro_batch_tokens": longest}
+    part = -(-longest // config.engine.sequence_parallel_size)
+    if config.engine.micro_batch_tokens > part:
+        yield {"engine.micro_batch_tokens": part}
+    shared = 2 * config.engine.sequence_parallel_size
+    divides = not (place.processes % shared or sizes.heads % shared or sizes.kv_heads % shared)
+    if divides and model.attn_implementation == "sdpa":
+        yield {"engine.sequence_parallel_size": shared}
     if model.dtype == "float32":
         yield {"model.dtype": "bfloat16"}
 

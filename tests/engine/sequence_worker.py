@@ -1,7 +1,7 @@
 """One rank of the sequence parallel tests: `python sequence_worker.py OUT.pt CASE ...`
 
-A case is STAGE:PACKING:KV_HEADS:OWNERS, with ":checkpointed" behind it or not. OWNERS: "all" take turns with the
-sequences, or the "last" rank has them all.
+A case is STAGE:PACKING:KV_HEADS:OWNERS, and ":frugal" for checkpoints on the host and MLPs in tiles. OWNERS: "all"
+take turns with the sequences, or the "last" rank has them all.
 """
 
 import copy
@@ -62,14 +62,16 @@ def alone(lm) -> tuple[float, dict[str, torch.Tensor], list[float]]:
 
 
 def run_case(case: str, device: torch.device) -> dict:
-    stage, packing, kv_heads, owners, *checkpointed = case.split(":")
+    stage, packing, kv_heads, owners, *frugal = case.split(":")
     lm = make_model(int(kv_heads))
     loss, truth, scores = alone(lm)
     size, rank = ranks.world_size(), ranks.rank()
     model = PolicyModel(
         lm,
         packed=packing == "packed",
-        gradient_checkpointing=bool(checkpointed),
+        gradient_checkpointing=bool(frugal),
+        activation_offload=bool(frugal),
+        mlp_tile_tokens=7 if frugal else None,
         parallel=SequenceParallel(lm, size, timeout_s=300),
     )
     engine = zero_worker.engine_of(model, device, int(stage), "float32")

@@ -4,12 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from sgpo import assembly
+from sgpo.config import Config
+from sgpo.engine import ranks
 from sgpo.schema import SgpoError
 from sgpo.sequence_parallel import check_size
 
 WORKER = Path(__file__).with_name("sequence_worker.py")
-CASES = ("0:padded:1:all:checkpointed", "2:padded:2:all", "2:packed:4:last", "3:packed:1:all:checkpointed")
+CASES = ("0:padded:1:all:frugal", "2:padded:2:all", "2:packed:4:last", "3:packed:1:all:frugal")
 BUDGET = 60
 
 
@@ -65,6 +69,21 @@ def test_what_cannot_share_is_refused(size, processes, heads, kv_heads, complain
     for config in (model, {"text_config": model}):
         with pytest.raises(SgpoError, match=complaint):
             check_size(size, processes=processes, model=config)
+
+
+def test_a_run_is_refused_before_its_model_is_loaded(builtin_folder, monkeypatch):
+    monkeypatch.setattr(ranks, "world_size", lambda: 3)
+    config = Config.model_validate(
+        {"model": {"path": "x"}, "data": {"train": "x"}, "engine": {"sequence_parallel_size": 3}}
+    )
+    with pytest.raises(SgpoError, match="must divide the 4 attention heads"):
+        assembly.check_data(config, builtin_folder, assembly.TaskData([], []), None)
+
+
+def test_other_attention_is_refused():
+    raw = {"model": {"path": "x", "attn_implementation": "eager"}, "data": {"train": "x"}}
+    with pytest.raises(ValidationError, match=r"needs model\.attn_implementation: sdpa"):
+        Config.model_validate(raw | {"engine": {"sequence_parallel_size": 2}})
 
 
 def test_what_can_share_is_not_refused():
