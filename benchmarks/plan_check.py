@@ -52,10 +52,10 @@ def case(
 LORA = {"lora": {"rank": 16}}
 CASES = {
     "1M fp32": case(SMALLEST, 4096),
-    "1M bf16 ZeRO-2, LoRA, tiled MLP": case(
-        SMALLEST, 4096, bf16=True, stage=2, checkpointing=True, model=LORA | {"mlp_tile_tokens": 512}
+    "1M fp32 ZeRO-2, LoRA, checkpointed, tiled MLP": case(
+        SMALLEST, 16384, stage=2, checkpointing=True, model=LORA | {"mlp_tile_tokens": 1024}
     ),
-    "1M bf16 ZeRO-3, packed": case(SMALLEST, 4096, bf16=True, stage=3, engine={"packing": "packed"}),
+    "1M fp32 ZeRO-3, packed": case(SMALLEST, 4096, stage=3, engine={"packing": "packed"}),
     "8M fp32": case(SMALL, 4096),
     "8M fp32 twice the tokens": case(SMALL, 8192),
     "8M fp32 four times the tokens": case(SMALL, 16384),
@@ -64,6 +64,7 @@ CASES = {
     "8M fp32 checkpointed": case(SMALL, 16384, checkpointing=True),
     "8M fp32 checkpointed, tiled MLP": case(SMALL, 16384, checkpointing=True, model={"mlp_tile_tokens": 1024}),
     "8M fp32 tiled MLP": case(SMALL, 8192, model={"mlp_tile_tokens": 1024}),
+    "8M fp32 DoRA, checkpointed": case(SMALL, 4096, checkpointing=True, model={"lora": {"rank": 16, "dora": True}}),
     "8M fp32 ZeRO-2": case(SMALL, 8192, stage=2),
     "8M fp32, 4 x vocabulary": case(WIDE_HEAD, 8192),
     "40M fp32": case(MEDIUM, 4096),
