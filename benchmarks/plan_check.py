@@ -53,7 +53,7 @@ LORA = {"lora": {"rank": 16}}
 CASES = {
     "1M fp32": case(SMALLEST, 4096),
     "1M fp32 ZeRO-2, LoRA, checkpointed, tiled MLP": case(
-        SMALLEST, 16384, stage=2, checkpointing=True, model=LORA | {"mlp_tile_tokens": 1024}
+        SMALLEST, 8192, stage=2, checkpointing=True, model=LORA | {"mlp_tile_tokens": 1024}
     ),
     "1M fp32 ZeRO-3, packed": case(SMALLEST, 4096, stage=3, engine={"packing": "packed"}),
     "8M fp32": case(SMALL, 4096),

@@ -138,9 +138,15 @@ class TrainingMemory:
         size = {0: 0, 1: 4}.get(self.stage, self.s)
         return {"gradient bucket": float(size * (BUCKET_ELEMENTS if self.cuda else min(self.trained, BUCKET_ELEMENTS)))}
 
+    def _reduced(self) -> Terms:
+        """Stage 3 sorts a full bucket by partitions in a copy, and adds this process's part in fp32."""
+        widened = 4.0 / self.W if self.bf16 else 0.0
+        return {"bucket by partitions": (self.s + widened) * min(self.trained, BUCKET_ELEMENTS) * (self.stage == 3)}
+
     def gathered(self) -> Terms:
-        """Stage 3: the weights of layers at work, and of those whose next use is near."""
-        return {"gathered weights": self.s * min(self.P, LIVE_ELEMENTS)} if self.stage == 3 else {}
+        """Stage 3: the weights of layers at work, and of those whose next use is near. One process has them anyway."""
+        several = self.stage == 3 and self.W > 1
+        return {"gathered weights": self.s * min(self.P, LIVE_ELEMENTS)} if several else {}
 
     def update(self) -> Terms:
         """What the optimizer step adds: fp32 or flat copies of gradients, and Adam's temporaries where not fused."""
@@ -291,9 +297,10 @@ class TrainingMemory:
         if self.config.model.activation_offload and self.cuda:
             layer["its checkpoint"] = self.boundaries() / a.layers
         end = {"head's and embedding's dW": (2 if a.tied else 1) * head}
+        reduction = self.bucket() | self._reduced()
         if self.cuda:
-            return fullest(loss, layer, end) | self.bucket()
-        return fullest(loss, layer, end | self.bucket())  # filled when activations are gone
+            return fullest(loss, layer, end) | reduction
+        return fullest(loss, layer, end | reduction)  # filled when activations are gone
 
     def scoring(self) -> Terms:
         """A pass without gradient, and the log-probs of its rows."""
