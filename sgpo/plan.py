@@ -151,6 +151,7 @@ def table(plan: Plan) -> str:
         f"a step with every completion at full length: {plan.step_seconds:.0f} s, most of it in {slowest}",
         f"fits (a GPU is planned up to {HEADROOM:.0%})" if plan.fits else "does not fit:",
     ]
-    lines += [f"  {phase}: {size / GIB:.2f} GiB too much ({where})" for (phase, where), size in plan.missing.items()]
+    for (phase, where), size in plan.missing.items():
+        lines.append(f"  {phase}: {size / GIB:.2f} GiB too {'few' if where == 'KV cache' else 'much'} ({where})")
     lines += [f"  fits with {describe_change(c)} ({c['step_seconds']:.0f} s a step)" for c in plan.changes]
     return "\n".join(lines)

@@ -99,12 +99,12 @@ class _Search:
             if missing == math.inf:
                 return None
             steps = [(change, joined) for change in candidates if (joined := _joined((wanted, change)))]
-            better = [(_price(change), self.missing(joined), change, joined) for change, joined in steps]
+            better = [(_extra(change), self.missing(joined), change, joined) for change, joined in steps]
             better = [step for step in better if step[1] < missing]
             if not better:
                 return None
-            # What costs no more than a key first: of these the one that saves most.
-            _, _, change, wanted = min(better, key=lambda step: (step[0] // ALTERS, step[1]))
+            # What costs keys alone first: of these the one that saves most.
+            _, _, change, wanted = min(better, key=lambda step: step[:2])
             chosen.append(change)
         for change in reversed(chosen[1:-1]):
             rest = _joined([other for other in chosen if other is not change])
@@ -114,8 +114,12 @@ class _Search:
 
 
 def _price(wanted: Change) -> int:
+    return len(wanted) + _extra(wanted)
+
+
+def _extra(wanted: Change) -> int:
     machine = any(key.startswith("plan.") for key in wanted)
-    return len(wanted) + ALTERS * any(key in _LEARNING for key in wanted) + HARDWARE * machine
+    return ALTERS * any(key in _LEARNING for key in wanted) + HARDWARE * machine
 
 
 def _cheapest(found: list[Change], limit: int) -> list[Change]:

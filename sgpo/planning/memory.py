@@ -113,7 +113,7 @@ class Planner(TrainingMemory):
         beside = self._context() | self._asleep()
         training = self.training()
         phases = {
-            "load": self._phase(self._context() | self.load(), {"weights from disk": self.s * self.P * self.cuda}),
+            "load": self._phase(self._context() | self.load(), {"weights from disk": self._from_disk()}),
             "rollout": self._rollout(),
             "score": self._phase(beside | self.states() | self.gathered() | self.scoring(), self._asleep_on_host()),
             "forward": self._phase(beside | training["forward"], self._asleep_on_host() | self._activations_on_host()),
@@ -199,6 +199,12 @@ class Planner(TrainingMemory):
         return self._phase(states | self._awake(), host)
 
     # --- assembly ---
+
+    def _from_disk(self) -> float:
+        """Weights on their way to the GPU: the trainer's, before it makes its states on the host; then the engine's,
+        which vLLM gets by a sync instead."""
+        weights = self.s * self.P * self.cuda
+        return weights if self.config.rollout.engine == "hf" else max(0.0, weights - sum(self.host_states().values()))
 
     def _resident(self) -> Terms:
         return self._context() | self.states()

@@ -76,10 +76,11 @@ class TrainingMemory:
     def training(self) -> dict[str, Terms]:
         """The phases forward, backward and optimizer, with all that stays."""
         kept = self.states() | self.gradients()
+        lasting = self.bucket() if self.stage == 3 else {}
         return {
-            "forward": kept | self.gathered() | self.forward(),
-            "backward": kept | self.gathered() | self.backward(),
-            "optimizer": kept | self.update(),
+            "forward": kept | lasting | self.gathered() | self.forward(),
+            "backward": kept | lasting | self.gathered() | self.backward(),
+            "optimizer": kept | lasting | self.update(),
         }
 
     # --- what stays ---
@@ -110,7 +111,7 @@ class TrainingMemory:
         else:
             whole = sum(count * self.pinned(self.s * size) for count, size in self.sizes.tensors())
             accumulated = self.s * share if self.lora else whole / self.W
-            on_their_way = self.pinned(self.s * share) + self.s * share + self.pinned(self.s * self._largest_trained())
+            on_their_way = self.pinned(self.s * share) + self.pinned(self.s * self._largest_trained())
         return {
             "fp32 master": self.pinned(4.0 * share),
             "Adam moments": 8.0 * share,
@@ -124,19 +125,28 @@ class TrainingMemory:
         return 2.0 ** math.ceil(math.log2(size)) if self.cuda and size >= 1 else size
 
     def gradients(self) -> Terms:
-        """Accumulated over the micro-batches of a step, plus the bucket that reduces them (stages 1 to 3)."""
+        """Accumulated over the micro-batches of a step."""
         share = self.trained / self.W
         held = {0: self.s * self.trained, 1: 4.0 * self.trained}.get(self.stage, 4.0 * share)
-        bucket = 0.0
-        if self.stage:
-            size = 4 if self.stage == 1 else self.s
-            # On a CPU memory counts once it is written; on a GPU the whole bucket does.
-            bucket = size * (BUCKET_ELEMENTS if self.cuda else min(self.trained, BUCKET_ELEMENTS))
-        return {"gradients": 0.0 if self.state == "cpu_offload" else held, "gradient bucket": bucket}
+        return {"gradients": 0.0 if self.state == "cpu_offload" else held}
+
+    def bucket(self) -> Terms:
+        """In which gradients are reduced: at stages 1 and 2 for the time of a backward pass, at stage 3 for good.
+
+        A GPU gives all of it at once, a CPU only what is written.
+        """
+        size = {0: 0, 1: 4}.get(self.stage, self.s)
+        return {"gradient bucket": float(size * (BUCKET_ELEMENTS if self.cuda else min(self.trained, BUCKET_ELEMENTS)))}
+
+    def _reduced(self) -> Terms:
+        """Stage 3 sorts a full bucket by partitions in a copy, and adds this process's part in fp32."""
+        widened = 4.0 / self.W if self.bf16 else 0.0
+        return {"bucket by partitions": (self.s + widened) * min(self.trained, BUCKET_ELEMENTS) * (self.stage == 3)}
 
     def gathered(self) -> Terms:
-        """Stage 3: the weights of layers at work, and of those whose next use is near."""
-        return {"gathered weights": self.s * min(self.P, LIVE_ELEMENTS)} if self.stage == 3 else {}
+        """Stage 3: the weights of layers at work, and of those whose next use is near. One process has them anyway."""
+        several = self.stage == 3 and self.W > 1
+        return {"gathered weights": self.s * min(self.P, LIVE_ELEMENTS)} if several else {}
 
     def update(self) -> Terms:
         """What the optimizer step adds: fp32 or flat copies of gradients, and Adam's temporaries where not fused."""
@@ -146,12 +156,17 @@ class TrainingMemory:
         temporary = 0.0
         if not self.cuda and self.state == "full":  # a root and a quotient, of one tensor
             temporary = 8.0 * (share if self.stage else self._largest_trained())
-        adam: Terms = {"Adam's temporaries": temporary}
+        flat, adam = "flat gradients", "Adam's temporaries"
         if self.stage == 0:
-            flat: Terms = {"flat gradients": self.s * min(self.trained, BUCKET_ELEMENTS)}
-            return fullest(flat, adam | {"fp32 gradients of the step": 4.0 * self.trained * self.bf16})
-        copied = {1: share, 2: 0.0 if self.bf16 else share, 3: min(share, LIVE_ELEMENTS)}[self.stage]
-        return adam | {"fp32 gradients of the step": 4.0 * copied}
+            in_fp32 = {adam: temporary, "fp32 gradients of the step": 4.0 * self.trained * self.bf16}
+            return fullest({flat: self.s * min(self.trained, BUCKET_ELEMENTS)}, in_fp32)
+        if self.stage == 3:
+            return {adam: temporary, flat: 4.0 * min(share, LIVE_ELEMENTS)}
+        # The flat ones take the place of the others (at stage 2 in bf16 they are flat already), of which those of other
+        # partitions go first.
+        others = 4.0 * share - self.gradients()["gradients"]
+        copied = 0.0 if self.stage == 2 and self.bf16 else 4.0 * share
+        return fullest({flat: max(0.0, copied + others)}, {adam: max(0.0, temporary + others)})
 
     def load(self) -> Terms:
         """While the engine is built: stages 1 and 2 flatten the weights, stage 3 starts from whole ones and cuts them;
@@ -190,8 +205,8 @@ class TrainingMemory:
         return self.s * sum(self.lora.rank + 2 * out * self.lora.dora for out in chosen)
 
     def working_in_mlp(self) -> float:
-        """While the MLP's backward runs: gradients of gate and up; with adapters a scaled one of either."""
-        return self.s * self.sizes.intermediate * (2.0 if self.lora is None else 3.0)
+        """While the MLP's backward runs: gradients of gate and up."""
+        return 2.0 * self.s * self.sizes.intermediate
 
     def per_sequence_attention(self) -> bool:
         """Packed rows without flash-attn's varlen kernel (sgpo.activations.pack_attention)."""
@@ -235,8 +250,6 @@ class TrainingMemory:
             "teacher's hidden states": self.s * states * self.teaches,
             "head": self.head(),
         }
-        if not self.checkpointed:
-            return loss
         best = self.candidates_waiting() * sum(self.activations().values())
         return fullest(loss, self.activations() | self._layer_at_work() | {"best candidate's checkpoints": best})
 
@@ -246,11 +259,20 @@ class TrainingMemory:
         return self.sequence / self.T if contested else 0.0
 
     def _layer_at_work(self) -> Terms:
-        """A layer's forward pass that keeps nothing: in its MLP, three inner states beside input and residual."""
+        """A layer's forward pass beside what it keeps: in its MLP, three inner states beside input and residual."""
         a = self.sizes
+        kept = 0.0 if self.checkpointed else self.one_layer()
         inner = self.s * a.intermediate * (3.0 if self.lora is None else 5.0) * self._tile()
         outer = 3.0 if self._tile() == self.T else 5.0  # the tiles' results, and all of them in one tensor
-        return {"one layer": inner + outer * self.s * a.hidden * self.T, "attention scores": 2 * self._scores()}
+        states = inner + outer * self.s * a.hidden * self.T
+        return {"one layer": max(0.0, states - kept) + self._dora_weights(), "attention scores": 2 * self._scores()}
+
+    def _dora_weights(self) -> float:
+        """To know the lengths of its rows, peft makes each adapted weight whole: B A (through an identity matrix), its
+        multiple, and the sum."""
+        if self.lora is None or not self.lora.dora:
+            return 0.0
+        return self.s * max(inputs * (inputs + 3.0 * outputs) for inputs, outputs in self.adapted.values())
 
     def backward(self) -> Terms:
         """The fullest of three moments: the loss's gradients on their way, the last layer's backward when everything
@@ -264,9 +286,11 @@ class TrainingMemory:
             "hidden states' gradients": 2.0 * self.s * states,
             "head's dW": 2 * head,
         }
+        outer = 2.0 if self._tile() == self.T else 3.0  # the tiles' gradients wait for one another
         layer = {
             **self.activations(),
-            "layer's gradients": self.working_in_mlp() * self._tile() + 2.0 * self.s * a.hidden * self.T,
+            "layer's gradients": self.working_in_mlp() * self._tile() + outer * self.s * a.hidden * self.T,
+            "DoRA's whole weights": self._dora_weights() * self.checkpointed,
             "head's dW": head if a.tied else 0.0,
             "attention scores": 2 * self._scores(),
         }
@@ -278,7 +302,11 @@ class TrainingMemory:
             layer["one layer's recompute"] = self.one_layer() - own_input
         if self.config.model.activation_offload and self.cuda:
             layer["its checkpoint"] = self.boundaries() / a.layers
-        return fullest(loss, layer, {"head's and embedding's dW": (2 if a.tied else 1) * head})
+        end = {"head's and embedding's dW": (2 if a.tied else 1) * head}
+        reduction = self.bucket() | self._reduced()
+        if self.cuda:
+            return fullest(loss, layer, end) | reduction
+        return fullest(loss, layer, end | reduction)  # filled when activations are gone
 
     def scoring(self) -> Terms:
         """A pass without gradient, and the log-probs of its rows."""
