@@ -231,8 +231,8 @@ def test_stage_three_gathers_while_layers_work_and_is_loaded_whole():
     for phase in ("score", "forward", "backward"):
         assert phases[phase].gpu["gathered weights"] == 2 * 10**9
     assert "gathered weights" not in phases["optimizer"].gpu
-    assert phases["optimizer"].gpu["gradient bucket"] == 2 * 5 * 10**8
-    assert phases["backward"].gpu["bucket by partitions"] == (2 + 4 / 16) * 5 * 10**8
+    assert phases["optimizer"].gpu["gradient bucket"] == 2 * 10**8
+    assert phases["backward"].gpu["bucket by partitions"] == (2 + 4 / 16) * 10**8
     assert phases["optimizer"].gpu["flat gradients"] == phases["optimizer"].gpu["gradients"] == weights / 16 * 2
 
 

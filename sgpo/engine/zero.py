@@ -26,6 +26,7 @@ from sgpo.engine import ranks
 from sgpo.engine.adapters import merged_weights
 from sgpo.engine.optimizer import build_optimizer, fit_blocks, forget, is_8bit, set_lr, sketch_of_first_moments
 from sgpo.models import PolicyModel
+from sgpo.planning.training import bucket_elements
 from sgpo.schema import SgpoError
 
 _BUCKET_BYTES = 256 * 2**20
@@ -106,7 +107,10 @@ class ZeroEngine:
             "train_micro_batch_size_per_gpu": 1,
             "managed_gradient_accumulation": False,
             "gradient_clipping": 0.0 if self._bare else max_grad_norm,
-            "zero_optimization": {"stage": zero_stage},
+            "zero_optimization": {
+                "stage": zero_stage,
+                "reduce_bucket_size": bucket_elements(sum(p.numel() for p in parameters)),
+            },
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW needs no compiler on the machine
             "bf16": {"enabled": dtype == "bfloat16"},

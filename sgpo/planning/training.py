@@ -22,8 +22,9 @@ from sgpo.config import Config
 from sgpo.planning.architectures import Architecture
 
 GIB = 2**30
-# DeepSpeed's defaults, which sgpo.engine.zero leaves as they are.
-BUCKET_ELEMENTS = 500_000_000  # reduce_bucket_size
+BUCKET_ELEMENTS = 100_000_000  # most that sgpo.engine.zero makes of DeepSpeed's reduce_bucket_size, by default 5e8
+# DeepSpeed's defaults, which it leaves as they are.
+FLAT_ELEMENTS = 500_000_000  # of gradients that stage 0 reduces in one piece
 LIVE_ELEMENTS = 1_000_000_000  # stage3_max_live_parameters, stage3_max_reuse_distance, sub_group_size
 
 Terms = dict[str, float]
@@ -42,6 +43,12 @@ class Place:
     @property
     def device_type(self) -> str:
         return "cpu" if self.gpu_bytes is None else "cuda"
+
+
+def bucket_elements(trained: int) -> int:
+    """DeepSpeed's reduce_bucket_size: a small model, or adapters, need no more than they have. A larger tensor is
+    reduced by itself."""
+    return min(trained, BUCKET_ELEMENTS)
 
 
 def fullest(*moments: Terms) -> Terms:
@@ -131,17 +138,13 @@ class TrainingMemory:
         return {"gradients": 0.0 if self.state == "cpu_offload" else held}
 
     def bucket(self) -> Terms:
-        """In which gradients are reduced: at stages 1 and 2 for the time of a backward pass, at stage 3 for good.
-
-        A GPU gives all of it at once, a CPU only what is written.
-        """
-        size = {0: 0, 1: 4}.get(self.stage, self.s)
-        return {"gradient bucket": float(size * (BUCKET_ELEMENTS if self.cuda else min(self.trained, BUCKET_ELEMENTS)))}
+        """In which gradients are reduced: at stages 1 and 2 for the time of a backward pass, at stage 3 for good."""
+        return {"gradient bucket": float({0: 0, 1: 4}.get(self.stage, self.s) * bucket_elements(self.trained))}
 
     def _reduced(self) -> Terms:
         """Stage 3 sorts a full bucket by partitions in a copy, and adds this process's part in fp32."""
         widened = 4.0 / self.W if self.bf16 else 0.0
-        return {"bucket by partitions": (self.s + widened) * min(self.trained, BUCKET_ELEMENTS) * (self.stage == 3)}
+        return {"bucket by partitions": (self.s + widened) * bucket_elements(self.trained) * (self.stage == 3)}
 
     def gathered(self) -> Terms:
         """Stage 3: the weights of layers at work, and of those whose next use is near. One process has them anyway."""
@@ -159,7 +162,7 @@ class TrainingMemory:
         flat, adam = "flat gradients", "Adam's temporaries"
         if self.stage == 0:
             in_fp32 = {adam: temporary, "fp32 gradients of the step": 4.0 * self.trained * self.bf16}
-            return fullest({flat: self.s * min(self.trained, BUCKET_ELEMENTS)}, in_fp32)
+            return fullest({flat: self.s * min(self.trained, FLAT_ELEMENTS)}, in_fp32)
         if self.stage == 3:
             return {adam: temporary, flat: 4.0 * min(share, LIVE_ELEMENTS)}
         # The flat ones take the place of the others (at stage 2 in bf16 they are flat already), of which those of other
