@@ -136,9 +136,9 @@ def _offloaded_checkpoint(function: Callable[..., Any], *args: Any) -> Any:
         return checkpoint(function, *args, use_reentrant=False)
 
 
-def tile_mlps(lm: Any, tile_tokens: int) -> None:
+def tile_mlps(lm: Any, tile_tokens: int) -> list[nn.Module]:
     """Runs every MLP over `tile_tokens` tokens at a time, and again in backward: its inner activations
-    [tile_tokens, intermediate size] are the only ones alive.
+    [tile_tokens, intermediate size] are the only ones alive. Returns the MLPs.
 
     Raises SgpoError where a layer has no dense gated MLP.
     """
@@ -149,6 +149,7 @@ def tile_mlps(lm: Any, tile_tokens: int) -> None:
         )
     for layer in layers:
         layer.mlp.forward = partial(_tiled, layer.mlp.forward, tile_tokens)
+    return [layer.mlp for layer in layers]
 
 
 def _tiled(mlp: Callable[[torch.Tensor], torch.Tensor], tile_tokens: int, hidden: torch.Tensor) -> torch.Tensor:

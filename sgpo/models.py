@@ -125,8 +125,7 @@ class PolicyModel(nn.Module):
         use_liger(lm, liger)
         if gradient_checkpointing:
             checkpoint_layers(lm, offload=activation_offload)
-        if mlp_tile_tokens is not None:
-            tile_mlps(lm, mlp_tile_tokens)
+        self.tiled = [] if mlp_tile_tokens is None else tile_mlps(lm, mlp_tile_tokens)
         if isinstance(norm := getattr(lm.base_model, "norm", None), nn.Module):
             norm.register_forward_pre_hook(self._select)
 

@@ -110,6 +110,9 @@ class ZeroEngine:
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
         if dtype == "bfloat16" and zero_stage > 0:  # DeepSpeed has no fp32 accumulation at stage 0, only fp32 masters
             config["data_types"] = {"grad_accum_dtype": "fp32"}
+        if zero_stage == 3:
+            for mlp in model.tiled:  # gathered as a whole: ranks with other token counts have other numbers of tiles
+                deepspeed.utils.set_z3_leaf_module(mlp, True)
         self.model = model
         self._engine: Any
         self._optimizer: Any

@@ -1,7 +1,7 @@
 """One rank of the sequence parallel tests: `python sequence_worker.py OUT.pt CASE ...`
 
 A case is STAGE:PACKING:KV_HEADS:OWNERS, and ":frugal" for checkpoints on the host and MLPs in tiles. OWNERS: "all"
-take turns with the sequences, or the "last" rank has them all.
+take turns with the sequences, or the "last" rank has them all; "apart" is as "all", and nothing is shared.
 """
 
 import copy
@@ -72,15 +72,15 @@ def run_case(case: str, device: torch.device) -> dict:
         gradient_checkpointing=bool(frugal),
         activation_offload=bool(frugal),
         mlp_tile_tokens=7 if frugal else None,
-        parallel=SequenceParallel(lm, size, timeout_s=300),
+        parallel=None if owners == "apart" else SequenceParallel(lm, size, timeout_s=300),
     )
     engine = zero_worker.engine_of(model, device, int(stage), "float32")
     check_gradients(engine, dtype="float32")
     made = zero_worker.make_sequences()
-    if owners == "all":
-        mine = made[rank::size]
-    else:
+    if owners == "last":
         mine = made if rank == size - 1 else []
+    else:
+        mine = made[rank::size]
     widths = []
     model.lm.base_model.layers[0].register_forward_hook(lambda _, inputs, output: widths.append(inputs[0].shape[1]))
     found = score_contexts(engine, [(s.prompt_ids, s.completion_ids) for s in mine], token_budget=BUDGET, pad_id=0)
@@ -89,7 +89,7 @@ def run_case(case: str, device: torch.device) -> dict:
     weights = {name: tensor.double().sum().item() for name, tensor in engine.named_weights()}
     engine.close()
     everywhere = ranks.gather((result.loss, [sum(row) for row in found], widths, len(result.passes)))
-    order = [i for r in range(size) for i in range(r, len(made), size)] if owners == "all" else range(len(made))
+    order = range(len(made)) if owners == "last" else [i for r in range(size) for i in range(r, len(made), size)]
     return {
         "loss": (sum(part[0] for part in everywhere), loss),
         "gradient": (torch.cat([torch.tensor(gradient[n]) for n in truth]), torch.cat([truth[n] for n in truth])),
