@@ -1,7 +1,7 @@
 """The planner against measured memory of the training phase, on scaled-down models (random weights, CPU).
 
-`python -m benchmarks.plan_check [--out FILE] [--only NAME]`: each row runs in a process of its own: engine, then two
-accumulated micro-batches and an optimizer step. Measured: peak resident memory above that of the process with all
+`python -m benchmarks.plan_check [--out FILE] [--only NAME]`: each row runs in a process of its own: engine, then a
+short micro-batch, a full one and an optimizer step. Measured: peak resident memory above that of the process with all
 libraries loaded and warmed up; malloc returns what is freed (MALLOC_MMAP_THRESHOLD_). Planned: the largest of forward,
 backward and optimizer, without the plan's constant for a process.
 """
@@ -14,52 +14,102 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-# name, hidden, layers, heads, kv heads, intermediate, vocabulary, dtype, stage, checkpointing, tokens, sequence
-CASES: dict[str, tuple[Any, ...]] = {
-    "1M fp32": (128, 4, 4, 4, 384, 512, "float32", 0, False, 4096, 1024),
-    "8M fp32": (256, 6, 8, 4, 1024, 8192, "float32", 0, False, 4096, 1024),
-    "8M fp32 twice the tokens": (256, 6, 8, 4, 1024, 8192, "float32", 0, False, 8192, 1024),
-    "8M fp32 four times the tokens": (256, 6, 8, 4, 1024, 8192, "float32", 0, False, 16384, 1024),
-    "8M fp32 checkpointed": (256, 6, 8, 4, 1024, 8192, "float32", 0, True, 16384, 1024),
-    "8M fp32 ZeRO-2": (256, 6, 8, 4, 1024, 8192, "float32", 2, False, 8192, 1024),
-    "8M fp32, 4 x vocabulary": (256, 6, 8, 4, 1024, 32768, "float32", 0, False, 8192, 1024),
-    "40M fp32": (512, 8, 8, 4, 2048, 16384, "float32", 0, False, 4096, 1024),
-    "40M fp32 ZeRO-2": (512, 8, 8, 4, 2048, 16384, "float32", 2, False, 4096, 1024),
-    "40M bf16": (512, 8, 8, 4, 2048, 16384, "bfloat16", 0, True, 4096, 1024),
-    "40M bf16 ZeRO-2": (512, 8, 8, 4, 2048, 16384, "bfloat16", 2, True, 4096, 1024),
-    "130M fp32 checkpointed": (768, 12, 12, 4, 3072, 32768, "float32", 0, True, 2048, 1024),
-    "200M fp32 checkpointed": (1024, 14, 16, 4, 3584, 32768, "float32", 0, True, 2048, 1024),
+# hidden, layers, heads, kv heads, intermediate, vocabulary
+SMALLEST = (128, 4, 4, 4, 384, 512)
+SMALL = (256, 6, 8, 4, 1024, 8192)
+WIDE_HEAD = (256, 6, 8, 4, 1024, 32768)
+MEDIUM = (512, 8, 8, 4, 2048, 16384)
+LARGE = (768, 12, 12, 4, 3072, 32768)
+LARGEST = (1024, 14, 16, 4, 3584, 32768)
+
+
+class Case(NamedTuple):
+    """A model's sizes, the tokens of a micro-batch and of each sequence in it, keys of the config."""
+
+    sizes: tuple[int, ...]
+    tokens: int
+    sequence: int
+    keys: dict[str, Any]
+
+
+def case(
+    sizes: tuple[int, ...], tokens: int, sequence: int = 1024, *, bf16: bool = False, stage: int = 0,
+    checkpointing: bool = False, model: dict[str, Any] | None = None, engine: dict[str, Any] | None = None,
+) -> Case:  # fmt: skip
+    dtype = "bfloat16" if bf16 else "float32"
+    keys = {
+        "model": {"dtype": dtype, "gradient_checkpointing": checkpointing} | (model or {}),
+        "engine": {"zero_stage": stage} | (engine or {}),
+    }
+    return Case(sizes, tokens, sequence, keys)
+
+
+LORA = {"lora": {"rank": 16}}
+CASES = {
+    "1M fp32": case(SMALLEST, 4096),
+    "1M bf16 ZeRO-2, LoRA, tiled MLP": case(
+        SMALLEST, 4096, bf16=True, stage=2, checkpointing=True, model=LORA | {"mlp_tile_tokens": 512}
+    ),
+    "1M bf16 ZeRO-3, packed": case(SMALLEST, 4096, bf16=True, stage=3, engine={"packing": "packed"}),
+    "8M fp32": case(SMALL, 4096),
+    "8M fp32 twice the tokens": case(SMALL, 8192),
+    "8M fp32 four times the tokens": case(SMALL, 16384),
+    "8M fp32 sequences of 4096": case(SMALL, 8192, 4096),
+    "8M fp32 packed": case(SMALL, 8192, engine={"packing": "packed"}),
+    "8M fp32 checkpointed": case(SMALL, 16384, checkpointing=True),
+    "8M fp32 checkpointed, tiled MLP": case(SMALL, 16384, checkpointing=True, model={"mlp_tile_tokens": 1024}),
+    "8M fp32 tiled MLP": case(SMALL, 8192, model={"mlp_tile_tokens": 1024}),
+    "8M fp32 ZeRO-2": case(SMALL, 8192, stage=2),
+    "8M fp32, 4 x vocabulary": case(WIDE_HEAD, 8192),
+    "40M fp32": case(MEDIUM, 4096),
+    "40M fp32 LoRA": case(MEDIUM, 4096, model=LORA),
+    "40M fp32 ZeRO-1": case(MEDIUM, 4096, stage=1),
+    "40M fp32 ZeRO-2": case(MEDIUM, 4096, stage=2),
+    "40M fp32 ZeRO-3": case(MEDIUM, 4096, stage=3),
+    "40M bf16": case(MEDIUM, 4096, bf16=True, checkpointing=True),
+    "40M bf16 LoRA": case(MEDIUM, 4096, bf16=True, checkpointing=True, model=LORA),
+    "40M bf16 ZeRO-1": case(MEDIUM, 4096, bf16=True, stage=1, checkpointing=True),
+    "40M bf16 ZeRO-2": case(MEDIUM, 4096, bf16=True, stage=2, checkpointing=True),
+    "40M bf16 ZeRO-2, Adam on the host": case(
+        MEDIUM, 4096, bf16=True, stage=2, checkpointing=True, engine={"optimizer_state": "cpu_offload"}
+    ),
+    "40M bf16 ZeRO-2, Adam in 8 bits": case(
+        MEDIUM, 4096, bf16=True, stage=2, checkpointing=True, engine={"optimizer_state": "8bit"}
+    ),
+    "40M bf16 ZeRO-3": case(MEDIUM, 4096, bf16=True, stage=3, checkpointing=True),
+    "130M fp32 checkpointed": case(LARGE, 2048, checkpointing=True),
+    "200M fp32 checkpointed": case(LARGEST, 2048, checkpointing=True),
 }
 
 
-def config_of(case: tuple[Any, ...]) -> Any:
+def config_of(case: Case) -> Any:
     from sgpo.config import Config
 
-    *_, dtype, stage, checkpointing, tokens, sequence = case
     return Config.model_validate(
         {
-            "model": {"path": "x", "dtype": dtype, "gradient_checkpointing": checkpointing},
+            "model": {"path": "x"} | case.keys["model"],
             "data": {"train": "builtin", "max_prompt_tokens": 32},
-            "rollout": {"engine": "hf", "max_new_tokens": sequence - 32},
-            "engine": {"zero_stage": stage, "micro_batch_tokens": tokens},
+            "rollout": {"engine": "hf", "max_new_tokens": case.sequence - 32},
+            "engine": {"micro_batch_tokens": case.tokens} | case.keys["engine"],
         }
     )
 
 
-def planned(case: tuple[Any, ...]) -> dict[str, float]:
-    """Bytes by phase: the trainer's terms alone, without a rollout engine."""
+def planned(case: Case) -> dict[str, float]:
+    """Bytes by phase: the trainer's terms alone, without a rollout engine and the constants of a process."""
     from sgpo.planning.architectures import Architecture
     from sgpo.planning.memory import Place, Planner
 
-    hidden, layers, heads, kv, intermediate, vocab = case[:6]
+    hidden, layers, heads, kv, intermediate, vocab = case.sizes
     sizes = Architecture(hidden, layers, heads, kv, intermediate, vocab, True, hidden // heads, True)
     planner = Planner(config_of(case), sizes, Place(None, 2.0**60))
-    kept = planner.states() | planner.gradients()
-    parts = {"forward": planner.forward(), "backward": planner.backward(), "optimizer": planner.update()}
-    return {name: sum((kept | terms).values()) for name, terms in parts.items()}
+    on_host = sum(planner.host_states().values())
+    return {name: sum(terms.values()) + on_host for name, terms in planner.training().items()}
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -72,10 +122,10 @@ def measure(name: str) -> dict[str, Any]:
     from sgpo.schema import TrainSequence
     from sgpo.steps import bound_objective
 
-    def build(case: tuple[Any, ...]) -> Any:
+    def build(case: Case) -> Any:
         from transformers import Qwen2Config, Qwen2ForCausalLM
 
-        hidden, layers, heads, kv, intermediate, vocab, dtype, *_ = case
+        hidden, layers, heads, kv, intermediate, vocab = case.sizes
         torch.manual_seed(0)
         sizes = Qwen2Config(
             hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
@@ -83,17 +133,17 @@ def measure(name: str) -> dict[str, Any]:
             max_position_embeddings=65536,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
-            Qwen2ForCausalLM(sizes).to(getattr(torch, dtype)).save_pretrained(folder)
             config = config_of(case)
+            Qwen2ForCausalLM(sizes).to(getattr(torch, config.model.dtype)).save_pretrained(folder)
             return config, assembly.build_engine(config, Path(folder), config.optim, torch.device("cpu"))
 
-    def step(config: Any, engine: Any, case: tuple[Any, ...]) -> dict[str, float]:
-        tokens, sequence = case[-2:]
-        prompt, new = (3,) * 32, (4,) * (sequence - 32)
+    def step(config: Any, engine: Any, case: Case) -> dict[str, float]:
+        prompt, new = (3,) * 32, (4,) * (case.sequence - 32)
         one = TrainSequence(prompt, new, target_weight=1e-3, teacher_prompt_ids=prompt)
-        micro = collate_training([one] * (tokens // sequence), 0, with_teacher=True)
+        packed = config.engine.packing == "packed"
         objective, peaks = assembly.policy_objective(config), {}
-        for _ in range(2):
+        for count in (1, case.tokens // case.sequence):  # the gradients of the first are there beside the second
+            micro = collate_training([one] * count, 0, with_teacher=True, packed=packed)
             _reset()
             loss, _ = engine.loss(bound_objective(objective, micro), micro.student, micro.teacher)
             peaks["forward"] = _peak()
@@ -107,7 +157,7 @@ def measure(name: str) -> dict[str, Any]:
         return peaks
 
     init_distributed(600)
-    warm = (64, 2, 4, 4, 128, 256, *CASES[name][6:9], 256, 128)
+    warm = Case((64, 2, 4, 4, 128, 256), 256, 128, CASES[name].keys)
     config, engine = build(warm)
     step(config, engine, warm)
     engine.close()
@@ -115,55 +165,85 @@ def measure(name: str) -> dict[str, Any]:
     _reset()
     base = _peak()
     config, engine = build(CASES[name])
-    step(config, engine, CASES[name])  # moments are made by the first step
+    # The engine's own start-up test has made a step: Adam's moments are there.
     peaks = {phase: peak - base for phase, peak in step(config, engine, CASES[name]).items()}
     engine.close()
     return {"case": name, "measured_mib": {k: round(v / 2**20, 1) for k, v in peaks.items()}}
 
 
 def _peak() -> float:
-    """Largest resident memory of this process since the last reset, in bytes (Linux)."""
+    """Largest resident memory of this process since the last reset, in bytes (Linux), without pages of files: a library
+    becomes resident, and is dropped again, bit by bit."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("VmHWM"))
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024.0 for line in lines if line.endswith(" kB")}
+    return sizes["VmHWM"] - sizes["RssFile"]
 
 
 def _reset() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def run(name: str) -> dict[str, Any]:
-    """One row, measured in a child process."""
+def measured(names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """A row of each case, from a process that is a fork of one with the libraries loaded. Raises RuntimeError where
+    one fails."""
     environment = os.environ | {
         "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1",
     }  # fmt: skip
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.plan_check", "--child", name],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if result.returncode:
-        raise SystemExit(result.stderr[-3000:])
-    row = json.loads(result.stdout.strip().splitlines()[-1])
-    plan = {phase: round(size / 2**20, 1) for phase, size in planned(CASES[name]).items()}
-    peak, expected = max(row["measured_mib"].values()), max(plan.values())
-    return row | {"planned_mib": plan, "ratio": round(expected / peak, 3)}
+    command = [sys.executable, "-m", "benchmarks.plan_check", "--child", *names]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as child,
+    ):
+        assert child.stdout is not None
+        yield from (compared(json.loads(line)) for line in child.stdout if line.startswith('{"case"'))
+        if child.wait():
+            errors.seek(0)
+            raise RuntimeError(errors.read()[-3000:])
+
+
+def measure_in_forks(names: Sequence[str]) -> None:
+    """Prints a row of each, measured in a fork of this process."""
+    import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+
+    import sgpo.assembly  # noqa: F401
+
+    for name in names:
+        pid = os.fork()
+        if not pid:
+            try:
+                print(json.dumps(measure(name)), flush=True)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        if os.waitpid(pid, 0)[1]:
+            raise SystemExit(1)
+
+
+def compared(row: dict[str, Any]) -> dict[str, Any]:
+    """`row` with the plan beside it: planned / measured of every phase, and of the peaks."""
+    measured = row["measured_mib"]
+    plan = {phase: round(size / 2**20, 1) for phase, size in planned(CASES[row["case"]]).items()}
+    ratios = {phase: round(plan[phase] / measured[phase], 3) for phase in measured}
+    peak = round(max(plan.values()) / max(measured.values()), 3)
+    return row | {"planned_mib": plan, "ratios": ratios, "ratio": peak}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--child", choices=CASES)
+    parser.add_argument("--child", nargs="+", choices=CASES)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(measure(arguments.child)))
+        measure_in_forks(arguments.child)
         return
-    for name in arguments.only:
-        row = json.dumps(run(name))
-        print(row, flush=True)
+    for row in measured(arguments.only):
+        print(json.dumps(row), flush=True)
         if arguments.out:
             with arguments.out.open("a", encoding="utf-8") as file:
-                file.write(row + "\n")
+                file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -191,10 +191,8 @@ def training_step(engine: ZeroEngine, config: Config, tokens: int) -> tuple[dict
 def planned_peaks(config: Config, folder: Path, device: torch.device) -> dict[str, float]:
     """GiB on the device by phase: the terms of the trainer alone, as torch's allocator sees them."""
     place = Place(float(torch.cuda.mem_get_info()[1]) if device.type == "cuda" else None, 0.0)
-    planner = Planner(config, find_architecture(str(folder)), place)
-    kept = planner.states() | planner.gradients()
-    terms = {"forward": planner.forward(), "backward": planner.backward(), "optimizer": planner.update()}
-    return {name: sum((kept | more).values()) / GIB for name, more in terms.items()}
+    training = Planner(config, find_architecture(str(folder)), place).training()
+    return {name: sum(terms.values()) / GIB for name, terms in training.items()}
 
 
 def _ratios(planned: dict[str, float], phases: dict[str, Any]) -> dict[str, float]:

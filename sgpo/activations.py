@@ -136,9 +136,9 @@ def _offloaded_checkpoint(function: Callable[..., Any], *args: Any) -> Any:
         return checkpoint(function, *args, use_reentrant=False)
 
 
-def tile_mlps(lm: Any, tile_tokens: int) -> list[nn.Module]:
+def tile_mlps(lm: Any, tile_tokens: int) -> None:
     """Runs every MLP over `tile_tokens` tokens at a time, and again in backward: its inner activations
-    [tile_tokens, intermediate size] are the only ones alive. Returns the MLPs.
+    [tile_tokens, intermediate size] are the only ones alive.
 
     Raises SgpoError where a layer has no dense gated MLP.
     """
@@ -149,7 +149,12 @@ def tile_mlps(lm: Any, tile_tokens: int) -> list[nn.Module]:
         )
     for layer in layers:
         layer.mlp.forward = partial(_tiled, layer.mlp.forward, tile_tokens)
-    return [layer.mlp for layer in layers]
+
+
+def tiled_mlps(model: nn.Module) -> list[nn.Module]:
+    """The MLPs that `tile_mlps` has changed."""
+    forwards = [(module, module.__dict__.get("forward")) for module in model.modules()]
+    return [module for module, forward in forwards if isinstance(forward, partial) and forward.func is _tiled]
 
 
 def _tiled(mlp: Callable[[torch.Tensor], torch.Tensor], tile_tokens: int, hidden: torch.Tensor) -> torch.Tensor:

@@ -212,8 +212,7 @@ def build_engine(config: Config, model_folder: Path, optim: OptimConfig, device:
 def engine_on(config: Config, lm: Any, optim: OptimConfig, device: torch.device) -> ZeroEngine:
     """The engine on a model that is loaded, after a proof that it loses no gradient."""
     if config.model.lora.rank:
-        lora = config.model.lora
-        add_adapters(lm, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dora=lora.dora, seed=config.run.seed)
+        _with_adapters(config, lm)
     size, timeout_s = config.engine.sequence_parallel_size, config.run.timeout_s
     engine = ZeroEngine(
         PolicyModel(
@@ -240,10 +239,16 @@ def engine_on(config: Config, lm: Any, optim: OptimConfig, device: torch.device)
     return engine
 
 
+def _with_adapters(config: Config, lm: Any) -> Any:
+    lora = config.model.lora
+    add_adapters(lm, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dora=lora.dora, seed=config.run.seed)
+    return lm
+
+
 def build_rollouts(config: Config, model_folder: Path, *, from_scratch: bool = False) -> RolloutEngine:
     """The engine named by rollout.engine, in this process or in one of its own.
 
-    `from_scratch`: its weights come from a sync, before which it refuses to sample.
+    `from_scratch`: its weights come from a sync, before which it refuses to sample; adapters too, where it has any.
     """
     build = partial(rollout_engine, config, model_folder, from_scratch)
     if config.rollout.placement == "inprocess":
@@ -270,8 +275,9 @@ def rollout_engine(config: Config, model_folder: Path, from_scratch: bool) -> Ro
         )
     from sgpo.rollout.hf_engine import HfEngine
 
+    lm = load_causal_lm(model_folder, dtype=config.model.dtype, attn_implementation=config.model.attn_implementation)
     return HfEngine(
-        load_causal_lm(model_folder, dtype=config.model.dtype, attn_implementation=config.model.attn_implementation),
+        _with_adapters(config, lm) if from_scratch and config.syncs_adapters else lm,
         eos_ids=eos_ids,
         pad_id=tokenizer.pad_token_id,
         device=torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
@@ -289,9 +295,8 @@ def vllm_options(config: Config, model_folder: Path, from_scratch: bool) -> Any:
         rollout.max_new_tokens, config.eval.max_new_tokens if config.data.eval or config.eval.benchmarks else 0
     )
     longest = chosen.max_model_len or config.data.max_prompt_tokens + new_tokens
-    sleep_level = chosen.sleep_level
-    if sleep_level is None:
-        sleep_level = 2 if torch.cuda.is_available() and rollout.placement == "inprocess" else 0
+    lora = config.model.lora
+    with_adapters = from_scratch and config.syncs_adapters
     return VllmOptions(
         max_model_len=min(longest, positions_of(model_folder) or longest),
         max_num_seqs=chosen.max_num_seqs,
@@ -300,9 +305,12 @@ def vllm_options(config: Config, model_folder: Path, from_scratch: bool) -> Any:
         gpu_memory_utilization=chosen.gpu_memory_utilization,
         tensor_parallel_size=chosen.tensor_parallel_size,
         enforce_eager=chosen.enforce_eager,
-        sleep_level=sleep_level,
+        sleep_level=config.sleep_level(cuda=torch.cuda.is_available()),
         from_scratch=from_scratch,
         stall_s=rollout.stall_s,
+        lora_rank=lora.rank if with_adapters else 0,
+        lora_alpha=lora.alpha,
+        lora_targets=None if "all-linear" in lora.targets else lora.targets,
     )
 
 
@@ -318,6 +326,7 @@ def sync_rollouts(
         tolerance=config.rollout.sync_tolerance or _SYNC_TOLERANCE[config.model.dtype],
         token_budget=config.engine.micro_batch_tokens,
         pad_id=tokenizer.pad_token_id,
+        adapters=config.syncs_adapters,
     )
 
 
@@ -346,7 +355,9 @@ def training_method(config: Config) -> Method:
     algorithm = config.algorithm
     centred = {"normalize_std": algorithm.normalize_std, "max_new_tokens": config.rollout.max_new_tokens}
     methods: dict[str, Any] = {
-        "sgpo": partial(sgpo_sequences, settings=sgpo_settings(config)),
+        "sgpo": partial(
+            sgpo_sequences, settings=sgpo_settings(config), contest_above_tokens=config.contest_above_tokens()
+        ),
         "grpo": partial(sgpo_sequences, settings=sgpo_settings(config)),
         "dapo": partial(dapo_sequences, overlong_share=algorithm.overlong_share, **centred),
         "luffy": partial(luffy_sequences, **centred),

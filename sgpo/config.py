@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -52,6 +53,11 @@ class LoraConfig(Section):
         default=("all-linear",), min_length=1, description='names of the linear layers, or "all-linear" (not the head)'
     )
     dora: bool = Field(default=False, description="DoRA: the length of each row is learned apart from its direction")
+    sync: Literal["auto", "adapters", "merged"] = Field(
+        default="auto",
+        description="what the rollout engine is sent: adapters alone (after one whole sync), or merged weights; "
+        "auto: adapters, but for DoRA with vLLM, which has none",
+    )
 
 
 class ModelConfig(Section):
@@ -287,6 +293,12 @@ class EngineConfig(Section):
     packing: Literal["padded", "packed"] = Field(
         default="padded", description="packed: several sequences behind one another in one row, no padding"
     )
+    shared_target_pass: bool = Field(
+        default=True,
+        description="a correct guided completion that fills more than half a micro-batch goes through the model once "
+        "for choosing o+ and for learning it; where model.gradient_checkpointing is on, and algorithm.mini_batches and "
+        "sequence_parallel_size are 1",
+    )
     loss_impl: Literal["auto", "triton", "torch"] = Field(default="auto", description="auto: Triton on CUDA")
     column_tolerance: float = Field(
         default=0.0,
@@ -423,6 +435,18 @@ class Config(Section):
     log: LogConfig = LogConfig()
     plan: PlanConfig = PlanConfig()
 
+    def contest_above_tokens(self) -> float:
+        """Of how many tokens on a guided completion goes through the model alone, once for its choice as o+ and for
+        learning it (engine.shared_target_pass). Shorter ones go in company, which is worth more than a pass.
+
+        Never without checkpoints, where two of them would hold all their activations (and DeepSpeed's ZeRO-3 all
+        weights until backward ends); with several mini-batches, whose weights are no longer those that chose; nor where
+        ranks share a pass and are in company by that.
+        """
+        engine = self.engine
+        alone = self.model.gradient_checkpointing and self.algorithm.mini_batches == engine.sequence_parallel_size == 1
+        return engine.micro_batch_tokens / 2 if engine.shared_target_pass and alone else math.inf
+
     @model_validator(mode="after")
     def _pairs(self) -> Config:
         method = self.algorithm.method
@@ -450,8 +474,8 @@ class Config(Section):
             )
         if self.engine.sequence_parallel_size > 1 and self.model.attn_implementation != "sdpa":
             raise ValueError("engine.sequence_parallel_size above 1 needs model.attn_implementation: sdpa")
-        if self.model.lora.rank and self.engine.zero_stage == 3:
-            raise ValueError("model.lora needs engine.zero_stage 0, 1 or 2: the frozen weights stay whole on each GPU")
+        if self.model.lora.dora and self.model.lora.sync == "adapters" and self.rollout.engine == "vllm":
+            raise ValueError("vLLM has no DoRA adapters; set model.lora.sync to merged (or leave it at auto)")
         if self.engine.offload_states_during_rollout and self.rollout.placement == "process":
             raise ValueError(
                 "engine.offload_states_during_rollout is for rollout.placement: inprocess, where both share the memory"
@@ -459,6 +483,23 @@ class Config(Section):
         if self.warmup.enabled and self.warmup.data is None:
             raise ValueError("warmup.enabled needs warmup.data")
         return self
+
+    @property
+    def syncs_adapters(self) -> bool:
+        """Whether the trainer's rollout engine has adapters of its own, so that a sync sends these alone."""
+        lora = self.model.lora
+        possible = not (lora.dora and self.rollout.engine == "vllm")
+        return lora.rank > 0 and possible and lora.sync != "merged"
+
+    def sleep_level(self, *, cuda: bool) -> int:
+        """rollout.vllm.sleep_level, and where it is null: 0 without a GPU or in a process of its own, else 2, which
+        drops the weights that the next sync brings anyway. Where it would bring adapters alone: 1, a copy on the host.
+        """
+        if (chosen := self.rollout.vllm.sleep_level) is not None:
+            return chosen
+        if not cuda or self.rollout.placement != "inprocess":
+            return 0
+        return 1 if self.syncs_adapters else 2
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

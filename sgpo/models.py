@@ -125,7 +125,8 @@ class PolicyModel(nn.Module):
         use_liger(lm, liger)
         if gradient_checkpointing:
             checkpoint_layers(lm, offload=activation_offload)
-        self.tiled = [] if mlp_tile_tokens is None else tile_mlps(lm, mlp_tile_tokens)
+        if mlp_tile_tokens is not None:
+            tile_mlps(lm, mlp_tile_tokens)
         if isinstance(norm := getattr(lm.base_model, "norm", None), nn.Module):
             norm.register_forward_pre_hook(self._select)
 
@@ -159,16 +160,20 @@ class PolicyModel(nn.Module):
         pick, self._pick = self._pick, None
         return (pick(arguments[0]), *arguments[1:])
 
-    def forward(self, function: Callable[..., Any], batch: Any, teacher: Any = None) -> Any:
+    def forward(
+        self, function: Callable[..., Any], batch: Any, teacher: Any = None, hidden: torch.Tensor | None = None
+    ) -> Any:
         """function(head weight [V, H], head bias or None, hidden of the batch's rows, of the teacher's rows or None).
 
-        The teacher's rows carry no gradient.
+        The teacher's rows carry no gradient. `hidden`: the batch's rows [N, H], where they are there already.
         """
         teacher_hidden = None
         if teacher is not None:
             with torch.no_grad():
                 teacher_hidden = self.hidden(teacher.input_ids, teacher.rows, teacher.lengths)
-        return self.head(function, self.hidden(batch.input_ids, batch.rows, batch.lengths), teacher_hidden)
+        if hidden is None:
+            hidden = self.hidden(batch.input_ids, batch.rows, batch.lengths)
+        return self.head(function, hidden, teacher_hidden)
 
 
 def _selected(rows: torch.Tensor, states: torch.Tensor) -> torch.Tensor:

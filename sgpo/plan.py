@@ -10,11 +10,8 @@ from typing import Any
 from sgpo.config import Config
 from sgpo.planning.architectures import Architecture, find_architecture
 from sgpo.planning.changes import cheapest_changes, largest_micro_batch
-from sgpo.planning.memory import GIB, HEADROOM, Place, Plan, Planner, describe_change
+from sgpo.planning.memory import CARDS_GIB, GIB, HEADROOM, Place, Plan, Planner, describe_change
 from sgpo.schema import SgpoError
-
-# What a card that is sold as "24 GB" leaves to programs.
-CARDS_GIB = {"24gb": 23.5, "80gb": 79.1, "141gb": 139.8}
 
 
 def plan_run(config: Config, place: Place | None = None, architecture: Architecture | None = None) -> Plan:

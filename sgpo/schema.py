@@ -128,6 +128,16 @@ class TrainSequence:
 
 
 @dataclass(frozen=True, slots=True)
+class Contest:
+    """Guided completions of one problem, each with its whole loss, of which only the most reachable one is learnt (the
+    first, where several are); the optimizer step finds out which. `score` as in `reachable_target`.
+    """
+
+    candidates: tuple[TrainSequence, ...]
+    score: Literal["sum", "mean"] = "sum"
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """A reward and how it came about. `status` is "ok", "no_answer", "too_long", "timeout" or "error"."""
 
@@ -196,6 +206,16 @@ class RolloutEngine(Protocol):
 
         An engine may hold a tensor until this returns: whoever yields it must not write into it before. A sleeping
         engine wakes, a dead one is started anew. After an error the engine holds no policy and refuses to sample.
+
+        An engine that samples with adapters gets the frozen weights first, then the adapters; while it `holds_base`,
+        adapters alone will do.
+        """
+        ...
+
+    def holds_base(self) -> bool:
+        """Whether the engine has the frozen weights that adapters go beside: it was given them and has not lost them.
+
+        Always False for an engine without adapters. Raises nothing: a dead engine holds no weights.
         """
         ...
 

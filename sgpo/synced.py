@@ -10,7 +10,7 @@ import torch
 
 from sgpo.checksums import checksum
 from sgpo.engine import ranks
-from sgpo.engine.zero import ZeroEngine
+from sgpo.engine.zero import Parts, ZeroEngine
 from sgpo.schema import EngineFailure, Rollout, RolloutEngine, RolloutRequest, SamplingParams, SgpoError, SyncReceipt
 from sgpo.steps import score_contexts
 
@@ -30,6 +30,8 @@ class SyncedRollouts:
     Args:
         probe_ids: the fixed text on which engine and trainer must agree after every sync.
         tolerance: largest mean |log-prob gap| on it, in nats.
+        adapters: the rollout engine has adapters of its own, and a sync sends these alone. The first sync sends the
+            frozen weights as well, and so does one after which an engine was lost: they are proved as all others are.
     """
 
     def __init__(
@@ -41,11 +43,13 @@ class SyncedRollouts:
         tolerance: float,
         token_budget: int,
         pad_id: int,
+        adapters: bool = False,
     ) -> None:
         self._engine = engine
         self._rollouts = rollouts
         self._probe_ids = tuple(probe_ids)
         self._tolerance = tolerance
+        self._adapters = adapters
         self._batching = {"token_budget": token_budget, "pad_id": pad_id}
         self._ahead: _Ahead | None = None
         self.policy_version: int | None = None
@@ -60,12 +64,13 @@ class SyncedRollouts:
         self._engine.offload_states()  # the rollout engine is about to wake
         sent: dict[str, int] = {}
         size = [0]
-        named = self._recorded(sent, size)
+        parts = self._parts()
+        named = self._recorded(parts, sent, size)
         gaps, problem = [0.0], None
         try:
             receipt = self._rollouts.load_weights(named, version, self._probe_ids)
             gaps = [abs(a - b) for a, b in zip(receipt.probe_logprobs, wanted, strict=True)] or [0.0]
-            problem = _mismatch(sent, receipt, self._engine.weight_names(), gaps, self._tolerance)
+            problem = _mismatch(sent, receipt, self._engine.weight_names(parts), gaps, self._tolerance)
         except SgpoError as error:
             problem = str(error)
             for _ in named:  # other ranks wait for this one in the gathers of ZeRO-3
@@ -138,8 +143,14 @@ class SyncedRollouts:
             self.sync(version)
         raise SgpoError(f"{failures[0][0]}; the last checkpoint is whole")
 
-    def _recorded(self, sent: dict[str, int], size: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._engine.named_weights():
+    def _parts(self) -> Parts:
+        """What is to be sent; the same on every rank, for ZeRO-3 gathers it."""
+        if not self._adapters:
+            return "merged"
+        return "adapters" if all(ranks.gather(self._rollouts.holds_base())) else "apart"
+
+    def _recorded(self, parts: Parts, sent: dict[str, int], size: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self._engine.named_weights(parts):
             sent[name] = checksum(tensor)
             size[0] += tensor.nbytes
             yield name, tensor

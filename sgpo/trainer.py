@@ -324,9 +324,22 @@ def _update(
     lr = config.optim.lr * lr_factor(
         step, s.total_steps, warmup_ratio=config.optim.warmup_ratio, schedule=config.optim.schedule
     )
+    contests = [[chosen.contest for chosen in part if chosen.contest] for _, part in planned]
     results = [
-        optimizer_step(s.engine, sequences, objective, token_budget=budget, pad_id=pad_id, lr=lr) for sequences in parts
+        optimizer_step(
+            s.engine,
+            sequences,
+            objective,
+            token_budget=budget,
+            pad_id=pad_id,
+            lr=lr,
+            contests=contested,
+            temperature=config.rollout.temperature,
+        )
+        for sequences, contested in zip(parts, contests, strict=True)
     ]
+    winners = iter([winner for result in results for winner in result.winners])
+    guidance = [chosen.decided(*next(winners)) if chosen.contest else chosen for chosen in guidance]
     clock.stage("train")
     passes = [done for result in results for done in result.passes]
     meter.sum("loss", sum(result.loss for result in results) / batches)
@@ -339,11 +352,12 @@ def _update(
 
 def _with_old_logprobs(sequences: Sequence[TrainSequence], score: Any, rollout: RolloutConfig) -> list[TrainSequence]:
     """Fixes pi_old before an optimizer step moves the policy, and how far the sampler was from it."""
-    logprobs = score([(s.prompt_ids, s.completion_ids) for s in sequences])
-    return [
-        replace(s, old_logprobs=tuple(row), importance=_importance(s, row, rollout))
-        for s, row in zip(sequences, logprobs, strict=True)
-    ]
+    policy = [i for i, s in enumerate(sequences) if s.policy_weight and s.advantage]
+    logprobs = score([(sequences[i].prompt_ids, sequences[i].completion_ids) for i in policy])
+    fixed = list(sequences)
+    for i, row in zip(policy, logprobs, strict=True):
+        fixed[i] = replace(fixed[i], old_logprobs=tuple(row), importance=_importance(fixed[i], row, rollout))
+    return fixed
 
 
 def _importance(sequence: TrainSequence, logprobs: Sequence[float], rollout: RolloutConfig) -> tuple[float, ...] | None:

@@ -9,13 +9,25 @@ import torch
 NO_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 
-def make_hf(folder, eos_ids, max_batch_tokens):
+ADAPTERS = {"rank": 4, "alpha": 8.0}
+
+
+def with_adapters(lm, dora=False):
+    """As the trainer and its rollout engine both do it."""
+    from sgpo.engine.adapters import add_adapters
+
+    add_adapters(lm, **ADAPTERS, targets=["all-linear"], dora=dora, seed=1)
+    return lm
+
+
+def make_hf(folder, eos_ids, max_batch_tokens, *, adapters=False, dora=False):
     from sgpo.data.builtin import PAD, vocabulary
     from sgpo.models import load_causal_lm
     from sgpo.rollout.hf_engine import HfEngine
 
+    lm = load_causal_lm(folder, dtype="float32")
     return HfEngine(
-        load_causal_lm(folder, dtype="float32"),
+        with_adapters(lm, dora) if adapters else lm,
         eos_ids=eos_ids,
         pad_id=vocabulary().index(PAD),
         device=torch.device("cpu"),
@@ -23,12 +35,28 @@ def make_hf(folder, eos_ids, max_batch_tokens):
     )
 
 
-def make_vllm(folder, eos_ids, max_batch_tokens, **options):
+def whole_weights_nowhere():
+    """ZeRO-3 never cuts a weight of fewer than 100,000 numbers, which are all that a small model has: from here on it
+    does in this process, so that a gather forgotten shows."""
+    import deepspeed
+
+    initialize = deepspeed.initialize
+
+    def cutting(*, config, **others):
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return initialize(config=config, **others)
+
+    deepspeed.initialize = cutting
+
+
+def make_vllm(folder, eos_ids, max_batch_tokens, *, adapters=False, **options):
     """A small batch budget becomes few requests at a time."""
     from sgpo.rollout.vllm_engine import VllmEngine, VllmOptions
 
     at_once = min(max(max_batch_tokens // 16, 1), 256)
     sizes = {"max_model_len": 128, "max_num_seqs": at_once, "kv_cache_mib": 64, **options}
+    if adapters:
+        sizes |= {"lora_rank": ADAPTERS["rank"], "lora_alpha": ADAPTERS["alpha"]}
     return VllmEngine(folder, eos_ids=eos_ids, dtype="float32", options=VllmOptions(**sizes))
 
 

@@ -1,6 +1,6 @@
 """One rank of the weight-sync tests: faults, each to be caught before anything is sampled, and sound syncs between.
 
-python synced_worker.py OUT.json MODEL_FOLDER hf|vllm ZERO_STAGE TENSOR_PARALLEL
+python synced_worker.py OUT.json MODEL_FOLDER hf|vllm:ZERO_STAGE:TENSOR_PARALLEL[:adapters|dora] ...
 """
 
 import itertools
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from engine_builders import make_hf, make_vllm
+from engine_builders import make_hf, make_vllm, whole_weights_nowhere, with_adapters
 
 from sgpo.data.builtin import END, vocabulary
 from sgpo.engine import ranks, zero
@@ -65,6 +65,8 @@ def move(engine, amount):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _, parameter in sorted(engine.model.lm.named_parameters()):
+            if not parameter.requires_grad:  # beside adapters
+                continue
             if engine.zero_stage < 3:
                 parameter.add_(amount * torch.randn(parameter.shape, generator=generator))
                 continue
@@ -75,35 +77,42 @@ def move(engine, amount):
                     parameter.add_(amount * torch.randn(parameter.shape, generator=generator))
 
 
-def main(out, folder, kind, stage, tensor_parallel):
-    zero._BUCKET_BYTES = 200_000  # several gathers per sync
-    device = init_distributed(120)
+def run_case(case, folder, device):
+    kind, stage, tensor_parallel, *adapters = case.split(":")
+    stage, tensor_parallel, adapters = int(stage), int(tensor_parallel), "".join(adapters)
+    zero._BUCKET_BYTES = 20_000 if adapters else 200_000  # several gathers per sync
+    STALE.clear()
     lm = load_causal_lm(folder, dtype="float32")
+    if adapters:
+        with_adapters(lm, dora=adapters == "dora")
     engine = ZeroEngine(
         PolicyModel(lm), device=device, zero_stage=stage, dtype="float32", lr=1e-3, betas=(0.9, 0.95), eps=1e-8,
         weight_decay=0.0, max_grad_norm=1.0,
     )  # fmt: skip
     make = {"hf": make_hf, "vllm": make_vllm}[kind]
     options = {"tensor_parallel_size": tensor_parallel, "from_scratch": True} if kind == "vllm" else {}
+    if adapters:
+        options |= {"adapters": True, **({"dora": True} if adapters == "dora" else {})}
     rollouts = make(folder, [EOS], 400, **options)
-    synced = SyncedRollouts(engine, rollouts, probe_ids=PROBE, tolerance=2e-4, **TOKENS)
+    synced = SyncedRollouts(engine, rollouts, probe_ids=PROBE, tolerance=2e-4, adapters=bool(adapters), **TOKENS)
     found = {"faults": [], "sound": [], "unsynced": None}
     requests = [RolloutRequest(i, "auto", 0, tuple(range(4 + i, 20 + 2 * i)), i) for i in range(5)]
     try:
         synced.generate(requests, GREEDY)
     except SgpoError as error:
         found["unsynced"] = str(error)
-    STALE.update((name, tensor.clone()) for name, tensor in engine.named_weights())
+    STALE.update((name, tensor.clone()) for name, tensor in engine.named_weights("apart" if adapters else "merged"))
     rng, version = random.Random(0), 0
-    places = ("source", "way") * (2 if ranks.world_size() == 1 else 1)
+    places = ("source", "way") * (2 if ranks.world_size() == 1 and not adapters else 1)
+    kinds = ("bit", "drop", "stale") if adapters else ("bit", "noise", "drop", "zero", "swap", "stale")
     named_weights, load_weights = engine.named_weights, rollouts.load_weights
-    for fault, place in itertools.product(("bit", "noise", "drop", "zero", "swap", "stale"), places):
+    for fault, place in itertools.product(kinds, places):
         move(engine, 0.005)
         seed = rng.random()
         if (fault, place) != ("bit", "source"):  # one bit more or less in the trainer itself is no fault of the sync
             version += 1
             if place == "source":
-                engine.named_weights = lambda f=fault, s=seed: faulty(named_weights(), f, random.Random(s))
+                engine.named_weights = lambda parts, f=fault, s=seed: faulty(named_weights(parts), f, random.Random(s))
             elif ranks.rank() == ranks.world_size() - 1:  # on one rank only
                 rollouts.load_weights = lambda named, *rest, f=fault, s=seed: load_weights(
                     faulty(named, f, random.Random(s)), *rest
@@ -135,11 +144,20 @@ def main(out, folder, kind, stage, tensor_parallel):
                 "tokens": [list(r.completion_ids) for r in sampled],
             }
         )
+    engine.close()
+    return found, rollouts
+
+
+def main(out, folder, *cases):
+    device = init_distributed(120)
+    whole_weights_nowhere()
+    done = {case: run_case(case, Path(folder), device) for case in cases}
     if ranks.is_main():
-        Path(out).write_text(json.dumps(found))
-    rollouts.close()
+        Path(out).write_text(json.dumps({case: found for case, (found, _) in done.items()}))
+    for _, rollouts in done.values():  # last of all: vLLM takes the process group with it
+        rollouts.close()
     ranks.settle()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    main(*sys.argv[1:])

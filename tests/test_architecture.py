@@ -15,6 +15,7 @@ FLOORS = {
     "sgpo.schema": 1,
     "sgpo.seeds": 1,
     "sgpo.checksums": 1,
+    "sgpo.adapter_names": 1,
     "sgpo.provenance": 1,
     "sgpo.sample_log": 2,
     "sgpo.config": 2,

@@ -1,6 +1,7 @@
 """The trainer as users start it: whole runs on the built-in task, killed, resumed, split, broken."""
 
 import json
+import math
 import random
 import resource
 import signal
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import pytest
 from tiny_runs import BASE, WARMUP, digest, finish, rows, start
+
+from sgpo.assembly import training_method
+from sgpo.config import Config
 
 
 def wait_for_lines(process: subprocess.Popen, path: Path, count: int) -> None:
@@ -126,6 +130,32 @@ def test_two_processes_give_the_loss_curve_of_one(plain_run, tmp_path, overrides
     for alone, both in zip(rows(plain_run), rows(pair), strict=True):
         for key in ("loss", "accuracy_auto", "accuracy_guided", "alpha_mean", "grad_norm", "policy_rows", "problems"):
             assert both[key] == pytest.approx(alone[key], rel=1e-3, abs=1e-6), key
+
+
+@pytest.mark.parametrize(
+    ("checkpointed", "mini_batches", "asked", "tokens"),
+    [(True, 1, True, 128), (False, 1, True, math.inf), (True, 2, True, math.inf), (True, 1, False, math.inf)],
+)
+def test_when_a_long_target_goes_through_the_model_once(checkpointed, mini_batches, asked, tokens):
+    config = Config.model_validate(
+        {
+            **BASE,
+            "model": {**BASE["model"], "gradient_checkpointing": checkpointed},
+            "algorithm": {"mini_batches": mini_batches},
+            "engine": {**BASE["engine"], "shared_target_pass": asked},
+        }
+    )
+    assert training_method(config).keywords["contest_above_tokens"] == tokens
+
+
+def test_one_pass_of_long_targets_gives_the_loss_curve_of_two(plain_run, tmp_path):
+    """Every guided prompt has 39 tokens, more than half of the 64 of a micro-batch."""
+    finish(tmp_path, "--model.gradient_checkpointing=true", "--engine.micro_batch_tokens=64")
+    found = rows(tmp_path / "runs" / "tiny")
+    for two, one in zip(rows(plain_run), found, strict=True):
+        for key in ("loss", "alpha_mean", "grad_norm", "target_share", "target_score_mean", "kl_mean"):
+            assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-6), key
+    assert any(row["target_score_mean"] is not None for row in found)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,40 @@ def extra_bytes(
     return chunks + slab + blocks + head_bytes + min(block, 2 * vocab * hidden * acc) + per_row + 8 * vocab * acc + 4096
 
 
+def peak_bytes(
+    op: Op, rows: int, hidden: int, vocab: int, dtype: torch.dtype, device_type: str, *, head_grad: bool = True
+) -> int:
+    """Estimate, in bytes, of what one forward of `op` holds at its fullest moment beyond its inputs, dense, with the
+    gradients that it leaves for backward (head_grad=False: without that of the head; logprob: without any).
+
+    `extra_bytes` is a bound and adds up what never lives together. Here the largest of three moments:
+      settling a chunk    K·C·V·a + C·H·a + 2 or, for divergences, 10·B·V·a (CPU) + V·H·a (dW, from the second chunk)
+      its gradient        K·C·V·a + 2·C·H·a + V·H·a, and where operands are narrow C·V·(s + a) for dz rounded and
+                          widened again (CPU) or S·(V + H)·s and one block of dW (accelerators)
+      dW rounded          V·H·(a + s) where operands are narrow
+    each + N·H·s (dH) + 8·N·a (row values) + V·H·a (the widened head, CPU with narrow operands); K contexts, C rows per
+    chunk, S slab rows, B rows per row block, s and a the bytes of the input and of the accumulation dtype.
+    """
+    size, acc = dtype.itemsize, accumulate_dtype(dtype).itemsize
+    on_cpu, narrow = device_type == "cpu", size != acc
+    chunk = chunk_rows(rows, hidden, vocab, dtype, device_type, op)
+    head = vocab * hidden
+    products = (2 if op in ("divergence", "sgpo") else 1) * chunk * vocab * acc + chunk * hidden * acc
+    block_count = WORK_BLOCKS if op in ("divergence", "sgpo") else 2
+    blocks = block_count * min(chunk, block_rows(vocab, dtype, device_type)) * vocab * acc if on_cpu else 0
+    dhead = head * acc if head_grad else 0
+    kept = 8 * rows * acc + (head * acc if on_cpu and narrow else 0)
+    settling = products + blocks + (dhead if rows > chunk else 0)
+    if op == "logprob":
+        return kept + settling
+    slab = max(chunk, slab_rows(rows)) if head_grad else chunk
+    dz = chunk * vocab * (size + acc) if on_cpu else slab * (vocab + hidden) * size
+    block = 0 if on_cpu or not head_grad else min(head, head_block_rows(hidden, dtype, device_type) * hidden) * acc
+    gradient = products + chunk * hidden * acc + dhead + (dz + block if narrow else 0)
+    rounded = head * (acc + size) if head_grad and narrow else 0
+    return kept + rows * hidden * size + max(settling, gradient, rounded)
+
+
 def interpreting() -> bool:
     """Whether Triton runs kernels in its interpreter (the environment variable must be set before it is imported)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -1,12 +1,12 @@
-"""LoRA and DoRA through peft: adapters beside frozen weights, and the merged weights that everybody else gets to see.
+"""LoRA and DoRA through peft: adapters beside frozen weights, and the merged weights of a plain model.
 
-Rollout engines and exports know nothing of adapters: `merged_weights` gives them the weight W + scale B A (for DoRA
-with its rows rescaled) under the name that the model's checkpoint has for it: a weight sync is proved as ever.
+Exports, and rollout engines that know nothing of adapters, get the weight W + scale B A (for DoRA with its rows
+rescaled) under the name that the model's checkpoint has for it. Engines with adapters of their own get these as they
+are.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
@@ -22,7 +22,7 @@ def add_adapters(lm: Any, *, rank: int, alpha: float, targets: Sequence[str], do
     """Freezes `lm` and puts trainable adapters of `rank` beside its linear layers `targets` ("all-linear": all but the
     head). A in them is random by `seed`, B zero: the model is at first what it was.
 
-    Raises SgpoError where peft is not installed or no layer has such a name.
+    Raises SgpoError where peft is not installed, no layer has such a name, or it is that of the head or an embedding.
     """
     try:
         peft = import_module("peft")
@@ -40,22 +40,26 @@ def add_adapters(lm: Any, *, rank: int, alpha: float, targets: Sequence[str], do
             peft.inject_adapter_in_model(settings, lm, adapter_name=_ADAPTER)
         except ValueError as error:
             raise SgpoError(f"model.lora.targets = {list(targets)}: {str(error).splitlines()[0]}") from error
+    for module in (lm.get_output_embeddings(), lm.get_input_embeddings()):
+        if _is_adapted(module):  # the fused loss reads the head's own weight: adapters there would learn nothing
+            raise SgpoError(f"model.lora.targets = {list(targets)}: head and embedding take no adapters")
 
 
-def is_adapter(name: str) -> bool:
-    """True for the parameters that peft added; `name` as in the state dict."""
-    return re.search(r"\.lora_\w+\.", name) is not None
+def _is_adapted(module: Any) -> bool:
+    """Whether adapters stand beside this layer."""
+    return hasattr(module, "lora_A")
 
 
-def plain_name(name: str) -> str:
-    """The name that a weight had before adapters were put beside it."""
-    return name.replace(".base_layer.", ".")
+def merged_weights(lm: Any) -> dict[str, tuple[list[torch.Tensor], Callable[[], torch.Tensor]]]:
+    """For each weight that an adapter changes, by its plain name: a function that makes the merged weight anew, and
+    the parameters that must be whole when it is called (under ZeRO-3 they are not by themselves)."""
+    layers = [(name, module) for name, module in lm.named_modules() if _is_adapted(module)]
+    return {f"{name}.weight": (_parameters_of(module), _merge_of(module)) for name, module in layers}
 
 
-def merged_weights(lm: Any) -> dict[str, Callable[[], torch.Tensor]]:
-    """For each weight that an adapter changes, by its plain name: a function that makes the merged weight anew."""
-    layers = [(name, module) for name, module in lm.named_modules() if hasattr(module, "lora_A")]
-    return {f"{name}.weight": _merge_of(module) for name, module in layers}
+def _parameters_of(module: Any) -> list[torch.Tensor]:
+    bias = module.get_base_layer().bias
+    return [parameter for parameter in module.parameters() if parameter is not bias]
 
 
 def _merge_of(module: Any) -> Callable[[], torch.Tensor]:

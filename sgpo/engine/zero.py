@@ -13,19 +13,25 @@ import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from sgpo.activations import tiled_mlps
+from sgpo.adapter_names import is_adapter, plain_name
 from sgpo.engine import ranks
-from sgpo.engine.adapters import is_adapter, merged_weights, plain_name
+from sgpo.engine.adapters import merged_weights
 from sgpo.engine.optimizer import build_optimizer, fit_blocks, forget, is_8bit, set_lr, sketch_of_first_moments
 from sgpo.models import PolicyModel
 from sgpo.schema import SgpoError
 
 _BUCKET_BYTES = 256 * 2**20
+
+# What is asked for of a model with adapters: a plain model; frozen weights, then adapters; adapters alone.
+Parts = Literal["merged", "apart", "adapters"]
 
 
 def init_distributed(timeout_s: float) -> torch.device:
@@ -111,7 +117,7 @@ class ZeroEngine:
         if dtype == "bfloat16" and zero_stage > 0:  # DeepSpeed has no fp32 accumulation at stage 0, only fp32 masters
             config["data_types"] = {"grad_accum_dtype": "fp32"}
         if zero_stage == 3:
-            for mlp in model.tiled:  # gathered as a whole: ranks with other token counts have other numbers of tiles
+            for mlp in tiled_mlps(model):  # gathered once per pass: ranks may have different numbers of tiles
                 deepspeed.utils.set_z3_leaf_module(mlp, True)
         self.model = model
         self._engine: Any
@@ -129,9 +135,15 @@ class ZeroEngine:
         forget(optimizer)
         self.adam = optimizer  # on this rank's share of the fp32 masters
 
-    def loss(self, function: Callable[..., tuple[torch.Tensor, Any]], batch: Any, teacher: Any = None) -> Any:
+    def loss(
+        self,
+        function: Callable[..., tuple[torch.Tensor, Any]],
+        batch: Any,
+        teacher: Any = None,
+        hidden: torch.Tensor | None = None,
+    ) -> Any:
         """(loss, stats) of one micro-batch: `function` gets the head and the hidden rows, see PolicyModel.forward."""
-        return self._engine(function, batch, teacher)
+        return self._engine(function, batch, teacher, hidden)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of `loss`, whose row weights already divide by the whole step's counts."""
@@ -167,37 +179,54 @@ class ZeroEngine:
         """function(head, bias, hidden rows, None) without gradient."""
         return self.model(function, batch)
 
-    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def hidden_and(self, function: Callable[..., Any], batch: Any) -> tuple[torch.Tensor, Any]:
+        """(hidden rows [N, H], as `evaluate`): rows with a graph, which `loss` takes up in place of a forward pass.
+
+        As long as the rows are held, so is all that backward needs of the backbone.
+        """
+
+        def both(head: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor, _: None) -> Any:
+            with torch.no_grad():
+                return hidden, function(head, bias, hidden, None)
+
+        return self.model(both, batch)
+
+    def named_weights(self, parts: Parts = "merged") -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full weight) of every parameter and saved buffer; under ZeRO-3 one bucket at a time.
 
         Adapters are merged into the weights that they change, one weight at a time; the model itself keeps them apart.
+        "apart": the weights as they are, and after all of them the adapters; "adapters": these alone. An adapter's
+        name is that of the state dict.
 
         Collective: every rank must exhaust it. A tensor keeps its value for as long as somebody holds it, up to the
         next optimizer step.
         """
-        named = self._weights()
+        weights = self._weights(parts)
         if self.zero_stage < 3:
-            merged = merged_weights(self.model.lm)
-            yield from ((name, merged[name]() if name in merged else tensor.detach()) for name, tensor in named)
+            yield from ((weight.name, weight.value()) for weight in weights)
             return
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-        for bucket in _buckets(named, _BUCKET_BYTES):
-            with GatheredParameters([tensor for _, tensor in bucket]):
-                yield from ((name, tensor.detach()) for name, tensor in bucket)
+        for bucket in _buckets(weights, _BUCKET_BYTES):
+            with GatheredParameters([tensor for weight in bucket for tensor in weight.needs]):
+                yield from ((weight.name, weight.value()) for weight in bucket)
 
-    def weight_names(self) -> list[str]:
+    def weight_names(self, parts: Parts = "merged") -> list[str]:
         """The names that named_weights yields, in its order, from no other source than the model itself."""
-        return [name for name, _ in self._weights()]
+        return [weight.name for weight in self._weights(parts)]
 
-    def _weights(self) -> list[tuple[str, torch.Tensor]]:
+    def _weights(self, parts: Parts) -> list[_Weight]:
         lm = self.model.lm
         tied = {name for name, _ in lm.named_parameters(remove_duplicate=False)} - {n for n, _ in lm.named_parameters()}
-        return [
-            (plain_name(name), tensor)
-            for name, tensor in lm.state_dict(keep_vars=True).items()
-            if name not in tied and not is_adapter(name)
-        ]
+        merged = merged_weights(lm) if parts == "merged" else {}
+        base, adapters = [], []
+        for name, tensor in lm.state_dict(keep_vars=True).items():
+            if is_adapter(name):
+                adapters.append(_Weight(name, [tensor], tensor.detach))
+            elif name not in tied:
+                needs, value = merged.get(plain_name(name), ([tensor], tensor.detach))
+                base.append(_Weight(plain_name(name), needs, value))
+        return {"merged": base, "apart": base + adapters, "adapters": adapters}[parts]
 
     def offload_states(self) -> None:
         """Moves masters and moments to the host where `offload_during_rollout` asks for it; the weights stay."""
@@ -242,15 +271,24 @@ class ZeroEngine:
         self._grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
 
 
-def _buckets(named: Sequence[tuple[str, torch.Tensor]], limit: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    bucket: list[tuple[str, torch.Tensor]] = []
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    """A weight for others to have: `value()` gives it where the parameters in `needs` are whole."""
+
+    name: str
+    needs: list[torch.Tensor]
+    value: Callable[[], torch.Tensor]
+
+
+def _buckets(weights: Sequence[_Weight], limit: int) -> Iterator[list[_Weight]]:
+    bucket: list[_Weight] = []
     size = 0
-    for name, tensor in named:
-        count = getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
+    for weight in weights:
+        count = sum(getattr(t, "ds_numel", t.numel()) * t.element_size() for t in weight.needs)
         if bucket and size + count > limit:
             yield bucket
             bucket, size = [], 0
-        bucket.append((name, tensor))
+        bucket.append(weight)
         size += count
     if bucket:
         yield bucket

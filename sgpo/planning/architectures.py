@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,29 @@ class Architecture:
     def parameters(self) -> int:
         return self.layers * self.layer_parameters + self.hidden + self.head_parameters * (1 if self.tied else 2)
 
-    def adapter_parameters(self, rank: int) -> int:
-        """Of low-rank adapters on every linear layer but the head."""
-        shapes = 2 * (self.hidden + self.query) + 2 * (self.hidden + self.kv) + 3 * (self.hidden + self.intermediate)
-        return self.layers * rank * shapes
+    def linears(self, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of the linear layers of one block that `targets` name; "all-linear": all of them."""
+        hidden, wide = self.hidden, self.intermediate
+        shapes = {
+            "q_proj": (hidden, self.query),
+            "k_proj": (hidden, self.kv),
+            "v_proj": (hidden, self.kv),
+            "o_proj": (self.query, hidden),
+            "gate_proj": (hidden, wide),
+            "up_proj": (hidden, wide),
+            "down_proj": (wide, hidden),
+        }
+        named = {target.rsplit(".", 1)[-1] for target in targets}
+        return {name: shape for name, shape in shapes.items() if "all-linear" in targets or name in named}
+
+    def tensors(self) -> list[tuple[int, int]]:
+        """(how many, elements) of the large weights; norms and biases are left out."""
+        layer = [(self.layers, inputs * outputs) for inputs, outputs in self.linears(["all-linear"]).values()]
+        return [*layer, (1 if self.tied else 2, self.head_parameters)]
+
+    def adapter_parameters(self, adapted: dict[str, tuple[int, int]], rank: int, *, dora: bool = False) -> int:
+        """Of adapters on these layers of every block: A [rank, inputs], B [outputs, rank], DoRA's lengths [outputs]."""
+        return self.layers * sum(rank * (inputs + outputs) + dora * outputs for inputs, outputs in adapted.values())
 
 
 KNOWN = {

@@ -19,7 +19,7 @@ CARD_RATES = {
 def phase_seconds(planner: Planner, name: str) -> tuple[float, str]:
     """(seconds of a step, what they are spent on), all completions at full length: an upper bound.
 
-    2 FLOP per weight and token forward, 4 backward, 2 more where activations are recomputed, and attention.
+    2 FLOP per weight and token forward, 4 backward, 2 more of all that is recomputed, and attention.
     """
     config, given, count = planner.config, planner.config.plan.rates, planner.place.processes
     tflops, decode, link = CARD_RATES[planner.place.card]
@@ -30,7 +30,9 @@ def phase_seconds(planner: Planner, name: str) -> tuple[float, str]:
     per_token = 2.0 * planner.P + 2.0 * planner.sizes.layers * planner.sizes.query * planner.sequence
     student = rollout.problems_per_step * (rollout.n_auto + planner.distils) * planner.sequence
     teacher = rollout.problems_per_step * planner.distils * planner.sequence
-    again = 1.0 if config.model.gradient_checkpointing else 0.0
+    again = float(config.model.gradient_checkpointing)
+    if config.model.mlp_tile_tokens is not None:
+        again += 3 * planner.sizes.hidden * planner.sizes.intermediate / planner.sizes.layer_parameters
     if name == "rollout":
         return rollout.problems_per_step * (rollout.n_auto + rollout.n_guided) * new / tokens_per_s, "decoding"
     if name == "score":

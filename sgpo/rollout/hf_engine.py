@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from sgpo.adapter_names import is_adapter, plain_name
 from sgpo.checksums import checksum
 from sgpo.rollout.guards import Watchdog, is_out_of_memory
 from sgpo.schema import Rollout, RolloutRequest, SamplingParams, SgpoError, SyncReceipt
 
 
 class HfEngine:
-    """A RolloutEngine with its own copy of the weights. `lm` is a transformers causal language model."""
+    """A RolloutEngine with its own copy of the weights. `lm` is a transformers causal language model, with adapters
+    (sgpo.engine.adapters.add_adapters) where a sync is to bring them instead of merged weights."""
 
     def __init__(
         self,
@@ -37,7 +39,8 @@ class HfEngine:
         # generate fills what a call leaves open from the model's own defaults: a repetition penalty would sample from
         # another distribution than the one that is trained.
         self._lm.generation_config = GenerationConfig()
-        self._weights = self._lm.state_dict()
+        self._weights = {plain_name(name): tensor for name, tensor in self._lm.state_dict().items()}
+        self._holds_base = False
         self._device = device
         self._eos_ids = list(eos_ids)
         self._pad_id = pad_id
@@ -83,19 +86,27 @@ class HfEngine:
         self.policy_version = None
         checksums: dict[str, int] = {}
         seen = set()
+        held = self._holds_base
         for name, tensor in named_tensors:
             if name not in self._weights or self._weights[name].shape != tensor.shape:
                 raise SgpoError(f"weight sync: the rollout model has no weight {name} of shape {tuple(tensor.shape)}")
             if name in checksums:
                 raise SgpoError(f"weight sync: {name} arrived twice")
             checksums[name] = checksum(tensor)
+            self._holds_base = self._holds_base and is_adapter(name)
             self._weights[name].copy_(tensor)
             seen.add(self._weights[name].data_ptr())
+        if held and self._holds_base:  # adapters alone
+            seen |= {tensor.data_ptr() for name, tensor in self._weights.items() if not is_adapter(name)}
         missing = [name for name, tensor in self._weights.items() if tensor.data_ptr() not in seen]
         if missing:
             raise SgpoError(f"weight sync: no new value arrived for {', '.join(missing[:3])} ({len(missing)} in all)")
+        self._holds_base = any(is_adapter(name) for name in self._weights)
         self.policy_version = policy_version
         return SyncReceipt(checksums, self._probe(probe_ids))
+
+    def holds_base(self) -> bool:
+        return self._holds_base
 
     def _probe(self, ids: Sequence[int]) -> tuple[float, ...]:
         if len(ids) < 2:

@@ -93,6 +93,12 @@ class EngineProcess:
                 return self._answer("weight sync")
             self._hand_over(bucket)
 
+    def holds_base(self) -> bool:
+        try:
+            return self._call("holds_base", (), "weight sync")
+        except EngineFailure:
+            return False
+
     def sleep(self) -> None:
         self._call("sleep", (), "sleep")
 

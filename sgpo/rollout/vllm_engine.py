@@ -9,13 +9,15 @@ from __future__ import annotations
 import gc
 import os
 import random
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -29,7 +31,11 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 from vllm import LLM, SamplingParams as VllmSampling  # noqa: I001
 from vllm.config import set_current_vllm_config
+from vllm.config.lora import MaxLoRARanks
 from vllm.distributed.parallel_state import get_tp_group
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -38,6 +44,7 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.sampling_params import RequestOutputKind
 
+from sgpo.adapter_names import is_adapter
 from sgpo.checksums import checksum
 from sgpo.rollout.guards import Watchdog, is_out_of_memory
 from sgpo.schema import Rollout, RolloutRequest, SamplingParams, SgpoError, SyncReceipt
@@ -52,7 +59,8 @@ class VllmOptions:
     max_model_len: prompt and completion together, in tokens. kv_cache_mib: memory of the KV cache; otherwise on a GPU
     what gpu_memory_utilization of the card leaves, on a CPU 512 MiB. sleep_level: 0 never sleeps, 1 keeps the weights
     in host memory, 2 drops them. from_scratch: start with meaningless weights, so that the first sync proves that
-    each of them is replaced.
+    each of them is replaced. lora_rank: above 0, the engine samples with adapters of this rank (LoRA; vLLM has no DoRA)
+    scaled by lora_alpha / lora_rank, beside the layers named in lora_targets (None: all that vLLM knows of).
     """
 
     max_model_len: int
@@ -65,6 +73,9 @@ class VllmOptions:
     sleep_level: int = 0
     from_scratch: bool = False
     stall_s: float = 600.0
+    lora_rank: int = 0
+    lora_alpha: float = 1.0
+    lora_targets: tuple[str, ...] | None = None
 
 
 class VllmEngine:
@@ -74,6 +85,9 @@ class VllmEngine:
         self._eos_ids = list(eos_ids)
         self._options = options
         self._asleep = False
+        self._holds_base = False
+        self._lora: LoRARequest | None = None  # what a request says to be sampled with the adapters
+        self._lora_loads = 0
         self._cuda = torch.cuda.is_available()
         self._is_guest = dist.is_initialized()  # in a process group that is not vLLM's own
         self.policy_version: int | None = None if options.from_scratch else 0
@@ -126,7 +140,7 @@ class VllmEngine:
         named_tensors = iter(named_tensors)
         problem = None
         try:
-            self._load_all(named_tensors, checksums)
+            self._load(named_tensors, checksums)
         except SgpoError as error:
             problem = str(error)
         if problem := self._of_any_rank(problem, named_tensors):
@@ -140,6 +154,9 @@ class VllmEngine:
         self.policy_version = policy_version
         return SyncReceipt(checksums, self._probe(tuple(probe_ids)))
 
+    def holds_base(self) -> bool:
+        return self._holds_base
+
     def sleep(self) -> None:
         level = self._options.sleep_level
         if level and not self._asleep:
@@ -147,6 +164,7 @@ class VllmEngine:
             self._asleep = True
             if level == 2:
                 self.policy_version = None
+                self._holds_base = False
 
     @property
     def asleep_bytes(self) -> int:
@@ -205,7 +223,7 @@ class VllmEngine:
             prompt = {"prompt_token_ids": list(request.prompt_ids)}
             room = self._options.max_model_len - len(request.prompt_ids)
             params = self._params(sampling, request.seed, min(sampling.max_new_tokens, room))
-            self._engine.add_request(str(index), prompt, params)
+            self._engine.add_request(str(index), prompt, params, lora_request=self._lora)
         reported = time.monotonic()
         with Watchdog("rollout: vLLM", self._options.stall_s) as watchdog:
             while self._engine.has_unfinished_requests():
@@ -265,7 +283,7 @@ class VllmEngine:
         params = VllmSampling(
             temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
-        self._engine.add_request("probe", {"prompt_token_ids": list(ids)}, params)
+        self._engine.add_request("probe", {"prompt_token_ids": list(ids)}, params, lora_request=self._lora)
         with Watchdog("weight sync: vLLM", self._options.stall_s):
             while not (outputs := self._engine.step()):
                 pass
@@ -278,19 +296,34 @@ class VllmEngine:
             torch.cuda.empty_cache()  # what the trainer's allocator keeps in reserve is what vLLM now needs
         self._llm.wake_up(tags=[tag])
 
-    def _load_all(self, named_tensors: Iterator[tuple[str, torch.Tensor]], checksums: dict[str, int]) -> None:
-        """vLLM's own loader fuses and shards what comes; a layer changes in place once all its parts are there.
+    def _load(self, named_tensors: Iterator[tuple[str, torch.Tensor]], checksums: dict[str, int]) -> None:
+        """All weights, or adapters alone where the others are here."""
+        first = next(named_tensors, None)
+        named_tensors = chain([] if first is None else [first], named_tensors)
+        arriving = _checked(named_tensors, checksums)
+        if not (self._holds_base and first is not None and is_adapter(first[0])):
+            self._holds_base = False
+            arriving = self._load_base(arriving)
+        if self._options.lora_rank:
+            self._set_adapters(dict(arriving))
+            self._holds_base = True
+
+    def _load_base(self, named_tensors: Iterator[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+        """Loads all but the adapters, which come back.
+
+        vLLM's own loader fuses and shards what comes; a layer changes in place once all its parts are there.
 
         One call for all tensors, since the loader walks the whole model at every call.
         """
         # What vLLM is at; empty while the sender is at work, whose errors are its own.
         loading: list[str] = []
+        adapters: list[tuple[str, torch.Tensor]] = []
 
         def arriving() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in named_tensors:
-                if name in checksums:
-                    raise SgpoError(f"weight sync: {name} arrived twice")
-                checksums[name] = checksum(tensor)
+                if self._options.lora_rank and is_adapter(name):
+                    adapters.append((name, tensor))
+                    continue
                 loading.append(f"{name} of shape {tuple(tensor.shape)}")
                 yield name, tensor
                 loading.clear()
@@ -307,6 +340,25 @@ class VllmEngine:
         if missing:
             names = f"{', '.join(missing[:3])} ({len(missing)} in all)"
             raise SgpoError(f"weight sync: no new value, or only a part of one, arrived for {names}")
+        return adapters
+
+    def _set_adapters(self, tensors: dict[str, torch.Tensor]) -> None:
+        """In memory, in place of those of the step before, under a new number: nothing cached can be taken for them."""
+        self._lora, number = None, self._lora_loads + 1
+        # vLLM multiplies B by its scale in place: what came may be the trainer's own.
+        named = {f"base_model.model.{_peft_name(name)}": tensor.clone() for name, tensor in tensors.items()}
+        pairs = ((".lora_A.", ".lora_B."), (".lora_B.", ".lora_A."))
+        if alone := [n for n in named for one, other in pairs if one in n and n.replace(one, other) not in named]:
+            raise SgpoError(f"weight sync: of a pair of adapters only {alone[0]} arrived ({len(alone)} in all)")
+        settings = PEFTHelper(self._options.lora_rank, self._options.lora_alpha, "all-linear")  # type: ignore[arg-type]
+        try:
+            unknown = self._llm.collective_rpc(_exchange_adapters, args=(number, named, settings))[0]
+        except (KeyError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
+            raise SgpoError(f"weight sync: vLLM cannot take the adapters: {error}") from error
+        if unknown:
+            raise SgpoError(f"weight sync: vLLM has no layer for the adapters of {', '.join(unknown[:3])}")
+        self._lora_loads = number
+        self._lora = LoRARequest(f"adapters {number}", number, lora_path="in memory")
 
     def _of_any_rank(self, problem: str | None, named_tensors: Iterator[Any]) -> str | None:
         """A problem on any of the ranks that share this engine: none may go on to a forward pass without the others."""
@@ -322,6 +374,39 @@ class VllmEngine:
     def _on_model(self, function: Callable[[torch.nn.Module], Any]) -> Any:
         with set_current_vllm_config(self._engine.vllm_config):
             return self._engine.apply_model(function)[0]
+
+
+def _checked(
+    named_tensors: Iterable[tuple[str, torch.Tensor]], checksums: dict[str, int]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in named_tensors:
+        if name in checksums:
+            raise SgpoError(f"weight sync: {name} arrived twice")
+        checksums[name] = checksum(tensor)
+        yield name, tensor
+
+
+def _peft_name(name: str) -> str:
+    """As peft writes it to a file: without the adapter's own name ("policy")."""
+    return re.sub(r"\.(lora_[AB])\.\w+\.weight$", r".\1.weight", name)
+
+
+def _exchange_adapters(worker: Any, number: int, tensors: dict[str, torch.Tensor], settings: PEFTHelper) -> list[str]:
+    """Puts adapters into vLLM's worker; the layers that they name and the model does not have."""
+    lora_manager = worker.model_runner.lora_manager
+    manager, mapper = lora_manager._adapter_manager, getattr(worker.model_runner.model, "hf_to_vllm_mapper", None)
+    lora = LoRAModel.from_lora_tensors(
+        number,
+        tensors,
+        settings,
+        device=str(worker.device),
+        dtype=lora_manager.lora_config.lora_dtype,
+        weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
+    )
+    lora_manager.remove_all_adapters()
+    manager.add_adapter(lora)
+    manager.activate_adapter(number)
+    return sorted(set(lora.loras) - set(manager.modules))
 
 
 def _finish(model: torch.nn.Module, model_config: Any) -> list[str]:
@@ -361,6 +446,15 @@ def _build(folder: Path, dtype: str, options: VllmOptions, *, cuda: bool) -> LLM
         sizes["enable_chunked_prefill"] = False
         if options.max_num_batched_tokens is not None:
             sizes["max_num_batched_tokens"] = max(options.max_num_batched_tokens, options.max_model_len)
+    if options.lora_rank:
+        rank = next((size for size in sorted(get_args(MaxLoRARanks)) if size >= options.lora_rank), None)
+        if rank is None:
+            raise SgpoError(
+                f"model.lora.rank = {options.lora_rank} is more than vLLM takes ({max(get_args(MaxLoRARanks))}); "
+                "lower it or set model.lora.sync to merged"
+            )
+        targets = None if options.lora_targets is None else list(options.lora_targets)
+        sizes |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "lora_target_modules": targets}
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks > 1:
         sizes["distributed_executor_backend"] = "external_launcher"

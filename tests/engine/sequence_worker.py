@@ -1,7 +1,7 @@
 """One rank of the sequence parallel tests: `python sequence_worker.py OUT.pt CASE ...`
 
 A case is STAGE:PACKING:KV_HEADS:OWNERS, and ":frugal" for checkpoints on the host and MLPs in tiles. OWNERS: "all"
-take turns with the sequences, or the "last" rank has them all; "apart" is as "all", and nothing is shared.
+take turns with the sequences, or the "last" rank has them all.
 """
 
 import copy
@@ -72,7 +72,7 @@ def run_case(case: str, device: torch.device) -> dict:
         gradient_checkpointing=bool(frugal),
         activation_offload=bool(frugal),
         mlp_tile_tokens=7 if frugal else None,
-        parallel=None if owners == "apart" else SequenceParallel(lm, size, timeout_s=300),
+        parallel=SequenceParallel(lm, size, timeout_s=300),
     )
     engine = zero_worker.engine_of(model, device, int(stage), "float32")
     check_gradients(engine, dtype="float32")

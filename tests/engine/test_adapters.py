@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from sgpo.config import Config, checked
 from sgpo.engine.adapters import add_adapters
 from sgpo.models import load_causal_lm
 from sgpo.schema import SgpoError
 
 WORKER = Path(__file__).with_name("lora_worker.py")
-CASES = ["0:float32:lora", "2:float32:dora", "2:bfloat16:lora"]
+CASES = ["0:float32:lora", "0:float32:dora", "3:float32:dora", "2:bfloat16:lora"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,28 @@ def test_others_see_a_plain_model_with_merged_weights(runs, case, builtin_folder
     assert torch.allclose(taken, torch.tensor(run["unmerged"]), atol=2e-4 if dtype == "float32" else 0.1)
     assert run["untouched"]
     if dtype == "float32":
-        assert run["gap"] < 2e-4
+        assert run["gaps"]["merged"][0] < 2e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_engine_with_adapters_is_sent_these_alone_after_the_first_sync(runs, case):
+    run = runs[case]
+    first, later = run["bytes"]["adapters"]
+    assert first == run["bytes"]["merged"][0] + later
+    assert later == sum(tensor.nbytes for name, tensor in run["adapters"].items())
+    assert later < first / 4
+    # The same arithmetic on both sides, where a merged weight in bf16 is rounded.
+    assert max(run["gaps"]["adapters"]) < (2e-6 if "float32" in case else run["gaps"]["merged"][0] / 2)
+
+
+def test_stage_3_trains_the_weights_of_stage_0(runs):
+    ours, truth = runs["3:float32:dora"], runs["0:float32:dora"]
+    assert ours["losses"] == pytest.approx(truth["losses"], rel=1e-5)
+    for kind in ("adapters", "merged"):
+        assert ours[kind].keys() == truth[kind].keys()
+        for name, tensor in ours[kind].items():
+            moved = (truth["merged"][name] - truth["start"][name]).abs().max() if kind == "merged" else 1.0
+            assert torch.allclose(tensor, truth[kind][name], atol=max(1e-3 * moved, 1e-6), rtol=0), name
 
 
 def test_an_unknown_target_is_one_sentence(builtin_folder):
@@ -62,7 +84,35 @@ def test_an_unknown_target_is_one_sentence(builtin_folder):
         add_adapters(lm, rank=4, alpha=8.0, targets=["q_prj"], dora=False, seed=0)
 
 
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_the_head_and_the_embedding_take_no_adapters(builtin_folder, name):
+    lm = load_causal_lm(builtin_folder, dtype="float32")
+    with pytest.raises(SgpoError, match=rf"\['q_proj', '{name}'\]: head and embedding take no adapters"):
+        add_adapters(lm, rank=4, alpha=8.0, targets=["q_proj", name], dora=False, seed=0)
+
+
 def test_adapters_without_their_package_are_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(SgpoError, match=r"model.lora needs peft .*pip install 'sgpo\[lora\]'"):
         add_adapters(None, rank=4, alpha=8.0, targets=["all-linear"], dora=False, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("lora", "engine", "alone"),
+    [
+        ({}, "hf", False),
+        ({"rank": 8}, "hf", True),
+        ({"rank": 8}, "vllm", True),
+        ({"rank": 8, "sync": "merged"}, "hf", False),
+        ({"rank": 8, "dora": True}, "hf", True),
+        ({"rank": 8, "dora": True}, "vllm", False),
+        ({"rank": 8, "dora": True, "sync": "adapters"}, "vllm", None),
+    ],
+)
+def test_adapters_are_sent_alone_where_the_engine_can_have_them(lora, engine, alone):
+    raw = {"model": {"path": "m", "lora": lora}, "data": {"train": "d"}, "rollout": {"engine": engine}}
+    if alone is None:
+        with pytest.raises(SgpoError, match=r"vLLM has no DoRA adapters; set model.lora.sync to merged"):
+            checked(Config, raw, "config")
+    else:
+        assert checked(Config, raw, "config").syncs_adapters is alone

@@ -133,7 +133,6 @@ def test_8_bit_moments_without_their_package_are_one_sentence(monkeypatch):
             },
             "placement: inprocess",
         ),
-        ({"engine": {"zero_stage": 3}, "model": {"path": "m", "lora": {"rank": 8}}}, "model.lora needs engine.zero_s"),
     ],
 )
 def test_pairs_that_cannot_work_are_refused(sections, message):

@@ -13,7 +13,11 @@ WORKER = Path(__file__).with_name("zero_worker.py")
 STAGES = (0, 1, 2, 3)
 WHOLE, SPLIT = 4000, 100  # token budgets: everything in one micro-batch, or in many
 FP32 = [f"{stage}:float32:{budget}" for stage in STAGES for budget in (WHOLE, SPLIT)]
+LEAN = [f"3:float32:{WHOLE}:{option}" for option in ("packed", "checkpointed", "hosted", "tiled")]
+LEAN_2 = f"3:float32:{SPLIT}:packed:hosted:tiled"
 BF16 = [f"{stage}:bfloat16:{SPLIT}" for stage in STAGES]
+# Of contest_cases.py: STAGE:CHECKPOINTED:PACKED:SHARED. The first scores before the step, the others in it.
+BEFORE, *WITHIN = [f"contest:{case}" for case in ("0:1:0:0", "0:1:0:1", "0:1:1:1", "2:1:0:1", "3:1:0:1")]
 
 
 def _run(launcher, tmp_path_factory, folder, cases, processes):
@@ -24,12 +28,13 @@ def _run(launcher, tmp_path_factory, folder, cases, processes):
 
 @pytest.fixture(scope="module")
 def one(launcher, tmp_path_factory, builtin_folder):
-    return _run(launcher, tmp_path_factory, builtin_folder, FP32 + BF16, 1)
+    return _run(launcher, tmp_path_factory, builtin_folder, [*FP32, *BF16, *LEAN, BEFORE, *WITHIN], 1)
 
 
 @pytest.fixture(scope="module")
 def two(launcher, tmp_path_factory, builtin_folder):
-    cases = [f"{stage}:float32:{SPLIT}" for stage in STAGES] + [f"2:bfloat16:{SPLIT}"]
+    cases = [f"{stage}:float32:{SPLIT}" for stage in STAGES]
+    cases += [f"2:bfloat16:{SPLIT}", LEAN_2, BEFORE, *WITHIN]
     return _run(launcher, tmp_path_factory, builtin_folder, cases, 2)
 
 
@@ -78,6 +83,15 @@ def test_gradient_is_that_of_plain_autograd_for_every_stage_and_split(one, plain
     assert _relative(one[case]["gradient"], truth) < 1e-5
 
 
+@pytest.mark.parametrize("case", [*LEAN, LEAN_2])
+def test_what_saves_memory_gives_the_plain_gradient_over_cut_weights_too(one, two, plain, case):
+    loss, truth = plain
+    run = one.get(case) or two[case]
+    assert run["losses"][0] == pytest.approx(loss, rel=1e-5)
+    assert _relative(run["gradient"], truth) < 1e-5
+    assert run["losses"] == pytest.approx(one[f"0:float32:{WHOLE}"]["losses"], rel=1e-4)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_gradient_does_not_depend_on_the_split(one, stage):
     whole, split = one[f"{stage}:float32:{WHOLE}"], one[f"{stage}:float32:{SPLIT}"]
@@ -119,6 +133,65 @@ def test_scores_and_full_weights_agree_across_stages(one, case):
 @pytest.mark.parametrize("case", FP32 + BF16)
 def test_a_step_without_live_rows_leaves_the_optimizer_alone(one, case):
     assert one[case]["stepped_on_nothing"] is False
+
+
+@pytest.fixture(params=["one process", "two processes"])
+def run(request):
+    return request.getfixturevalue("one" if request.param == "one process" else "two")
+
+
+@pytest.mark.parametrize("case", WITHIN)
+def test_one_pass_of_the_target_learns_what_two_passes_do(one, run, case):
+    """Choice, gradient, the later steps and every number that is logged of loss and guidance."""
+    truth, found = one[BEFORE], run[case]
+    # Of each group (index, sample): the three contests, of which the second is a tie, and a lone correct one.
+    assert found["first"]["targets"] == truth["first"]["targets"]
+    assert [1, 0] in found["first"]["targets"]
+    assert _relative(found["gradient"], truth["gradient"]) < 1e-5
+    for step, expected in zip([found["first"], *found["later"]], [truth["first"], *truth["later"]], strict=True):
+        assert step["targets"] == expected["targets"]
+        assert (step["loss"], step["grad_norm"]) == pytest.approx((expected["loss"], expected["grad_norm"]), rel=1e-4)
+        for name, value in expected["metrics"].items():
+            if name not in ("micro_batches", "train_tokens", "padding_share"):
+                assert step["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+    for name, total in truth["weights"].items():
+        assert found["weights"][name] == pytest.approx(total, rel=1e-3, abs=1e-2), name
+
+
+def _through_the_backbone(result: dict, *, with_graph: bool) -> list[list[int]]:
+    """Sequences over all ranks, sorted."""
+    return sorted(
+        row for rank in result["first"]["inputs"] for graph, rows in rank if graph == with_graph for row in rows
+    )
+
+
+@pytest.mark.parametrize("case", [BEFORE, *[case for case in WITHIN if case != "contest:0:1:1:1"]])
+def test_only_what_is_learnt_or_decides_goes_through_the_backbone(run, case, monkeypatch):
+    """Each sequence once, without exception: no dead rollout, no teacher pass but that of the targets; an o+ from a
+    contest is scored in the pass that learns it. The last norm sees the rows of completions alone."""
+    monkeypatch.syspath_prepend(WORKER.parent)
+    import contest_cases
+
+    groups, result = contest_cases.make_groups(), run[case]
+    targets = [groups[group].guided[sample] for group, sample in result["first"]["targets"]]
+    live = [rollout for g in groups if len(set(g.auto_rewards)) > 1 for rollout in g.auto]
+    contested = [
+        rollout
+        for g in groups
+        for rollout, reward in zip(g.guided, g.guided_rewards, strict=True)
+        if reward and sum(g.guided_rewards) > 1
+    ]
+    lone = [target for target in targets if target not in contested]
+    learnt, scored = (live + targets, contested) if case == BEFORE else (live + contested + lone, [])
+
+    def plain(rollouts):
+        return [[*groups[r.request.problem_index].prompts.plain, *r.completion_ids] for r in rollouts]
+
+    guided = [[*target.request.prompt_ids, *target.completion_ids] for target in targets]
+    assert _through_the_backbone(result, with_graph=True) == sorted(plain(learnt))
+    assert _through_the_backbone(result, with_graph=False) == sorted(plain(scored) + guided)
+    rows = sum(len(rollout.completion_ids) for rollout in learnt + scored + targets)
+    assert sum(result["first"]["norm_rows"]) == rows
 
 
 @pytest.mark.parametrize(

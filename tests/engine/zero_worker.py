@@ -1,6 +1,7 @@
 """One rank of the engine tests: runs every case of the command line in one process and writes what came out.
 
-python zero_worker.py OUT.json MODEL_FOLDER STAGE:DTYPE:TOKEN_BUDGET ...
+python zero_worker.py OUT.json MODEL_FOLDER CASE ...    STAGE:DTYPE:TOKEN_BUDGET[:OPTION...], or contest:CASE
+(contest_cases.py)
 """
 
 import json
@@ -9,6 +10,9 @@ import sys
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from engine_builders import whole_weights_nowhere
 
 from sgpo.algorithm.objective import sgpo_objective
 from sgpo.engine import ranks
@@ -73,10 +77,18 @@ def engine_of(model: PolicyModel, device: torch.device, stage: int, dtype: str, 
     return ZeroEngine(model, device=device, zero_stage=stage, dtype=dtype, **{**settings, **changes})
 
 
+OPTIONS = {  # of PolicyModel
+    "packed": {"packed": True},
+    "checkpointed": {"gradient_checkpointing": True},
+    "hosted": {"gradient_checkpointing": True, "activation_offload": True},
+    "tiled": {"mlp_tile_tokens": 7},
+}
+
+
 def run_case(case: str, folder: str, device: torch.device) -> dict:
-    stage, dtype, budget = case.split(":")
-    lm = load_causal_lm(folder, dtype=dtype)
-    engine = engine_of(PolicyModel(lm), device, int(stage), dtype)
+    stage, dtype, budget, *options = case.split(":")
+    model = PolicyModel(load_causal_lm(folder, dtype=dtype), **{k: v for o in options for k, v in OPTIONS[o].items()})
+    engine = engine_of(model, device, int(stage), dtype)
     mine = make_sequences()[ranks.rank() :: ranks.world_size()]
     live = [sequence for sequence in mine if sequence.is_live]
     batches = sum(1 for _ in micro_batches(live, token_budget=int(budget), pad_id=0))
@@ -108,7 +120,15 @@ def run_case(case: str, folder: str, device: torch.device) -> dict:
 def main() -> None:
     out, folder, *cases = sys.argv[1:]
     device = init_distributed(300)
-    results = {case: run_case(case, folder, device) for case in cases}
+    whole_weights_nowhere()
+    results = {}
+    for case in cases:
+        if case.startswith("contest:"):
+            import contest_cases
+
+            results[case] = contest_cases.run_case(case.removeprefix("contest:"), folder, device)
+        else:
+            results[case] = run_case(case, folder, device)
     if ranks.is_main():
         Path(out).write_text(json.dumps(results))
 

@@ -81,3 +81,28 @@ def test_dead_rows_cost_no_chunk(make_case, op):
     measured = peak(case, chunk_rows=64)
     assert measured.largest_bytes is not None
     assert measured.largest_bytes <= 4000 * 8 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["logprob", "policy", "divergence"])
+@pytest.mark.parametrize("rows", [1500, 2500], ids=["one chunk", "two chunks"])
+def test_the_estimate_is_the_measured_peak_of_a_forward_pass(kind, dtype, rows):
+    width, vocab = 192, 8192
+    hidden, teacher, head = (torch.zeros(n, width, dtype=dtype) for n in (rows, rows, vocab))
+    ones, targets = torch.ones(rows), torch.zeros(rows, dtype=torch.int64)
+    for leaf in (hidden, head):
+        leaf.requires_grad_(kind != "logprob")
+
+    def run() -> object:
+        if kind == "logprob":
+            return sgpo_kernels.linear_logprob(hidden, head, targets)
+        if kind == "divergence":
+            return sgpo_kernels.linear_divergence(hidden, teacher, head, token_weight=ones, max_token_kl=1.0)
+        return sgpo_kernels.linear_policy_loss(
+            hidden, head, targets, advantages=ones, token_weight=ones, clip_low=0.2, clip_high=0.28
+        )
+
+    measured = testing.cpu_peak(run).peak_bytes
+    estimate = launch.peak_bytes(kind, rows, width, vocab, dtype, "cpu", head_grad=kind != "logprob")
+    assert estimate == pytest.approx(measured, rel=0.08)
+    assert measured <= launch.extra_bytes(kind, rows, width, vocab, dtype, "cpu")

@@ -1,0 +1,113 @@
+"""SGPO steps whose contests the step itself decides, or a scoring pass before it: cases of zero_worker.py.
+
+A case is STAGE:CHECKPOINTED:PACKED:SHARED, in fp32.
+"""
+
+import math
+import random
+from functools import partial
+
+import torch
+import zero_worker
+
+from sgpo.engine import ranks
+from sgpo.engine.zero import ZeroEngine
+from sgpo.methods.sgpo import SgpoSettings, sgpo_sequences
+from sgpo.models import PolicyModel, load_causal_lm
+from sgpo.schema import Problem, PromptPair, Rollout, RolloutRequest, ScoredGroup, Verdict
+from sgpo.step_metrics import record_guidance, record_passes
+from sgpo.steps import optimizer_step, score_contexts
+
+BUDGET, PAD, TEMPERATURE = 60, 0, 0.7
+# Rewards of the autonomous and the guided rollouts. Every second group is one rank's where there are two: that rank has
+# contests of 4 and 3 candidates and a lone o+, the other a contest of 2 that is a tie.
+REWARDS = [
+    ((1, 0, 0, 1), (1, 1, 1, 1)),
+    ((0, 0, 0, 0), (1, 0, 1, 0)),
+    ((0, 1, 0, 0), (0, 0, 1, 0)),
+    ((1, 1, 1, 1), (0, 0, 0, 0)),
+    ((0, 0, 0, 0), (0, 1, 1, 1)),
+]
+TIE = 1
+
+
+def make_groups() -> list[ScoredGroup]:
+    """All ids are 5 or more, and no two completions are the same but those of the tie."""
+    rng = random.Random(1)
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(5, 40) for _ in range(rng.randrange(low, high)))
+
+    groups = []
+    for index, rewards in enumerate(REWARDS):
+        prompts, completions = (ids(4, 8), ids(12, 16)), ([ids(6, 20) for _ in rewards[0]], [ids(6, 20)] * 4)
+        if index != TIE:
+            completions = (completions[0], [ids(6, 20) for _ in rewards[1]])
+        rollouts = [
+            tuple(
+                Rollout(RolloutRequest(index, kind, k, prompt, 0), done, (0.0,) * len(done), False, 0)
+                for k, done in enumerate(made)
+            )
+            for kind, prompt, made in zip(("auto", "guided"), prompts, completions, strict=True)
+        ]
+        verdicts = [tuple(Verdict(float(reward)) for reward in part) for part in rewards]
+        groups.append(ScoredGroup(Problem(str(index), "?", "1", "s"), PromptPair(*prompts), *rollouts, *verdicts))
+    return groups
+
+
+def watch(lm) -> tuple[list, list]:
+    """What goes into the backbone, as (with graph, sequences without padding), and how many rows into its last norm."""
+    inputs, rows = [], []
+
+    def look(_, arguments) -> None:
+        sequences = [[token for token in row if token != PAD] for row in arguments[0].tolist()]
+        inputs.append((torch.is_grad_enabled(), [row for row in sequences if row]))
+
+    lm.get_input_embeddings().register_forward_pre_hook(look)
+    lm.base_model.norm.register_forward_pre_hook(lambda _, arguments: rows.append(arguments[0].shape[:-1].numel()))
+    return inputs, rows
+
+
+def one_step(engine: ZeroEngine, groups: list[ScoredGroup], *, shared: bool) -> dict:
+    guess = partial(score_contexts, engine, token_budget=BUDGET, pad_id=PAD, temperature=TEMPERATURE)
+    sequences, guidance = sgpo_sequences(
+        groups, SgpoSettings(), problems=len(REWARDS), score=guess, contest_above_tokens=0 if shared else math.inf
+    )
+    result = optimizer_step(
+        engine,
+        sequences,
+        zero_worker.objective,
+        token_budget=BUDGET,
+        pad_id=PAD,
+        lr=1e-3,
+        contests=[chosen.contest for chosen in guidance if chosen.contest],
+        temperature=TEMPERATURE,
+    )
+    winners = iter(result.winners)
+    guidance = [chosen.decided(*next(winners)) if chosen.contest else chosen for chosen in guidance]
+    meter = ranks.Meter()
+    record_guidance(meter, guidance)
+    record_passes(meter, result.passes)
+    targets = [[(r.request.problem_index, r.request.sample_index) for r in chosen.targets] for chosen in guidance]
+    return {
+        "loss": sum(ranks.gather(result.loss)),
+        "grad_norm": result.grad_norm,
+        "targets": sorted(target for part in ranks.gather(targets) for chosen in part for target in chosen),
+        "metrics": meter.reduce(),
+    }
+
+
+def run_case(case: str, folder: str, device: torch.device) -> dict:
+    stage, checkpointed, packed, shared = (int(part) for part in case.split(":"))
+    lm = load_causal_lm(folder, dtype="float32")
+    model = PolicyModel(lm, packed=bool(packed), gradient_checkpointing=bool(checkpointed))
+    engine = zero_worker.engine_of(model, device, stage, "float32")
+    groups = make_groups()[ranks.rank() :: ranks.world_size()]
+    inputs, rows = watch(lm)
+    first = one_step(engine, groups, shared=bool(shared))
+    first |= {"inputs": ranks.gather(list(inputs)), "norm_rows": ranks.gather(sum(rows))}
+    gradient = zero_worker.gradient(engine, stage)
+    later = [one_step(engine, groups, shared=bool(shared))]
+    weights = {name: tensor.double().sum().item() for name, tensor in engine.named_weights()}
+    engine.close()
+    return {"first": first, "gradient": gradient, "later": later, "weights": weights}

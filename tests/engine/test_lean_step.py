@@ -1,0 +1,95 @@
+"""What a whole optimizer step keeps in memory, in a real engine: scoring, contest, teacher, forward, backward, Adam."""
+
+import math
+
+import deepspeed.utils.groups
+import pytest
+import torch
+from sgpo_kernels import launch
+from sgpo_kernels.testing import Peak, cpu_peak
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from sgpo import assembly
+from sgpo.config import Config
+from sgpo.engine import zero
+from sgpo.models import PolicyModel
+from sgpo.schema import Contest, TrainSequence
+from sgpo.steps import optimizer_step, score_contexts
+
+HIDDEN, SMALL, LARGE = 32, 1024, 3072
+PROMPT = 8
+
+
+@pytest.fixture(scope="module")
+def device():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            patch.setenv(name, "0")  # so that what the process group sets is undone
+            patch.delenv(name)
+        # DeepSpeed keeps its copy of a process group that another test of this process has destroyed.
+        patch.setattr(deepspeed.utils.groups, "_WORLD_GROUP", None)
+        yield zero.init_distributed(60)
+        torch.distributed.destroy_process_group()
+
+
+def sequence(seed: int, tokens: int, **weights) -> TrainSequence:
+    ids = torch.randint(64, (3 * PROMPT + tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+    teacher = tuple(ids[PROMPT : 3 * PROMPT]) if "target_weight" in weights else None
+    return TrainSequence(tuple(ids[:PROMPT]), tuple(ids[3 * PROMPT :]), teacher_prompt_ids=teacher, **weights)
+
+
+def step_peak(device, *, vocab: int, tokens: int, candidates: int = 2, layers: int = 1, **options) -> Peak:
+    """Of a step with completions of `tokens` tokens: two live and one scored before, one contest, one lone target."""
+    numbers = {"hidden_size": HIDDEN, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        lm = Qwen2ForCausalLM(
+            Qwen2Config(
+                **numbers, vocab_size=vocab, num_hidden_layers=layers, tie_word_embeddings=False,
+                max_position_embeddings=8192, attn_implementation="sdpa",
+            )
+        ).eval()  # fmt: skip
+    engine = zero.ZeroEngine(
+        PolicyModel(lm, gradient_checkpointing=True, **options), device=device, zero_stage=0, dtype="float32", lr=1e-3,
+        betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, max_grad_norm=1.0,
+    )  # fmt: skip
+    config = Config.model_validate(
+        {"model": {"path": "builtin"}, "data": {"train": "builtin"}, "rollout": {"engine": "hf"}}
+    )
+    policy = [sequence(k, tokens, advantage=(-1.0) ** k, policy_weight=0.1) for k in range(2)]
+    contest = Contest(tuple(sequence(10 + k, tokens, target_weight=0.1) for k in range(candidates)))
+    sizes = {"token_budget": tokens + 2 * PROMPT, "pad_id": 0}
+
+    def step() -> None:
+        score_contexts(engine, [(s.prompt_ids, s.completion_ids) for s in policy], **sizes)
+        live = [*policy, sequence(5, tokens, target_weight=0.1)]
+        result = optimizer_step(engine, live, assembly.policy_objective(config), lr=1e-3, contests=[contest], **sizes)
+        assert len(result.passes) == 4
+        assert math.isfinite(result.loss)
+        assert result.grad_norm is not None
+
+    peak = cpu_peak(step)
+    engine.close()
+    return peak
+
+
+def test_no_tensor_of_a_step_is_as_large_as_tokens_times_vocabulary(device, monkeypatch):
+    """And what grows with the vocabulary (weights, states, the head's gradient) does not grow with the tokens.
+
+    The loss's chunk of logits, 64 MiB on a CPU, would hide it: here it is 256 KiB.
+    """
+    monkeypatch.setattr(launch, "CPU_CHUNK_BYTES", 1 << 18)
+    few, many = 256, 768
+    peaks = {(v, n): step_peak(device, vocab=v, tokens=n) for v in (SMALL, LARGE) for n in (few, many)}
+    for (vocab, tokens), peak in peaks.items():
+        assert peak.largest_bytes < tokens * vocab * 2, (vocab, tokens)  # not even in bf16
+    slopes = [(peaks[LARGE, n].peak_bytes - peaks[SMALL, n].peak_bytes) / (LARGE - SMALL) for n in (few, many)]
+    assert abs(slopes[1] - slopes[0]) < 0.01 * 4 * (many - few), slopes
+    # Gradients, masters' update and dW: a few fp32 copies of the head and of the embedding, no logits.
+    assert slopes[1] < 8 * 4 * 2 * HIDDEN, slopes
+
+
+def test_a_contest_keeps_two_candidates_whatever_their_number(device):
+    two, four = (step_peak(device, vocab=64, tokens=1024, candidates=k, layers=6) for k in (2, 4))
+    one_graph = 6 * 1024 * HIDDEN * 4
+    assert four.peak_bytes < two.peak_bytes + 0.1 * one_graph
