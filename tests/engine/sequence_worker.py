@@ -77,10 +77,10 @@ def run_case(case: str, device: torch.device) -> dict:
     engine = zero_worker.engine_of(model, device, int(stage), "float32")
     check_gradients(engine, dtype="float32")
     made = zero_worker.make_sequences()
-    if owners == "all":
-        mine = made[rank::size]
-    else:
+    if owners == "last":
         mine = made if rank == size - 1 else []
+    else:
+        mine = made[rank::size]
     widths = []
     model.lm.base_model.layers[0].register_forward_hook(lambda _, inputs, output: widths.append(inputs[0].shape[1]))
     found = score_contexts(engine, [(s.prompt_ids, s.completion_ids) for s in mine], token_budget=BUDGET, pad_id=0)
@@ -89,7 +89,7 @@ def run_case(case: str, device: torch.device) -> dict:
     weights = {name: tensor.double().sum().item() for name, tensor in engine.named_weights()}
     engine.close()
     everywhere = ranks.gather((result.loss, [sum(row) for row in found], widths, len(result.passes)))
-    order = [i for r in range(size) for i in range(r, len(made), size)] if owners == "all" else range(len(made))
+    order = range(len(made)) if owners == "last" else [i for r in range(size) for i in range(r, len(made), size)]
     return {
         "loss": (sum(part[0] for part in everywhere), loss),
         "gradient": (torch.cat([torch.tensor(gradient[n]) for n in truth]), torch.cat([truth[n] for n in truth])),
