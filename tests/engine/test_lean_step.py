@@ -39,7 +39,7 @@ def sequence(seed: int, tokens: int, **weights) -> TrainSequence:
 
 
 def step_peak(device, *, vocab: int, tokens: int, candidates: int = 2, layers: int = 1, **options) -> Peak:
-    """Of a step with completions of `tokens` tokens: two live and one scored before, one contest, one lone target."""
+    """Of a step with completions of `tokens` tokens: two live and one scored before, one lone target, one contest that the first wins."""
     numbers = {"hidden_size": HIDDEN, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -57,7 +57,7 @@ def step_peak(device, *, vocab: int, tokens: int, candidates: int = 2, layers: i
         {"model": {"path": "builtin"}, "data": {"train": "builtin"}, "rollout": {"engine": "hf"}}
     )
     policy = [sequence(k, tokens, advantage=(-1.0) ** k, policy_weight=0.1) for k in range(2)]
-    contest = Contest(tuple(sequence(10 + k, tokens, target_weight=0.1) for k in range(candidates)))
+    contest = Contest(tuple(sequence(10 + k, tokens - 8 * (k == 0), target_weight=0.1) for k in range(candidates)))
     sizes = {"token_budget": tokens + 2 * PROMPT, "pad_id": 0}
 
     def step() -> None:
