@@ -7,13 +7,16 @@ import resource
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny_runs import BASE, WARMUP, digest, finish, rows, start
 
+from sgpo import trainer
 from sgpo.assembly import training_method
-from sgpo.config import Config
+from sgpo.config import Config, RolloutConfig
+from sgpo.schema import TrainSequence
 
 
 def wait_for_lines(process: subprocess.Popen, path: Path, count: int) -> None:
@@ -146,6 +149,26 @@ def test_when_a_long_target_goes_through_the_model_once(checkpointed, mini_batch
         }
     )
     assert training_method(config).keywords["contest_above_tokens"] == tokens
+
+
+def test_old_logprobs_are_computed_of_policy_sequences_alone():
+    """A target needs none: it does not go through the model for them."""
+    asked = []
+
+    def score(contexts):
+        asked.extend(contexts)
+        return [[-1.0] * len(completion) for _, completion in contexts]
+
+    made = [
+        TrainSequence((1,), (2, 3), target_weight=0.5),
+        TrainSequence((1,), (4, 5), advantage=-1.0, policy_weight=0.5, rollout_logprobs=(-1.5, -0.5)),
+        TrainSequence((1,), (6,), advantage=0.0, policy_weight=0.5, rollout_logprobs=(-1.0,)),
+    ]
+    fixed = trainer._with_old_logprobs(made, score, RolloutConfig(importance_cap=2.0, importance_level="token"))
+    assert asked == [((1,), (4, 5))]
+    assert [s.old_logprobs for s in fixed] == [None, (-1.0, -1.0), None]
+    assert fixed[1].importance == pytest.approx((math.exp(0.5), math.exp(-0.5)))
+    assert [replace(s, old_logprobs=None, importance=None) for s in fixed] == made
 
 
 def test_one_pass_of_long_targets_gives_the_loss_curve_of_two(plain_run, tmp_path):
