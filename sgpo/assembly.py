@@ -235,6 +235,13 @@ def _with_adapters(config: Config, lm: Any) -> Any:
     return lm
 
 
+def syncs_adapters(config: Config) -> bool:
+    """Whether the trainer's rollout engine has adapters of its own, so that a sync sends these alone."""
+    lora = config.model.lora
+    wanted = lora.sync == "adapters" or (lora.sync == "auto" and torch.cuda.is_available() and not lora.dora)
+    return lora.rank > 0 and wanted
+
+
 def build_rollouts(config: Config, model_folder: Path, *, from_scratch: bool = False) -> RolloutEngine:
     """The engine named by rollout.engine, in this process or in one of its own.
 
@@ -267,7 +274,7 @@ def rollout_engine(config: Config, model_folder: Path, from_scratch: bool) -> Ro
 
     lm = load_causal_lm(model_folder, dtype=config.model.dtype, attn_implementation=config.model.attn_implementation)
     return HfEngine(
-        _with_adapters(config, lm) if from_scratch and config.syncs_adapters else lm,
+        _with_adapters(config, lm) if from_scratch and syncs_adapters(config) else lm,
         eos_ids=eos_ids,
         pad_id=tokenizer.pad_token_id,
         device=torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
@@ -287,7 +294,7 @@ def vllm_options(config: Config, model_folder: Path, from_scratch: bool) -> Any:
     longest = chosen.max_model_len or config.data.max_prompt_tokens + new_tokens
     sleep_level = chosen.sleep_level
     lora = config.model.lora
-    with_adapters = from_scratch and config.syncs_adapters
+    with_adapters = from_scratch and syncs_adapters(config)
     if sleep_level is None and torch.cuda.is_available() and rollout.placement == "inprocess":
         sleep_level = (
             1 if with_adapters else 2
@@ -321,7 +328,7 @@ def sync_rollouts(
         tolerance=config.rollout.sync_tolerance or _SYNC_TOLERANCE[config.model.dtype],
         token_budget=config.engine.micro_batch_tokens,
         pad_id=tokenizer.pad_token_id,
-        adapters=config.syncs_adapters,
+        adapters=syncs_adapters(config),
     )
 
 

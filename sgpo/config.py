@@ -54,8 +54,8 @@ class LoraConfig(Section):
     dora: bool = Field(default=False, description="DoRA: the length of each row is learned apart from its direction")
     sync: Literal["auto", "adapters", "merged"] = Field(
         default="auto",
-        description="what the rollout engine is sent: adapters alone (after one whole sync), or merged weights; "
-        "auto: adapters, but for DoRA with vLLM, which has none",
+        description="what the rollout engine gets: adapters alone (after one whole sync) or merged weights; auto: "
+        "adapters for LoRA on a GPU, else merged weights, with which a CPU samples faster",
     )
 
 
@@ -455,13 +455,6 @@ class Config(Section):
         if self.warmup.enabled and self.warmup.data is None:
             raise ValueError("warmup.enabled needs warmup.data")
         return self
-
-    @property
-    def syncs_adapters(self) -> bool:
-        """Whether the trainer's rollout engine has adapters of its own, so that a sync sends these alone."""
-        lora = self.model.lora
-        possible = not (lora.dora and self.rollout.engine == "vllm")
-        return lora.rank > 0 and possible and lora.sync != "merged"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
