@@ -277,7 +277,7 @@ def rollout_engine(config: Config, model_folder: Path, from_scratch: bool) -> Ro
 
     lm = load_causal_lm(model_folder, dtype=config.model.dtype, attn_implementation=config.model.attn_implementation)
     return HfEngine(
-        _with_adapters(config, lm) if from_scratch and config.syncs_adapters else lm,
+        _with_adapters(config, lm) if from_scratch and config.syncs_adapters(cuda=torch.cuda.is_available()) else lm,
         eos_ids=eos_ids,
         pad_id=tokenizer.pad_token_id,
         device=torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
@@ -296,7 +296,7 @@ def vllm_options(config: Config, model_folder: Path, from_scratch: bool) -> Any:
     )
     longest = chosen.max_model_len or config.data.max_prompt_tokens + new_tokens
     lora = config.model.lora
-    with_adapters = from_scratch and config.syncs_adapters
+    with_adapters = from_scratch and config.syncs_adapters(cuda=torch.cuda.is_available())
     return VllmOptions(
         max_model_len=min(longest, positions_of(model_folder) or longest),
         max_num_seqs=chosen.max_num_seqs,
@@ -326,7 +326,7 @@ def sync_rollouts(
         tolerance=config.rollout.sync_tolerance or _SYNC_TOLERANCE[config.model.dtype],
         token_budget=config.engine.micro_batch_tokens,
         pad_id=tokenizer.pad_token_id,
-        adapters=config.syncs_adapters,
+        adapters=config.syncs_adapters(cuda=torch.cuda.is_available()),
     )
 
 

@@ -55,8 +55,8 @@ class LoraConfig(Section):
     dora: bool = Field(default=False, description="DoRA: the length of each row is learned apart from its direction")
     sync: Literal["auto", "adapters", "merged"] = Field(
         default="auto",
-        description="what the rollout engine is sent: adapters alone (after one whole sync), or merged weights; "
-        "auto: adapters, but for DoRA with vLLM, which has none",
+        description="what the rollout engine gets: adapters alone (after one whole sync) or merged weights; auto: "
+        "adapters for LoRA on a GPU, else merged weights, with which a CPU samples faster",
     )
 
 
@@ -484,12 +484,10 @@ class Config(Section):
             raise ValueError("warmup.enabled needs warmup.data")
         return self
 
-    @property
-    def syncs_adapters(self) -> bool:
+    def syncs_adapters(self, *, cuda: bool) -> bool:
         """Whether the trainer's rollout engine has adapters of its own, so that a sync sends these alone."""
         lora = self.model.lora
-        possible = not (lora.dora and self.rollout.engine == "vllm")
-        return lora.rank > 0 and possible and lora.sync != "merged"
+        return lora.rank > 0 and (lora.sync == "adapters" or (lora.sync == "auto" and cuda and not lora.dora))
 
     def sleep_level(self, *, cuda: bool) -> int:
         """rollout.vllm.sleep_level, and where it is null: 0 without a GPU or in a process of its own, else 2, which
@@ -499,7 +497,7 @@ class Config(Section):
             return chosen
         if not cuda or self.rollout.placement != "inprocess":
             return 0
-        return 1 if self.syncs_adapters else 2
+        return 1 if self.syncs_adapters(cuda=cuda) else 2
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -98,21 +98,26 @@ def test_adapters_without_their_package_are_one_sentence(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("lora", "engine", "alone"),
+    ("lora", "on_cpu", "on_gpu"),
     [
-        ({}, "hf", False),
-        ({"rank": 8}, "hf", True),
-        ({"rank": 8}, "vllm", True),
-        ({"rank": 8, "sync": "merged"}, "hf", False),
-        ({"rank": 8, "dora": True}, "hf", True),
-        ({"rank": 8, "dora": True}, "vllm", False),
-        ({"rank": 8, "dora": True, "sync": "adapters"}, "vllm", None),
+        ({}, False, False),
+        ({"rank": 8}, False, True),
+        ({"rank": 8, "dora": True}, False, False),
+        ({"rank": 8, "sync": "merged"}, False, False),
+        ({"rank": 8, "dora": True, "sync": "adapters"}, True, True),
+        ({"sync": "adapters"}, False, False),
     ],
 )
-def test_adapters_are_sent_alone_where_the_engine_can_have_them(lora, engine, alone):
-    raw = {"model": {"path": "m", "lora": lora}, "data": {"train": "d"}, "rollout": {"engine": engine}}
-    if alone is None:
-        with pytest.raises(SgpoError, match=r"vLLM has no DoRA adapters; set model.lora.sync to merged"):
-            checked(Config, raw, "config")
-    else:
-        assert checked(Config, raw, "config").syncs_adapters is alone
+def test_where_adapters_are_sent_alone(lora, on_cpu, on_gpu):
+    raw = {"model": {"path": "m", "lora": lora}, "data": {"train": "d"}, "rollout": {"engine": "hf"}}
+    config = checked(Config, raw, "config")
+    for cuda, alone in ((False, on_cpu), (True, on_gpu)):
+        assert config.syncs_adapters(cuda=cuda) is alone
+    assert config.sleep_level(cuda=True) == (1 if on_gpu else 2)  # the frozen weights must outlive the sleep
+
+
+def test_dora_adapters_for_vllm_are_refused():
+    lora = {"rank": 8, "dora": True, "sync": "adapters"}
+    raw = {"model": {"path": "m", "lora": lora}, "data": {"train": "d"}, "rollout": {"engine": "vllm"}}
+    with pytest.raises(SgpoError, match=r"vLLM has no DoRA adapters; set model.lora.sync to merged"):
+        checked(Config, raw, "config")

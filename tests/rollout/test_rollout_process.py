@@ -9,10 +9,12 @@ from functools import partial
 
 import pytest
 import torch
-from engine_builders import NO_VLLM, make_failing, make_hanging, make_hf, make_vllm
+from engine_builders import NO_VLLM, make_failing, make_hanging, make_hf, make_vllm, with_adapters
 
+from sgpo.adapter_names import is_adapter, plain_name
 from sgpo.checksums import checksum
 from sgpo.data.builtin import END, make_model, vocabulary
+from sgpo.models import load_causal_lm
 from sgpo.rollout import process
 from sgpo.rollout.process import EngineProcess
 from sgpo.rollout.transport import buckets, receive, share
@@ -113,6 +115,23 @@ def test_a_killed_engine_is_noticed_at_once_and_started_anew_by_the_next_sync(st
         engine.generate(REQUESTS, FREE)
     engine.load_weights(weights().items(), 1)
     assert engine.generate(REQUESTS, FREE) == wanted
+
+
+def test_an_engine_started_anew_needs_the_frozen_weights_beside_its_adapters(start, builtin_folder):
+    lm = with_adapters(load_causal_lm(builtin_folder, dtype="float32"))
+    named = {plain_name(name): p.detach() for name, p in lm.named_parameters()}
+    adapters = {name: p for name, p in named.items() if is_adapter(name)}
+    engine = start(make_hf, builtin_folder, [EOS], 100, adapters=True)
+    assert not engine.holds_base()
+    with pytest.raises(SgpoError, match="no new value arrived"):
+        engine.load_weights(adapters.items(), 1)
+    engine.load_weights(named.items(), 1)
+    assert engine.holds_base()
+    assert engine.load_weights(adapters.items(), 2).checksums.keys() == adapters.keys()
+    os.kill(engine.pid, signal.SIGKILL)
+    assert not engine.holds_base()
+    with pytest.raises(SgpoError, match="no new value arrived"):
+        engine.load_weights(adapters.items(), 3)
 
 
 def test_an_engine_killed_within_a_sync_is_noticed(start):
