@@ -10,6 +10,7 @@ without the plan's constant for a process.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -166,6 +167,9 @@ def measure(name: str) -> dict[str, Any]:
     step(config, engine, warm)
     engine.close()
     del engine
+    gc.collect()
+    left = sum(x.nbytes for x in gc.get_objects() if type(x) is torch.Tensor)
+    assert left < 2**20, f"{left} bytes of the warm-up are still there and would be taken off"
     _reset()
     base = _peak()
     config, engine = build(CASES[name])
