@@ -108,7 +108,8 @@ class TrainingMemory:
     def host_states(self) -> Terms:
         """What DeepSpeed keeps on the host for each process when it offloads: the update needs all of it there.
 
-        Accumulated gradients wait there tensor by tensor at stage 2, in fp32 and in one piece at stage 3.
+        At stage 3 the gradients accumulate there too, in fp32; at stage 2 in fp32 tensor by tensor, while those of bf16
+        weights stay on the device (`gradients`).
         """
         if self.state != "cpu_offload":
             return {}
@@ -117,7 +118,7 @@ class TrainingMemory:
             accumulated, on_their_way = self.pinned(4.0 * share), 0.0
         else:
             whole = sum(count * self.pinned(self.s * size) for count, size in self.sizes.tensors())
-            accumulated = self.s * share if self.lora else whole / self.W
+            accumulated = 0.0 if self.bf16 else self.s * share if self.lora else whole / self.W
             on_their_way = self.pinned(self.s * share) + self.pinned(self.s * self._largest_trained())
         return {
             "fp32 master": self.pinned(4.0 * share),
@@ -132,19 +133,23 @@ class TrainingMemory:
         return 2.0 ** math.ceil(math.log2(size)) if self.cuda and size >= 1 else size
 
     def gradients(self) -> Terms:
-        """Accumulated over the micro-batches of a step."""
+        """Accumulated over the micro-batches of a step, on the device: from bf16 weights even where Adam is not."""
         share = self.trained / self.W
         held = {0: self.s * self.trained, 1: 4.0 * self.trained}.get(self.stage, 4.0 * share)
-        return {"gradients": 0.0 if self.state == "cpu_offload" else held}
+        away = self.state == "cpu_offload" and (self.stage == 3 or not self.bf16)
+        return {"gradients": 0.0 if away else held}
 
     def bucket(self) -> Terms:
         """In which gradients are reduced: at stages 1 and 2 for the time of a backward pass, at stage 3 for good."""
         return {"gradient bucket": float({0: 0, 1: 4}.get(self.stage, self.s) * bucket_elements(self.trained))}
 
     def _reduced(self) -> Terms:
-        """Stage 3 sorts a full bucket by partitions in a copy, and adds this process's part in fp32."""
-        widened = 4.0 / self.W if self.bf16 else 0.0
-        return {"bucket by partitions": (self.s + widened) * bucket_elements(self.trained) * (self.stage == 3)}
+        """A full bucket (or a gradient larger than it) is copied to be reduced, and what this process keeps of it is
+        added in fp32: at stage 2 tensor by tensor, at stage 3 all of it."""
+        full = max(bucket_elements(self.trained), self._largest_trained())
+        copied = {0: 0.0, 1: 4.0}.get(self.stage, self.s) * full
+        widened = {2: 4.0 * self._largest_trained(), 3: 4.0 * full / self.W}.get(self.stage, 0.0) * self.bf16
+        return {"bucket being reduced": copied + widened}
 
     def gathered(self) -> Terms:
         """Stage 3: the weights of layers at work, and of those whose next use is near. One process has them anyway."""
@@ -152,13 +157,16 @@ class TrainingMemory:
         return {"gathered weights": self.s * min(self.P, LIVE_ELEMENTS)} if several else {}
 
     def update(self) -> Terms:
-        """What the optimizer step adds: fp32 or flat copies of gradients, and Adam's temporaries where not fused."""
+        """What the optimizer step adds: fp32 or flat copies of gradients, one gradient's norm in fp64, and Adam's
+        temporaries where it is not fused: a root and a quotient of one tensor, or both moments where they are 8 bits.
+
+        On a GPU torch's Adam is fused, and torchao's compiled step is assumed to keep the moments in registers.
+        """
         share = self.trained / self.W
+        norm: Terms = {"one gradient's norm": 8.0 * self._largest_trained()}
         if self.state == "cpu_offload":
-            return {}
-        temporary = 0.0
-        if not self.cuda and self.state == "full":  # a root and a quotient, of one tensor
-            temporary = 8.0 * (share if self.stage else self._largest_trained())
+            return norm if self.stage == 2 else {}
+        temporary = 0.0 if self.cuda else 8.0 * (share if self.stage else self._largest_trained())
         flat, adam = "flat gradients", "Adam's temporaries"
         if self.stage == 0:
             in_fp32 = {adam: temporary, "fp32 gradients of the step": 4.0 * self.trained * self.bf16}
@@ -169,7 +177,7 @@ class TrainingMemory:
         # partitions go first.
         others = 4.0 * share - self.gradients()["gradients"]
         copied = 0.0 if self.stage == 2 and self.bf16 else 4.0 * share
-        return fullest({flat: max(0.0, copied + others)}, {adam: max(0.0, temporary + others)})
+        return fullest(norm, {flat: max(0.0, copied + others)}, {adam: max(0.0, temporary + others)})
 
     def load(self) -> Terms:
         """While the engine is built: stages 1 and 2 flatten the weights, stage 3 starts from whole ones and cuts them;
