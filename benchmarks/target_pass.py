@@ -56,8 +56,8 @@ def make_engine() -> ZeroEngine:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
-    lm = Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=2, vocab_size=4096)).eval()
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
+    lm = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=4096)).eval()
     return ZeroEngine(
         PolicyModel(lm, gradient_checkpointing=True), device=init_distributed(60), zero_stage=0, dtype="float32",
         lr=1e-6, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, max_grad_norm=1.0,
