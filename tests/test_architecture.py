@@ -54,7 +54,10 @@ FLOORS = {
     "sgpo.cli": 11,
 }
 ADAPTERS = ("sgpo.data", "sgpo.strategies", "sgpo.rewards", "sgpo.rollout", "sgpo.models", "sgpo.metrics")
-HOMES = {"deepspeed": {"sgpo.engine.zero", "sgpo.sequence_parallel"}, "vllm": {"sgpo.rollout.vllm_engine"}}
+HOMES = {
+    "deepspeed": {"sgpo.engine.zero", "sgpo.sequence_parallel"},
+    "vllm": {"sgpo.rollout.vllm_engine", "sgpo.rollout.vllm_adapters"},
+}
 
 
 def _sources() -> dict[str, Path]:

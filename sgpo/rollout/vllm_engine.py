@@ -1,7 +1,7 @@
 """Rollouts through vLLM, inside the training process: continuous batching, prefix sharing, weights by reference.
 
-The only file that imports vllm. Token ids go in, token ids and sampled log-probabilities come out; vLLM never sees a
-tokenizer. With tensor parallelism every rank of a group runs an engine of this kind, all over the same requests.
+With vllm_adapters the only file that imports vllm. Token ids go in, token ids and sampled log-probabilities come out;
+vLLM never sees a tokenizer. With tensor parallelism every rank of a group runs an engine of this kind, all over the same requests.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import os
 import random
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +30,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 from vllm import LLM, SamplingParams as VllmSampling  # noqa: I001
 from vllm.config import set_current_vllm_config
-from vllm.config.lora import MaxLoRARanks
 from vllm.distributed.parallel_state import get_tp_group
-from vllm.lora.lora_model import LoRAModel
-from vllm.lora.peft_helper import PEFTHelper
-from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -47,6 +42,7 @@ from vllm.sampling_params import RequestOutputKind
 from sgpo.adapter_names import is_adapter
 from sgpo.checksums import checksum
 from sgpo.rollout.guards import Watchdog, is_out_of_memory
+from sgpo.rollout.vllm_adapters import VllmAdapters, adapter_options
 from sgpo.schema import Rollout, RolloutRequest, SamplingParams, SgpoError, SyncReceipt
 
 _PROGRESS_S = 0.5
@@ -86,14 +82,13 @@ class VllmEngine:
         self._options = options
         self._asleep = False
         self._holds_base = False
-        self._lora: LoRARequest | None = None  # what a request says to be sampled with the adapters
-        self._lora_loads = 0
         self._cuda = torch.cuda.is_available()
         self._is_guest = dist.is_initialized()  # in a process group that is not vLLM's own
         self.policy_version: int | None = None if options.from_scratch else 0
         with _undisturbed():
             self._llm: Any = _build(folder, dtype, options, cuda=self._cuda)
         self._engine: Any = self._llm.llm_engine
+        self._adapters: Any = VllmAdapters(self._llm, options.lora_rank, options.lora_alpha)
 
     def generate(
         self,
@@ -185,7 +180,7 @@ class VllmEngine:
         if self._llm is not None:
             with _keeping_the_process_group() if self._is_guest else nullcontext():
                 self._engine.engine_core.shutdown()
-            self._llm = self._engine = None
+            self._llm = self._engine = self._adapters = None
             if self._cuda:
                 gc.collect()  # else the card stays full until Python gets round to it
 
@@ -223,7 +218,7 @@ class VllmEngine:
             prompt = {"prompt_token_ids": list(request.prompt_ids)}
             room = self._options.max_model_len - len(request.prompt_ids)
             params = self._params(sampling, request.seed, min(sampling.max_new_tokens, room))
-            self._engine.add_request(str(index), prompt, params, lora_request=self._lora)
+            self._engine.add_request(str(index), prompt, params, lora_request=self._adapters.request)
         reported = time.monotonic()
         with Watchdog("rollout: vLLM", self._options.stall_s) as watchdog:
             while self._engine.has_unfinished_requests():
@@ -283,7 +278,7 @@ class VllmEngine:
         params = VllmSampling(
             temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
-        self._engine.add_request("probe", {"prompt_token_ids": list(ids)}, params, lora_request=self._lora)
+        self._engine.add_request("probe", {"prompt_token_ids": list(ids)}, params, lora_request=self._adapters.request)
         with Watchdog("weight sync: vLLM", self._options.stall_s):
             while not (outputs := self._engine.step()):
                 pass
@@ -305,7 +300,7 @@ class VllmEngine:
             self._holds_base = False
             arriving = self._load_base(arriving)
         if self._options.lora_rank:
-            self._set_adapters(dict(arriving))
+            self._adapters.replace(dict(arriving))
             self._holds_base = True
 
     def _load_base(self, named_tensors: Iterator[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
@@ -342,24 +337,6 @@ class VllmEngine:
             raise SgpoError(f"weight sync: no new value, or only a part of one, arrived for {names}")
         return adapters
 
-    def _set_adapters(self, tensors: dict[str, torch.Tensor]) -> None:
-        """In memory, in place of those of the step before, under a new number: nothing cached can be taken for them."""
-        self._lora, number = None, self._lora_loads + 1
-        # vLLM multiplies B by its scale in place: what came may be the trainer's own.
-        named = {f"base_model.model.{_peft_name(name)}": tensor.clone() for name, tensor in tensors.items()}
-        pairs = ((".lora_A.", ".lora_B."), (".lora_B.", ".lora_A."))
-        if alone := [n for n in named for one, other in pairs if one in n and n.replace(one, other) not in named]:
-            raise SgpoError(f"weight sync: of a pair of adapters only {alone[0]} arrived ({len(alone)} in all)")
-        settings = PEFTHelper(self._options.lora_rank, self._options.lora_alpha, "all-linear")  # type: ignore[arg-type]
-        try:
-            unknown = self._llm.collective_rpc(_exchange_adapters, args=(number, named, settings))[0]
-        except (KeyError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
-            raise SgpoError(f"weight sync: vLLM cannot take the adapters: {error}") from error
-        if unknown:
-            raise SgpoError(f"weight sync: vLLM has no layer for the adapters of {', '.join(unknown[:3])}")
-        self._lora_loads = number
-        self._lora = LoRARequest(f"adapters {number}", number, lora_path="in memory")
-
     def _of_any_rank(self, problem: str | None, named_tensors: Iterator[Any]) -> str | None:
         """A problem on any of the ranks that share this engine: none may go on to a forward pass without the others."""
         if self._options.tensor_parallel_size == 1:
@@ -384,29 +361,6 @@ def _checked(
             raise SgpoError(f"weight sync: {name} arrived twice")
         checksums[name] = checksum(tensor)
         yield name, tensor
-
-
-def _peft_name(name: str) -> str:
-    """As peft writes it to a file: without the adapter's own name ("policy")."""
-    return re.sub(r"\.(lora_[AB])\.\w+\.weight$", r".\1.weight", name)
-
-
-def _exchange_adapters(worker: Any, number: int, tensors: dict[str, torch.Tensor], settings: PEFTHelper) -> list[str]:
-    """Puts adapters into vLLM's worker; the layers that they name and the model does not have."""
-    lora_manager = worker.model_runner.lora_manager
-    manager, mapper = lora_manager._adapter_manager, getattr(worker.model_runner.model, "hf_to_vllm_mapper", None)
-    lora = LoRAModel.from_lora_tensors(
-        number,
-        tensors,
-        settings,
-        device=str(worker.device),
-        dtype=lora_manager.lora_config.lora_dtype,
-        weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
-    )
-    lora_manager.remove_all_adapters()
-    manager.add_adapter(lora)
-    manager.activate_adapter(number)
-    return sorted(set(lora.loras) - set(manager.modules))
 
 
 def _finish(model: torch.nn.Module, model_config: Any) -> list[str]:
@@ -447,14 +401,7 @@ def _build(folder: Path, dtype: str, options: VllmOptions, *, cuda: bool) -> LLM
         if options.max_num_batched_tokens is not None:
             sizes["max_num_batched_tokens"] = max(options.max_num_batched_tokens, options.max_model_len)
     if options.lora_rank:
-        rank = next((size for size in sorted(get_args(MaxLoRARanks)) if size >= options.lora_rank), None)
-        if rank is None:
-            raise SgpoError(
-                f"model.lora.rank = {options.lora_rank} is more than vLLM takes ({max(get_args(MaxLoRARanks))}); "
-                "lower it or set model.lora.sync to merged"
-            )
-        targets = None if options.lora_targets is None else list(options.lora_targets)
-        sizes |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "lora_target_modules": targets}
+        sizes |= adapter_options(options.lora_rank, options.lora_targets)
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks > 1:
         sizes["distributed_executor_backend"] = "external_launcher"
