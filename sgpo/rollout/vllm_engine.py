@@ -1,7 +1,8 @@
 """Rollouts through vLLM, inside the training process: continuous batching, prefix sharing, weights by reference.
 
 With vllm_adapters the only file that imports vllm. Token ids go in, token ids and sampled log-probabilities come out;
-vLLM never sees a tokenizer. With tensor parallelism every rank of a group runs an engine of this kind, all over the same requests.
+vLLM never sees a tokenizer. With tensor parallelism every rank of a group runs such an engine, all over the same
+requests.
 """
 
 from __future__ import annotations
