@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import yaml
 
 from sgpo.algorithm.objective import imitation_objective, sgpo_objective
-from sgpo.config import WITH_DEMONSTRATIONS, Config, OptimConfig
+from sgpo.config import WITH_DEMONSTRATIONS, Config, OptimConfig, checked
 from sgpo.data import builtin
 from sgpo.data.packing import MicroBatch
 from sgpo.data.problems import check_disjoint, load_problems
@@ -444,6 +445,8 @@ def _lot(config: Config, problem_id: str) -> float:
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
+    with suppress(SgpoError):  # a key that did not exist then had what is its default now
+        old = checked(Config, old, str(path)).model_dump(mode="json")
     changed = [
         f"{section}.{key} ({old.get(section, {}).get(key)!r} -> {value!r})"
         for section, values in new.items()

@@ -237,6 +237,7 @@ def test_a_run_folder_with_other_settings(folder, capsys):
     message = refused(capsys)
     assert "belongs to a run with other settings" in message
     assert "rollout.n_auto (6 -> 2)" in message
+    assert message.count("->") == 1  # keys that the older config lacks had their defaults
 
 
 def test_a_refused_start_can_be_mended(folder, capsys):
