@@ -30,7 +30,6 @@ from sgpo.gauge import Gauge, planned_peaks
 from sgpo.rollout.vllm_engine import VllmEngine
 from sgpo.sampling import check_version
 from sgpo.schema import RolloutRequest, SamplingParams, SgpoError
-from sgpo.step_metrics import Clock
 from sgpo.synced import SyncedRollouts
 
 _EOS = 2
@@ -86,7 +85,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     clocks, reports, sampled, norms = [], [], 0, []
     try:
         for step in range(2):
-            clocks.append(clock := Clock(meter, lambda stage: gauge.read(meter, stage)))
+            clocks.append(clock := gauge.clock(meter))
             reports.append(synced.sync(step))
             clock.stage("sync")
             rollouts = synced.generate(requests, sampling)

@@ -44,12 +44,18 @@ def pack_attention(lm: Any) -> None:
 def require_full_attention(lm: Any, wish: str, instead: str) -> None:
     """SgpoError, in the words of the knob, for a model whose layers do not all attend to everything before."""
     settings = lm.config.get_text_config()
-    kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
+    kinds = set(getattr(settings, "layer_types", None) or [_only_kind(settings)])
     if not getattr(lm, "_supports_attention_backend", False) or kinds != {"full_attention"}:
         raise SgpoError(
             f"{wish} needs full causal attention in every layer, which {settings.model_type} does not "
             f"have ({', '.join(sorted(kinds))}); {instead}"
         )
+
+
+def _only_kind(settings: Any) -> str:
+    """Of a model that does not name its layers' kinds: Mistral and Phi-3 have a window all the same."""
+    window = getattr(settings, "sliding_window", None)
+    return "full_attention" if window is None or window >= settings.max_position_embeddings else "sliding_attention"
 
 
 def attend_per_sequence(lm: Any) -> Callable[..., tuple[torch.Tensor, None]]:

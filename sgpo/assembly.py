@@ -249,7 +249,7 @@ def _with_adapters(config: Config, lm: Any) -> Any:
 def build_rollouts(config: Config, model_folder: Path, *, from_scratch: bool = False) -> RolloutEngine:
     """The engine named by rollout.engine, in this process or in one of its own.
 
-    `from_scratch`: its weights come from a sync, before which it refuses to sample; adapters too, where it has any.
+    `from_scratch`: its weights come from a sync (vLLM does not even load any); adapters too, where it has any.
     """
     build = partial(rollout_engine, config, model_folder, from_scratch)
     if config.rollout.placement == "inprocess":
@@ -311,7 +311,7 @@ def vllm_options(config: Config, model_folder: Path, from_scratch: bool) -> Any:
         stall_s=rollout.stall_s,
         lora_rank=lora.rank if with_adapters else 0,
         lora_alpha=lora.alpha,
-        lora_targets=None if "all-linear" in lora.targets else lora.targets,
+        lora_targets=None if "all-linear" in lora.targets else tuple(t.rsplit(".")[-1] for t in lora.targets),
     )
 
 

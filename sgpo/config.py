@@ -443,9 +443,11 @@ class Config(Section):
         weights until backward ends); with several mini-batches, whose weights are no longer those that chose; nor where
         ranks share a pass and are in company by that.
         """
-        engine = self.engine
-        alone = self.model.gradient_checkpointing and self.algorithm.mini_batches == engine.sequence_parallel_size == 1
-        return engine.micro_batch_tokens / 2 if engine.shared_target_pass and alone else math.inf
+        engine, algorithm = self.engine, self.algorithm
+        chooses = algorithm.method == "sgpo" and algorithm.distillation != "none" and algorithm.target != "all"
+        alone = self.model.gradient_checkpointing and algorithm.mini_batches == engine.sequence_parallel_size == 1
+        contested = engine.shared_target_pass and chooses and alone and self.rollout.n_guided > 1
+        return engine.micro_batch_tokens / 2 if contested else math.inf
 
     @model_validator(mode="after")
     def _pairs(self) -> Config:

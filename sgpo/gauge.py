@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from sgpo.plan import find_place
 from sgpo.planning.architectures import find_architecture
 from sgpo.planning.memory import Phase, Planner
 from sgpo.schema import SgpoError
+from sgpo.step_metrics import Clock
 
 # Stage of the trainer's clock -> phases of the plan that it covers.
 _COVERS = {
@@ -32,7 +34,7 @@ _ENGINE = ("engine's weights", "KV cache", "engine's activations", "engine aslee
 class Gauge:
     """Peaks of this process in MiB: of what torch has allocated on the GPU, on a CPU of resident memory (Linux).
 
-    The plan counts sequences of full length, so an ordinary step stays below it; the worst-case step should meet it.
+    The plan counts sequences of full length, which the worst-case step has; an ordinary one needs less.
 
     Args:
         planned: bytes by stage; see `planned_peaks`.
@@ -43,6 +45,11 @@ class Gauge:
         self._planned, self._asleep = planned, asleep
         self.summary: dict[str, dict[str, float]] = {}
         reset_peak()
+
+    def clock(self, meter: Meter) -> Clock:
+        """Of a step that begins now, which reads the peaks of its stages into `meter`."""
+        reset_peak()
+        return Clock(meter, partial(self.read, meter))
 
     def read(self, meter: Meter, stage: str) -> None:
         """Adds peak_<stage>_mib, the peak since the last call. Nothing where the system does not tell."""
@@ -76,11 +83,11 @@ def planned_peaks(config: Config, model_folder: Path) -> dict[str, float]:
 
     To be called before the model is loaded: on a CPU, what the process holds now stands for the plan's constant.
     """
+    place = find_place(config, here=True)
     try:
-        sizes = find_architecture(str(model_folder))
+        phases = Planner(config, find_architecture(str(model_folder)), place).plan().phases
     except SgpoError:
         return {}
-    phases = Planner(config, sizes, place := find_place(config, here=True)).plan().phases
     unseen = _UNSEEN + _ENGINE * (config.rollout.placement == "process")
     before = 0.0 if place.gpu_bytes is not None else _status("VmRSS")
 

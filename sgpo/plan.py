@@ -12,18 +12,25 @@ from sgpo.planning.architectures import Architecture, find_architecture
 from sgpo.planning.changes import cheapest_changes, largest_micro_batch
 from sgpo.planning.memory import CARDS_GIB, GIB, HEADROOM, Place, Plan, Planner, describe_change
 from sgpo.schema import SgpoError
+from sgpo.sequence_parallel import check_size
 
 
-def plan_run(config: Config, place: Place | None = None, architecture: Architecture | None = None) -> Plan:
-    """The plan of `config`, with the largest micro-batch that fits and, where it does not fit, changes that would.
+def plan_run(
+    config: Config, place: Place | None = None, architecture: Architecture | None = None, *, here: bool = False
+) -> Plan:
+    """The plan of `config`, with the largest micro-batch that fits and, where it does not fit, changes that would;
+    `here`: changes of the config alone, none of the machine.
 
-    Raises SgpoError where neither model.path nor plan.architecture tells the sizes of the model.
+    Raises SgpoError where neither model.path nor plan.architecture tells the sizes of the model, or processes cannot
+    share its sequences as engine.sequence_parallel_size asks.
     """
     place = place or find_place(config)
     sizes = architecture or find_architecture(config.plan.architecture or config.model.path)
+    heads = {"num_attention_heads": sizes.heads, "num_key_value_heads": sizes.kv_heads}
+    check_size(config.engine.sequence_parallel_size, processes=place.processes, model=heads)
     plan = Planner(config, sizes, place).plan()
     tokens = largest_micro_batch(config, sizes, place)
-    changes = [] if plan.fits else cheapest_changes(config, sizes, place)
+    changes = [] if plan.fits else cheapest_changes(config, sizes, place, machines=not here)
     return replace(plan, changes=changes, largest_micro_batch_tokens=tokens)
 
 
@@ -34,12 +41,12 @@ def check_run(config: Config) -> None:
     """
     if config.plan.on_misfit == "off" or not (Path(config.model.path) / "config.json").is_file():
         return
+    place = find_place(config, here=True)
     try:
-        sizes = find_architecture(config.model.path)
+        plan = plan_run(config, place, find_architecture(config.model.path), here=True)
     except SgpoError as error:
         print(f"sgpo: {error}", flush=True)
         return
-    plan = plan_run(config, find_place(config, here=True), sizes)
     if not plan.fits and config.plan.on_misfit == "refuse":
         raise SgpoError(f"{plan.refusal()}; or set plan.on_misfit: warn")
     if not plan.fits:
@@ -50,8 +57,6 @@ def find_place(config: Config, *, here: bool = False) -> Place:
     """What the section `plan` names, else this machine. Without a card in either: the CPU.
 
     `here` (of `sgpo train`): this machine and these processes; of `plan` only host_memory_gib counts, as a limit.
-
-    Raises SgpoError where the processes do not split into groups of engine.sequence_parallel_size.
     """
     asked, gpu = config.plan, None
     if not here and (asked.gpu_memory_gib or asked.card):
@@ -62,10 +67,6 @@ def find_place(config: Config, *, here: bool = False) -> Place:
         if torch.cuda.is_available():
             gpu = float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
     processes = (None if here else asked.gpus) or int(os.environ.get("WORLD_SIZE", "1"))
-    if processes % (size := config.engine.sequence_parallel_size):
-        raise SgpoError(
-            f"engine.sequence_parallel_size = {size} must divide the number of processes, which is {processes}"
-        )
     host = asked.host_memory_gib * GIB if asked.host_memory_gib else available_host_bytes()
     if here:
         host = min(host, available_host_bytes())

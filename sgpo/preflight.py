@@ -35,7 +35,7 @@ def worst_case_step(engine: ZeroEngine, config: Config, prompts: Sequence[Prompt
         own = sequences if ranks.rank() % members == owner % members else []
         micros.append(collate_training(own, pad_id, with_teacher=with_teacher, packed=packed).to(engine.device))
     rival, last = None, sequences[-1]
-    if config.algorithm.method == "sgpo" and last.target_weight > 0 and last.length > config.contest_above_tokens():
+    if last.target_weight > 0 and last.length > config.contest_above_tokens():
         rival = collate_training([last], pad_id, with_teacher=with_teacher, packed=packed).to(engine.device)
     devices = [engine.device] if engine.device.type == "cuda" else []
     try:

@@ -30,9 +30,11 @@ def check_size(size: int, *, processes: int, model: Mapping[str, Any]) -> None:
     if size == 1:
         return
     if processes % size:
-        raise SgpoError(f"{KEY} = {size} must divide the number of processes, which is {processes}")
+        raise SgpoError(
+            f"{KEY} = {size} must divide the number of processes, which is {processes} (planning: plan.gpus)"
+        )
     text = model.get("text_config") or model
-    heads = text.get("num_attention_heads") or 1
+    heads = text.get("num_attention_heads") or text.get("n_head") or 1
     kv_heads = text.get("num_key_value_heads") or heads
     if heads % size or (kv_heads % size and size % kv_heads):
         raise SgpoError(
@@ -61,7 +63,7 @@ class SequenceParallel:
             batch_size=1,
             attn_head_count=text.num_attention_heads,
             attn_head_size=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-            kv_head_count=text.num_key_value_heads,
+            kv_head_count=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
             num_hidden_layers=text.num_hidden_layers,
             process_group=self._group,
             seq_length_is_variable=True,

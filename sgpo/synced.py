@@ -145,9 +145,12 @@ class SyncedRollouts:
 
     def _parts(self) -> Parts:
         """What is to be sent; the same on every rank, for ZeRO-3 gathers it."""
+        held = ranks.gather(
+            self._rollouts.holds_base()
+        )  # asked in any case: it finds a dead engine, which is started anew
         if not self._adapters:
             return "merged"
-        return "adapters" if all(ranks.gather(self._rollouts.holds_base())) else "apart"
+        return "adapters" if all(held) else "apart"
 
     def _recorded(self, parts: Parts, sent: dict[str, int], size: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self._engine.named_weights(parts):

@@ -174,7 +174,7 @@ def _loop(s: Session, progress: Progress) -> None:
     step = progress.step
     while not _is_last(s, step, progress):
         meter = Meter()
-        clock = Clock(meter, partial(s.gauge.read, meter))
+        clock = s.gauge.clock(meter)
         sampled, groups = _sample_and_score(s, step, progress, clock)
         with_next = s.config.rollout.overlap and not _is_last(s, step + 1, progress)
         if with_next:

@@ -44,14 +44,14 @@ FLOORS = {
     "sgpo.evaluate_benchmarks": 9,
     "sgpo.extract": 9,
     "sgpo.analysis": 9,
-    "sgpo.gauge": 9,
     "sgpo.preflight": 9,
     "sgpo.step_metrics": 9,
     "sgpo.profiling": 9,
     "sgpo.warmup": 9,
     "sgpo.analyze": 10,
-    "sgpo.trainer": 10,
-    "sgpo.cli": 11,
+    "sgpo.gauge": 10,
+    "sgpo.trainer": 11,
+    "sgpo.cli": 12,
 }
 ADAPTERS = ("sgpo.data", "sgpo.strategies", "sgpo.rewards", "sgpo.rollout", "sgpo.models", "sgpo.metrics")
 HOMES = {

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_runs import BASE, WARMUP, digest, finish, rows, start
+from tiny_runs import BASE, WARMUP, digest, finish, finish_all, rows, start
 
 from sgpo import trainer
 from sgpo.assembly import training_method
@@ -183,26 +183,32 @@ def test_one_pass_of_long_targets_gives_the_loss_curve_of_two(plain_run, tmp_pat
     assert any(row["target_score_mean"] is not None for row in found)
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["--algorithm.over_limit=clamp", "--engine.column_tolerance=0.05"],
-        ["--algorithm.over_limit=scale"],
-        ["--algorithm.over_limit=off", "--algorithm.target=all"],
-        ["--algorithm.target=mean", "--algorithm.alpha=fixed"],
-        ["--algorithm.alpha=group_advantage", "--algorithm.normalize_std=false"],
-        ["--algorithm.distillation=reverse_kl", "--algorithm.dual_clip=3.0"],
-        ["--algorithm.distillation=js", "--algorithm.mini_batches=2"],
-        ["--algorithm.distillation=sft"],
-        ["--algorithm.autonomous_grpo=false"],
-        ["--algorithm.distillation=none", "--model.dtype=bfloat16", "--engine.zero_stage=2"],
-        ["--algorithm.method=grpo", "--rollout.n_guided=0", "--model.gradient_checkpointing=true"],
-    ],
-    ids=lambda overrides: " ".join(overrides).replace("--", ""),
-)
-def test_every_switch_runs_end_to_end(tmp_path, overrides):
-    finish(tmp_path, "--train.max_steps=2", *overrides)
-    found = rows(tmp_path / "runs" / "tiny")
+SWITCHES = [
+    ["--algorithm.over_limit=clamp", "--engine.column_tolerance=0.05"],
+    ["--algorithm.over_limit=scale"],
+    ["--algorithm.over_limit=off", "--algorithm.target=all"],
+    ["--algorithm.target=mean", "--algorithm.alpha=fixed"],
+    ["--algorithm.alpha=group_advantage", "--algorithm.normalize_std=false"],
+    ["--algorithm.distillation=reverse_kl", "--algorithm.dual_clip=3.0"],
+    ["--algorithm.distillation=js", "--algorithm.mini_batches=2"],
+    ["--algorithm.distillation=sft"],
+    ["--algorithm.autonomous_grpo=false"],
+    ["--algorithm.distillation=none", "--model.dtype=bfloat16", "--engine.zero_stage=2"],
+    ["--algorithm.method=grpo", "--rollout.n_guided=0", "--model.gradient_checkpointing=true"],
+]
+
+
+@pytest.fixture(scope="module")
+def switched(tmp_path_factory):
+    """Two steps with each of the switches."""
+    folder = tmp_path_factory.mktemp("switches")
+    finish_all(folder, {f"run{i}": ["--train.max_steps=2", *words] for i, words in enumerate(SWITCHES)})
+    return folder / "runs"
+
+
+@pytest.mark.parametrize("overrides", SWITCHES, ids=lambda overrides: " ".join(overrides).replace("--", ""))
+def test_every_switch_runs_end_to_end(switched, overrides):
+    found = rows(switched / f"run{SWITCHES.index(overrides)}")
     assert len(found) == 2
     assert all(row["loss"] is not None for row in found)
     assert any((row["grad_norm"] or 0) > 0 for row in found)

@@ -46,6 +46,18 @@ def finish(folder: Path, *overrides: str, expect: int = 0, **options) -> str:
     return outputs[0]
 
 
+def finish_all(folder: Path, runs: dict[str, list[str]], config: dict = BASE) -> str:
+    """Runs one after the other, by name and overrides, in a process that starts and imports once; all must succeed."""
+    (folder / "plugin.py").write_text(REWARD)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    commands = [["train", "config.yaml", "--run.name", name, *overrides] for name, overrides in runs.items()]
+    program = f"from sgpo.cli import main; import sys; sys.exit(any([main(words) for words in {commands!r}]))"
+    (running,) = start_ranks(["-c", program], folder=folder)
+    output = running.communicate(timeout=300)[0]
+    assert running.returncode == 0, output[-3000:]
+    return output
+
+
 def digest(run: Path) -> str:
     return hashlib.sha256((run / "final" / "model.safetensors").read_bytes()).hexdigest()
 

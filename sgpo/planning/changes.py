@@ -41,7 +41,9 @@ def largest_micro_batch(config: Config, sizes: Architecture, place: Place) -> in
     return low
 
 
-def cheapest_changes(config: Config, sizes: Architecture, place: Place, limit: int = 3) -> list[Change]:
+def cheapest_changes(
+    config: Config, sizes: Architecture, place: Place, limit: int = 3, *, machines: bool = True
+) -> list[Change]:
     """The `limit` cheapest sets of changes that make the plan fit, each {"set": {key: value}, "step_seconds": s}.
 
     The price of a set is the number of its keys, more where it alters what is learnt, most where it needs another
@@ -50,7 +52,7 @@ def cheapest_changes(config: Config, sizes: Architecture, place: Place, limit: i
     out to be superfluous is taken out again.
     """
     search = _Search(config, sizes, place)
-    singles = list(_candidates(config, sizes, place))
+    singles = [*_candidates(config, sizes, place), *(_of_machines(config, place) if machines else ())]
     found = search.fitting(singles)
     if len(found) < limit:
         found += search.fitting(_joined(pair) for pair in combinations(singles, 2) if _joined(pair))
@@ -154,7 +156,6 @@ def _candidates(config: Config, sizes: Architecture, place: Place) -> Iterator[C
     yield from _of_states(config, place)
     yield from _of_rollouts(config, sizes, place)
     yield from _of_lengths(config)
-    yield from _of_machines(place)
 
 
 def _of_activations(config: Config, sizes: Architecture, place: Place) -> Iterator[Change]:
@@ -233,10 +234,11 @@ def _of_lengths(config: Config) -> Iterator[Change]:
         yield {"data.max_prompt_tokens": prompt // 2}
 
 
-def _of_machines(place: Place) -> Iterator[Change]:
+def _of_machines(config: Config, place: Place) -> Iterator[Change]:
     yield {HOST_MEMORY: ENOUGH}
     if place.gpu_bytes is not None:
-        yield from ({"plan.gpus": times * place.processes} for times in (2, 4, 8))
+        share = config.rollout.problems_per_step // config.algorithm.mini_batches
+        yield from ({"plan.gpus": n} for n in (times * place.processes for times in (2, 4, 8)) if share % n == 0)
         yield from ({"plan.card": card} for card, size in CARDS_GIB.items() if size * GIB > place.gpu_bytes)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from sgpo.config import Config
 from sgpo.planning.architectures import Architecture
+from sgpo.schema import SgpoError
 
 GIB = 2**30
 BUCKET_ELEMENTS = 100_000_000  # most that sgpo.engine.zero makes of DeepSpeed's reduce_bucket_size, by default 5e8
@@ -67,6 +68,10 @@ class TrainingMemory:
         self.W = place.processes
         self.lora = config.model.lora if config.model.lora.rank else None
         self.adapted = sizes.linears(self.lora.targets) if self.lora else {}
+        if self.lora and not self.adapted:
+            raise SgpoError(
+                f"no plan: it does not know model.lora.targets {list(self.lora.targets)}; set plan.on_misfit: off"
+            )
         adapters = sizes.adapter_parameters(self.adapted, self.lora.rank, dora=self.lora.dora) if self.lora else 0
         self.P = sizes.parameters
         self.held = self.P + adapters
@@ -266,8 +271,7 @@ class TrainingMemory:
 
     def candidates_waiting(self) -> float:
         """While o+ is chosen, the best candidate so far waits beside the next one: in micro-batches, 0 to 1."""
-        contested = self.distils and self.sequence > self.config.contest_above_tokens()
-        return self.sequence / self.T if contested else 0.0
+        return self.sequence / self.T if self.sequence > self.config.contest_above_tokens() else 0.0
 
     def _layer_at_work(self) -> Terms:
         """A layer's forward pass beside what it keeps: in its MLP, three inner states beside input and residual."""

@@ -52,7 +52,10 @@ class VllmAdapters:
         except (KeyError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
             raise SgpoError(f"weight sync: vLLM cannot take the adapters: {error}") from error
         if unknown:
-            raise SgpoError(f"weight sync: vLLM has no layer for the adapters of {', '.join(unknown[:3])}")
+            raise SgpoError(
+                f"weight sync: vLLM has no layer for the adapters of {', '.join(unknown[:3])}; set model.lora.sync to "
+                "merged"
+            )
         self._loads = number
         self.request = LoRARequest(f"adapters {number}", number, lora_path="in memory")
 

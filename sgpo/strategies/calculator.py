@@ -191,7 +191,9 @@ def _tree(text: str) -> Expression | None:
         tree = ast.parse(text, mode="eval").body
     except SyntaxError:
         return None
-    return tree if all(isinstance(node, _ARITHMETIC) for node in ast.walk(tree)) else None
+    nodes = list(ast.walk(tree))
+    dots = any(isinstance(node, ast.Constant) and node.value is ... for node in nodes)
+    return tree if all(isinstance(node, _ARITHMETIC) for node in nodes) and not dots else None
 
 
 def _number(text: str) -> float | None:

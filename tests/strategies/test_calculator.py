@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sgpo.schema import Problem
@@ -122,6 +122,7 @@ WORDS = st.sampled_from(TOKENS.split())
 
 
 @settings(max_examples=300, deadline=None)
+@example(words=[], expression="0/...")
 @given(words=st.lists(WORDS, max_size=25), expression=st.text("0123456789+-*/(). ", max_size=12))
 def test_any_text_gives_a_strategy_without_numbers(words, expression):
     solution = f"{' '.join(words)} <<{expression}=7>>7 cats"
