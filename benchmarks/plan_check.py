@@ -251,11 +251,14 @@ def main() -> None:
     if arguments.child:
         measure_in_forks(arguments.child)
         return
+    from benchmarks import measure
+
+    common = measure.origin("cpu", "benchmarks.plan_check")
     for row in measured(arguments.only):
         print(json.dumps(row), flush=True)
         if arguments.out:
             with arguments.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row | common) + "\n")
 
 
 if __name__ == "__main__":

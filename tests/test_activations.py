@@ -6,7 +6,7 @@ import pytest
 import torch
 from sgpo_kernels import launch
 from sgpo_kernels.testing import cpu_peak
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from sgpo.activations import use_liger
 from sgpo.algorithm.objective import sgpo_objective
@@ -107,6 +107,15 @@ def test_packing_what_has_no_such_attention_is_refused():
     lm = make("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
     with pytest.raises(SgpoError, match=r"sliding_attention.*set engine\.packing to padded"):
         PolicyModel(lm, packed=True)
+    # Mistral names no kinds of layers, and has a window all the same.
+    for window, positions in ((8, 64), (64, 64), (None, 64)):
+        config = MistralConfig(**{**SHAPE, "max_position_embeddings": positions}, sliding_window=window)
+        lm = MistralForCausalLM(config).eval()
+        if window == 8:
+            with pytest.raises(SgpoError, match="sliding_attention"):
+                PolicyModel(lm, packed=True)
+        else:
+            PolicyModel(lm, packed=True)
 
 
 def test_a_packed_model_never_mixes_sequences_for_want_of_their_lengths():

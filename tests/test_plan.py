@@ -176,6 +176,8 @@ def test_the_best_candidate_so_far_waits_beside_the_next():
     assert best(micro_batch_tokens=30_000) == pytest.approx(best())  # of one sequence, not of a micro-batch
     assert best(micro_batch_tokens=36_864) == 0.0  # two fit into one: they are scored together
     assert best(shared_target_pass=False) == 0.0
+    for sections in ({"algorithm": {"target": "all"}}, {"rollout": {"engine": "hf", "n_guided": 1}}):  # no choice
+        assert not planner(model=model, **sections).candidates_waiting()
 
 
 def test_packed_rows_keep_one_more_attention_output_and_padding_counts_as_tokens():
@@ -300,6 +302,20 @@ def fits(settings: Config, place: Place, wanted: dict) -> bool:
 def replanned(settings: Config, place: Place, wanted: dict) -> Plan:
     changed = _with(settings, {key: value for key, value in wanted.items() if not key.startswith("plan.")})
     return Planner(changed, KNOWN["qwen2.5-7b"], _moved(place, wanted, settings)).plan()
+
+
+def test_a_machine_that_is_at_hand_is_not_to_be_changed():
+    settings, place, _ = HOPELESS["host too small"]
+    sizes = KNOWN["qwen2.5-7b"]
+    assert any(key.startswith("plan.") for c in plan_run(settings, place, sizes).changes for key in c["set"])
+    here = plan_run(settings, place, sizes, here=True).changes
+    assert here
+    assert not any(key.startswith("plan.") for change in here for key in change["set"])
+
+
+def test_adapters_on_layers_that_the_plan_does_not_know():
+    with pytest.raises(SgpoError, match=r"no plan: it does not know model.lora.targets \['qkv_proj'\]"):
+        planner(**lora(targets=["qkv_proj"], dora=True))
 
 
 def test_a_change_of_the_config_comes_before_another_machine():

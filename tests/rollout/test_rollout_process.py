@@ -134,6 +134,16 @@ def test_an_engine_started_anew_needs_the_frozen_weights_beside_its_adapters(sta
         engine.load_weights(adapters.items(), 3)
 
 
+def test_an_engine_that_died_unnoticed_is_found_by_asking_what_it_holds(start):
+    """As SyncedRollouts does before it sends anything."""
+    engine = start()
+    engine.load_weights(weights().items(), 1)
+    os.kill(engine.pid, signal.SIGKILL)
+    assert not engine.holds_base()
+    engine.load_weights(weights().items(), 2)
+    assert {rollout.policy_version for rollout in engine.generate(REQUESTS, FREE)} == {2}
+
+
 def test_an_engine_killed_within_a_sync_is_noticed(start):
     engine = start()
 
