@@ -78,13 +78,16 @@ class VllmOptions:
 class VllmEngine:
     """A RolloutEngine on the model in `folder`; it samples from that model until load_weights brings other weights."""
 
+    _owns_group = False  # torch's process group is vLLM's, and ends with it
+
     def __init__(self, folder: Path, *, eos_ids: Sequence[int], dtype: str, options: VllmOptions) -> None:
         self._eos_ids = list(eos_ids)
         self._options = options
         self._asleep = False
         self._holds_base = False
         self._cuda = torch.cuda.is_available()
-        self._is_guest = dist.is_initialized()  # in a process group that is not vLLM's own
+        self._is_guest = dist.is_initialized() and not VllmEngine._owns_group
+        VllmEngine._owns_group = not self._is_guest
         self.policy_version: int | None = None if options.from_scratch else 0
         with _undisturbed():
             self._llm: Any = _build(folder, dtype, options, cuda=self._cuda)
@@ -181,6 +184,7 @@ class VllmEngine:
         if self._llm is not None:
             with _keeping_the_process_group() if self._is_guest else nullcontext():
                 self._engine.engine_core.shutdown()
+            VllmEngine._owns_group = False
             self._llm = self._engine = self._adapters = None
             if self._cuda:
                 gc.collect()  # else the card stays full until Python gets round to it

@@ -56,6 +56,9 @@ class LocalBackend:
             for start in range(0, len(pairs), self._batch):
                 self._generate(pairs[start : start + self._batch], params, on_result)
 
+    def close(self) -> None:
+        self._engine.close()
+
     def _generate(
         self,
         pairs: Sequence[tuple[Question, tuple[int, ...]]],
