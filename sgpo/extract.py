@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +97,7 @@ def _from_model(config: ExtractConfig, sources: Sequence[Source]) -> Outcome:
     templates = Templates.load(config.template)
     backend = _endpoint_backend(config) if config.backend == "openai" else _local_backend(config)
     cache_path = Path(config.cache or f"{config.output}.cache.jsonl")
-    with AnswerCache(cache_path) as cache, _formula_comparer(config.leaks) as equal, ExitStack() as stack:
-        if config.backend == "local":
-            stack.callback(backend.close)  # type: ignore[attr-defined]
+    with AnswerCache(cache_path) as cache, _formula_comparer(config.leaks) as equal, closing(backend):
         display = ExtractDisplay(lambda: _status(config, asker.usage, extraction.tally))
         asker = Asker(backend, cache, display.advance)
         extraction = Extraction(

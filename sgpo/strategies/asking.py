@@ -60,6 +60,10 @@ class Backend(Protocol):
     retries: Counter[str]
     """Tries that came to nothing and were repeated, by cause."""
 
+    def close(self) -> None:
+        """Lets go of what it holds; no further question can be asked."""
+        ...
+
     def answer(self, questions: Sequence[Question], on_result: Callable[[Question, Answer | Failure], None]) -> None:
         """Calls `on_result` once per question, in the calling thread.
 

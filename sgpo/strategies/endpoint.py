@@ -61,6 +61,9 @@ class EndpointBackend:
         self._failed_in_a_row = 0
         self._next_start = 0.0
 
+    def close(self) -> None:
+        """Nothing is held: each call of `answer` has its own connections."""
+
     def answer(self, questions: Sequence[Question], on_result: OnResult) -> None:
         asyncio.run(self._answer_all(questions, on_result))
 
