@@ -6,8 +6,8 @@ What: `sgpo_kernels::fused_loss` takes both groups of rows (either may be absent
   clips, limits and weights stay run-time values.
 Equation, source: see policy.py, divergence.py, combined.py.
 Gradient: to hidden states, head and bias of the student; first derivatives only.
-Memory: `launch.extra_bytes`. Saved: one dH [N, H] per group and dW [V, H] in the dtypes of the inputs, db [V] in the
-  accumulation dtype; dW too where it goes to a `head_grad` buffer or is float16.
+Memory: `launch.extra_bytes`. Saved: one dH [N, H] per group in its dtype, dW [V, H] and db [V] in the accumulation
+  dtype.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ INPUTS = """Tensor head, Tensor? bias,
     str kind, str over_limit, Tensor numbers, Tensor? row_temperature, float? logit_softcap,
     str impl, int? chunk_rows, str? vocab_group, int vocab_start"""
 _SCHEMA = f"""({INPUTS},
-    bool need_head, bool need_bias, bool need_policy, bool need_distill, bool wide_head,
+    bool need_head, bool need_bias, bool need_policy, bool need_distill,
     Tensor? head_grad
 ) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"""
 
@@ -204,7 +204,6 @@ def run_losses(
     need_bias: bool,
     need_policy: bool,
     need_distill: bool,
-    wide_head: bool,
     head_grad: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """What the operator does; see FusedResult."""
@@ -234,7 +233,7 @@ def run_losses(
             DivergenceRows(distill_hidden, teacher_hidden, teacher_head, teacher_bias, distill_weight, rule, second)
         )
     shard = Shard(vocab_group, vocab_start)
-    call = Call(head, bias, logit_softcap, shard, impl, chunk_rows, column_tolerance, wide_head)
+    call = Call(head, bias, logit_softcap, shard, impl, chunk_rows, column_tolerance)
     wanted = [need_policy] * (policy_hidden is not None) + [need_distill] * (distill_hidden is not None)
     grads = linear_rows.run(groups, call, Needs(need_head, need_bias, tuple(wanted)))
 
@@ -258,7 +257,7 @@ _fused_loss = torch.library.custom_op("sgpo_kernels::fused_loss", run_losses, mu
 def _(
     head: Tensor, bias: Tensor | None, policy_hidden: Tensor | None, distill_hidden: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    need_head, need_bias, need_policy, need_distill, wide_head, _ = rest[-6:]
+    need_head, need_bias, need_policy, need_distill, _ = rest[-5:]
     acc = launch.accumulate_dtype(head.dtype)
 
     def empty(*shape: Any, dtype: torch.dtype = acc) -> Tensor:
@@ -269,7 +268,7 @@ def _(
         rows = None if hidden is None else hidden.shape[0]
         outputs += [empty(0), empty(0)] if rows is None else [empty(VALUE_ROWS, rows), empty(rows, dtype=torch.bool)]
     none = head.new_empty(0)
-    dhead = empty(*head.shape, dtype=Call(head, bias, wide_head=wide_head).head_dtype) if need_head else none
+    dhead = empty(*head.shape) if need_head else none
     dbias = empty(*bias.shape) if need_bias and bias is not None else none
     grads = [
         torch.empty_like(hidden) if need and hidden is not None else none
@@ -280,8 +279,8 @@ def _(
 
 @torch.library.custom_op("sgpo_kernels::scaled", mutates_args=())
 def _scaled(grad: Tensor, upstream: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * upstream * scale in `dtype`, multiplied in that of scale (a 0-d factor would be cast to half first)."""
-    return torch.mul(grad, (upstream.to(scale.dtype) * scale).reshape(1), out=torch.empty_like(grad, dtype=dtype))
+    """grad * upstream * scale in `dtype`."""
+    return linear_rows.rescaled(grad, upstream.to(scale.dtype) * scale, dtype)
 
 
 @_scaled.register_fake
@@ -297,7 +296,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(result.scale, result.dhead, result.dbias, result.dpolicy, result.ddistill)
-    ctx.inputs, ctx.wanted, ctx.head_grad = len(inputs), inputs[-6:-2], inputs[-1]
+    ctx.inputs, ctx.wanted, ctx.head_grad = len(inputs), inputs[-5:-1], inputs[-1]
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:4]]
 
 
@@ -364,7 +363,6 @@ def fused_loss(
         grad and bias is not None and bias.requires_grad,
         grad and p is not None and p.hidden.requires_grad,
         grad and d is not None and d.hidden.requires_grad,
-        options.head_grad is not None,
         options.head_grad,
     )
     return FusedResult(*output)

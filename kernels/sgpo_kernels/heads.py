@@ -7,6 +7,7 @@ Vocabulary shards (tensor parallel): every rank holds all rows h and the head ro
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,36 @@ def mm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     if left.dtype == acc:
         return torch.mm(left, right, out=out)
     return torch.mm(left, right, out_dtype=acc) if out is None else torch.mm(left, right, out_dtype=acc, out=out)
+
+
+def bmm(left: Tensor, right: Tensor) -> Tensor:
+    """left [B, M, K] @ right [B, K, N], with the result of `mm`."""
+    acc = launch.accumulate_dtype(left.dtype)
+    return torch.bmm(left, right) if left.dtype == acc else torch.bmm(left, right, out_dtype=acc)
+
+
+def add_mm(sums: Tensor, left: Tensor, right: Tensor, block: int) -> None:
+    """sums += left @ right, sums [R, H] float32 (float64). Where the product of half operands cannot add in place
+    (torch below 2.11), `block` rows of it at a time: no second [R, H] exists and the block stays in the cache."""
+    if left.dtype == sums.dtype:
+        sums.addmm_(left, right)
+    elif adds_in_place(left.dtype, left.device):
+        torch.addmm(sums, left, right, out_dtype=sums.dtype, out=sums)
+    else:
+        for part, rows in zip(sums.split(block), left.split(block), strict=True):
+            part.add_(mm(rows, right))
+
+
+@functools.cache
+def adds_in_place(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch adds a widened product to a float32 tensor in place: tried once, with products of 16 x 16."""
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
+    sums = ones.float()
+    try:
+        torch.addmm(sums, ones, ones, out_dtype=torch.float32, out=sums)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 @dataclass(frozen=True)

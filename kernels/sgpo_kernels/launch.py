@@ -17,7 +17,7 @@ Impl = Literal["auto", "triton", "torch"]
 Op = Literal["logprob", "policy", "divergence", "sgpo"]
 
 CPU_CHUNK_BYTES = 64 << 20
-CUDA_CHUNK_ROWS = {"logprob": 1024, "policy": 1024, "divergence": 512, "sgpo": 512}
+CUDA_CHUNK_ROWS = 1024
 # Rows of dz that one dW product takes where operands are narrower than accumulators.
 SLAB_ROWS = 4096
 HEAD_BLOCK_BYTES = {"cpu": 64 << 20, "cuda": 32 << 20}
@@ -38,12 +38,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def chunk_rows(rows: int, hidden: int, vocab: int, dtype: torch.dtype, device_type: str, op: Op = "policy") -> int:
-    """Rows per chunk: about 64 MiB of logits on the CPU; 1024 rows on an accelerator, 512 where two contexts share
-    the memory; never more than there are."""
+    """Rows per chunk: about 64 MiB of logits on the CPU, 1024 rows on an accelerator; never more than there are."""
     if device_type == "cpu":
         limit = CPU_CHUNK_BYTES // (vocab * accumulate_dtype(dtype).itemsize)
     else:
-        limit = CUDA_CHUNK_ROWS[op]
+        limit = CUDA_CHUNK_ROWS
     return max(1, min(rows, limit))
 
 
@@ -58,9 +57,10 @@ def block_rows(columns: int, dtype: torch.dtype, device_type: str) -> int:
 
 
 def head_block_rows(hidden: int, dtype: torch.dtype, device_type: str) -> int:
-    """Vocabulary rows of dW that one product computes where it cannot add in place."""
+    """Vocabulary rows of dW that one product computes where it cannot add in place: a multiple of 128, so that blocks
+    of dz columns begin aligned and fill whole tiles."""
     size = HEAD_BLOCK_BYTES.get(device_type, 32 << 20)
-    return max(128, size // (hidden * accumulate_dtype(dtype).itemsize))
+    return max(128, size // (hidden * accumulate_dtype(dtype).itemsize) // 128 * 128)
 
 
 def extra_bytes(
@@ -77,7 +77,7 @@ def extra_bytes(
     """Upper bound, in bytes, of what one forward and backward of `op` allocates beyond its inputs.
 
     K·C·V·a (chunks) + S·V·s (slab, accelerators) + 10·B·V·a (row blocks of plain torch) + V·H·(a·[half on the CPU] +
-    [dW]·(a + 2·s)) + 2·N·H·s + 6·C·H·a + 2·block + 48·N·a + 8·V·a, with K = WORK_CHUNKS (on an accelerator the 1 or 2
+    [dW]·(a + s)) + 2·N·H·s + 6·C·H·a + 2·block + 48·N·a + 8·V·a, with K = WORK_CHUNKS (on an accelerator the 1 or 2
     buffers of products), C rows per chunk, S slab rows, B rows per row block, s and a the bytes of the input and of
     the accumulation dtype. No term in N·V.
     """
@@ -85,7 +85,7 @@ def extra_bytes(
     chunk = chunk_rows(rows, hidden, vocab, dtype, device_type, op) if chunk is None else min(chunk, max(rows, 1))
     narrow = size != acc
     upcast_head = acc if device_type == "cpu" and narrow else 0
-    head_bytes = vocab * hidden * (upcast_head + (acc + 2 * size if head_grad else 0))
+    head_bytes = vocab * hidden * (upcast_head + (acc + size if head_grad else 0))
     block = 2 * head_block_rows(hidden, dtype, device_type) * hidden * acc if head_grad else 0
     copies = WORK_CHUNKS[op] if device_type == "cpu" or not narrow else (2 if op in ("divergence", "sgpo") else 1)
     slab = max(chunk, slab_rows(rows)) * (vocab + hidden) * size if device_type != "cpu" and narrow else 0

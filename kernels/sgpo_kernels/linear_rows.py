@@ -18,8 +18,8 @@ Gradient: weights are known in the forward pass, so loss gradients are formed th
 Memory: `launch.extra_bytes`. No term in N·V.
 Precision: logits, row values and the dW accumulator are float32 (float64 for float64 inputs). dz is rounded to the
   dtype of hidden for the two products. Row gradients are divided by a power of two near the largest weight before
-  they are rounded. dW is rounded once; in float16, where a sum over rows of such quotients may overflow, only after
-  they are multiplied back, as is db.
+  they are rounded. dW and db stay in the accumulation dtype until they are multiplied back, and are rounded once: one
+  pass over dW, and a sum over rows of such quotients cannot overflow float16.
 Limits: one host sync per group on an accelerator (the count of live rows), and with a column tolerance one per chunk
   (the count of live columns); first derivatives only; float32 products follow torch's own TF32 setting on CUDA.
 """
@@ -35,11 +35,13 @@ import torch
 from torch import Tensor
 
 from sgpo_kernels import contracts, launch
-from sgpo_kernels.heads import Head, Shard, mm
+from sgpo_kernels.heads import Head, Shard, add_mm, bmm, mm
 from sgpo_kernels.rowmath import DROPPED, SHARE, SLOPE, STRENGTH, TOTAL, VALUE_ROWS, Logits, power_of_two_scale
 
 # What float32 may lose in TOTAL - kept, relative to the row's |SLOPE| max(1, TOTAL), and in each of the probabilities.
 DROPPED_FLOOR, DROPPED_MARGIN = 2.0**-18, 1e-4
+# Head rows that one program sums for the mean head row.
+MEAN_ROWS = 512
 
 
 class Needs(NamedTuple):
@@ -55,8 +57,8 @@ class Needs(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Gradients divided by `scale`: of hidden in its dtype, of head too (but see `Call.wide_head`), of bias in the
-    accumulation dtype; None where none is wanted."""
+    """Gradients divided by `scale`: of hidden in its dtype, of head and bias in the accumulation dtype, to be rounded
+    once, when they are multiplied back (`rescaled`); None where none is wanted."""
 
     scale: Tensor
     head: Tensor | None
@@ -75,13 +77,6 @@ class Call:
     impl: str = "auto"
     chunk_rows: int | None = None
     column_tolerance: float = 0.0
-    wide_head: bool = False  # leave dW in the accumulation dtype; always so for float16
-
-    @property
-    def head_dtype(self) -> torch.dtype:
-        """The dtype that dW is returned in. Divided by the scale of one row, a sum over rows may exceed float16."""
-        wide = self.wide_head or self.head.dtype == torch.float16
-        return launch.accumulate_dtype(self.head.dtype) if wide else self.head.dtype
 
     def math(self) -> Any:
         """The module with the row arithmetic: `rowmath` or `triton_rows`."""
@@ -162,10 +157,21 @@ def run(groups: Sequence[RowGroup], call: Call, needs: Needs) -> Grads:
                 loop.run(group, hidden_grad)
             dhead, dbias = loop.finish()
         if needs.head:
-            dhead = torch.zeros_like(head, dtype=call.head_dtype) if dhead is None else dhead.to(call.head_dtype)
+            dhead = torch.zeros_like(head, dtype=scale.dtype) if dhead is None else dhead
         if needs.bias and bias is not None and dbias is None:
             dbias = torch.zeros_like(bias, dtype=scale.dtype)
         return Grads(scale, dhead, dbias, hidden_grads)
+
+
+def padded_empty(rows: int, columns: int, *, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Empty [rows, columns] whose rows begin on 32-byte boundaries (16 elements), also where `columns` is odd: aligned
+    loads, and operands and outputs that cuBLAS takes on its fast paths."""
+    return like.new_empty(rows, -(-columns // 16) * 16, dtype=dtype or like.dtype)[:, :columns]
+
+
+def rescaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * factor (0-d) in `dtype`, multiplied in that of factor (a 0-d factor would be cast to half first)."""
+    return torch.mul(grad, factor.reshape(1), out=torch.empty_like(grad, dtype=dtype))
 
 
 class _Loop:
@@ -181,9 +187,7 @@ class _Loop:
         vocab, width = call.head.shape
         self.chunk = min(rows, call.chunk_rows or self._default_chunk(rows, width, vocab))
         contexts = 1 + any(group.teacher(self.head) is not None for group in groups)
-        # Rows begin on 64-byte boundaries, also where V is odd: aligned loads, and an output that cuBLAS takes.
-        padded = -(-vocab // 16) * 16
-        self.products = [self._empty(self.chunk, padded)[:, :vocab] for _ in range(contexts)]
+        self.products = [padded_empty(self.chunk, vocab, like=scale) for _ in range(contexts)]
         self.head_VH: Tensor | None = None
         self.bias_V: Tensor | None = None
         total = sum(group.index.numel() for group in groups)
@@ -256,10 +260,16 @@ class _Loop:
         return columns_A
 
     def _mean_head_row(self, weights_V: Tensor) -> Tensor:
-        """The weighted mean of the head's rows, [H]; 0 where all weights are. One pass over the head."""
+        """The weighted mean of the head's rows, [H]; 0 where all weights are. One pass over the head, block by block:
+        a product of one row over the whole vocabulary would run on a few processors of an accelerator."""
         tiny = torch.finfo(weights_V.dtype).tiny
-        weights_1V = (weights_V / weights_V.amax().clamp(min=tiny)).to(self.operand).unsqueeze(0)
-        return mm(weights_1V, self.head.weight_VH).squeeze(0) / weights_1V.sum(dtype=self.acc).clamp(min=tiny)
+        weights_V = (weights_V / weights_V.amax().clamp(min=tiny)).to(self.operand)
+        head_VH = self.head.weight_VH
+        whole = len(weights_V) // MEAN_ROWS * MEAN_ROWS
+        blocks_BRH = head_VH[:whole].view(-1, MEAN_ROWS, head_VH.shape[1])
+        sums_BH = bmm(weights_V[:whole].view(-1, 1, MEAN_ROWS), blocks_BRH).squeeze(1)
+        total_H = sums_BH.sum(0) + mm(weights_V[whole:].unsqueeze(0), head_VH[whole:]).squeeze(0)
+        return total_H / weights_V.sum(dtype=self.acc).clamp(min=tiny)
 
     def _dense(
         self, group: RowGroup, chunk: Chunk, table: Tensor, hidden_CH: Tensor, hidden_grad: Tensor | None
@@ -301,7 +311,7 @@ class _Loop:
         group.values[DROPPED, chunk.rows_C] = lost_C * self.scale
         group.values[SHARE, chunk.rows_C] = columns_A.numel() / chunk.student.products_CV.shape[1]
         self._add_bias(columns_A, dz_CA)
-        dz_CA = dz_CA.to(group.hidden.dtype).to(self.operand)
+        dz_CA = padded_empty(*dz_CA.shape, like=dz_CA, dtype=self.operand).copy_(dz_CA.to(group.hidden.dtype))
         block = launch.head_block_rows(hidden_CH.shape[1], self.acc, hidden_CH.device.type)
         for columns, dz in zip(columns_A.split(block), dz_CA.split(block, 1), strict=True):
             if hidden_grad is not None:
@@ -347,13 +357,11 @@ class _Loop:
         return dz_SV[self.filled - rows : self.filled]
 
     def _flush(self) -> None:
-        """dW += dzᵀ h of the slab. A widening product cannot add in place: block by block of the vocabulary, so that
-        no second [V, H] exists and the block stays in the cache."""
+        """dW += dzᵀ h of the slab."""
         if self.slab is not None and self.filled and self.needs.head:
             dz_SV, hidden_SH = (part[: self.filled] for part in self.slab)
             block = launch.head_block_rows(hidden_SH.shape[1], self.acc, hidden_SH.device.type)
-            for dz_SB, sum_BH in zip(dz_SV.split(block, 1), self._head_sum().split(block, 0), strict=True):
-                sum_BH.add_(mm(dz_SB.t(), hidden_SH))
+            add_mm(self._head_sum(), dz_SV.t(), hidden_SH, block)
         self.filled = 0
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sgpo_kernels import contracts, launch
 from sgpo_kernels.heads import Shard
-from sgpo_kernels.linear_rows import Call, Chunk, Needs, RowGroup, live_index, run
+from sgpo_kernels.linear_rows import Call, Chunk, Needs, RowGroup, live_index, rescaled, run
 from sgpo_kernels.rowmath import LOGPROB, ROW_ENTROPY
 
 
@@ -165,14 +165,9 @@ def _linear_logprob_backward(
     grads = run([rows], call, Needs(need_head, need_bias, (need_hidden,)))
     found = zip((grads.hidden[0], grads.head, grads.bias), (hidden, head, bias), strict=True)
     return tuple(
-        head.new_empty(0) if grad is None or like is None else _unscaled_(grad, grads.scale).to(like.dtype)
+        head.new_empty(0) if grad is None or like is None else rescaled(grad, grads.scale, like.dtype)
         for grad, like in found
     )  # type: ignore[return-value]
-
-
-def _unscaled_(grad: Tensor, scale: Tensor) -> Tensor:
-    """grad * scale in place, multiplied in the dtype of scale (a 0-d factor would be cast to half first)."""
-    return torch.mul(grad, scale.reshape(1), out=grad)
 
 
 @_linear_logprob_backward.register_fake

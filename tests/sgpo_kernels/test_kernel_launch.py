@@ -39,6 +39,7 @@ def test_head_blocks_fit_the_cache_of_the_device(dtype, device, limit):
     size = launch.accumulate_dtype(dtype).itemsize
     assert launch.head_block_rows(3584, dtype, device) * 3584 * size <= limit
     assert launch.head_block_rows(10**9, dtype, device) == 128
+    assert all(launch.head_block_rows(hidden, dtype, device) % 128 == 0 for hidden in (576, 1536, 3584, 4096))
 
 
 def test_row_blocks_stay_in_the_cache_of_a_cpu():
