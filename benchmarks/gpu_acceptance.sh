@@ -41,7 +41,7 @@ touch "$ROWS" "$LOG" "$SUMMARY"
 DEVICE=cuda SHAPE=qwen2.5-7b SMALL=() TESTS=() MEMORY=() TUNING=() STAGES=() STEP3=(--shape qwen2.5-3b) STEP7=() BESIDE=()
 ROLLOUTS=(--eager --problems 32 --max-new-tokens 128 --rounds 8) SECOND=0.5 TUNE=70
 if [ -n "${DRY:-}" ]; then
-  export TRITON_INTERPRET=1 TORCHDYNAMO_DISABLE=1
+  export TRITON_INTERPRET=1
   DEVICE=cpu SHAPE=tiny SMALL=(--rows 64 --summary-rows 64) TESTS=(--collect-only -qq) MEMORY=(--rows 64,128)
   TUNING=(--rows 8) STAGES=(--rows 16) STEP3=(--tiny --tokens 64) STEP7=(--tiny --tokens 64)
   BESIDE=(--tiny --state cpu_offload --rollouts 4) ROLLOUTS=(--quick) SECOND=0.05 TUNE=1
@@ -127,7 +127,7 @@ assert cuda or os.environ.get("DRY")' ;;
       importing benchmarks.train_step "$1" 130 train_step --device $DEVICE "${STEP3[@]}" --states full,8bit,cpu_offload --seconds @SECONDS ;;
     train-7b)
       importing benchmarks.train_step "$1" 90 train_step --device $DEVICE "${STEP7[@]}" --states 8bit --seconds @SECONDS ;;
-    peers-compile) run "$1" 60 sgpo sgpo compile ;;
+    peers-compile) TORCHDYNAMO_DISABLE=${DRY:+1} run "$1" 60 sgpo sgpo compile ;;
     peers-ours) run "$1" 45 sgpo sgpo ours-torch,ours-torch-live,ours-triton-live-fine ;;
     peers-liger) run "$1" 60 sgpo sgpo liger ;;
     peers-cut) run "$1" 40 policy policy cut-cross-entropy ;;
