@@ -17,7 +17,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,9 +208,16 @@ def product(inputs: Inputs) -> Callable[[], None]:
 def time_round_robin(
     runs: Mapping[str, Callable[[], object]], *, rounds: int, device: str, seconds: float = math.inf
 ) -> dict[str, list[float]]:
-    """ms of every run, one after the other in each round: what disturbs the machine hits all of them alike.
+    """ms of every run after all rounds of `rounds_of`."""
+    *_, times = rounds_of(runs, rounds=rounds, device=device, seconds=seconds)
+    return times
 
-    No further round begins after `seconds`.
+
+def rounds_of(
+    runs: Mapping[str, Callable[[], object]], *, rounds: int, device: str, seconds: float = math.inf
+) -> Iterator[dict[str, list[float]]]:
+    """ms of every run so far, after each round; in a round one after the other: what disturbs the machine hits all of
+    them alike. No further round begins after `seconds`.
     """
     end = time.monotonic() + seconds
     synchronize = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
@@ -225,7 +232,7 @@ def time_round_robin(
             synchronize()
             times[name].append((time.perf_counter() - start) * 1e3)
             del result
-    return times
+        yield times
 
 
 def quantiles_ms(times: list[float], prefix: str = "") -> dict[str, float]:

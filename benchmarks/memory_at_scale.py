@@ -28,19 +28,21 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen2.5-7b")
     parser.add_argument("--rows", default="8192,32768,131072")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    device: str = options.device
+    if device == "cuda" and not torch.cuda.is_available():
         print("error: benchmarks.memory_at_scale needs a GPU that torch can see; there is none.", file=sys.stderr)
         return 2
-    shape, common = SHAPES[options.shape], measure.origin("cuda")
-    head = torch.randn(shape.vocab, shape.hidden, device="cuda", dtype=torch.bfloat16).div_(shape.hidden**0.5)
+    shape, common = SHAPES[options.shape], measure.origin(device, "benchmarks.memory_at_scale")
+    head = torch.randn(shape.vocab, shape.hidden, device=device, dtype=torch.bfloat16).div_(shape.hidden**0.5)
     head.requires_grad_()
     for rows in map(int, options.rows.split(",")):
-        policy = torch.randn(rows, shape.hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        distill = torch.randn(rows // 8, shape.hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        policy = torch.randn(rows, shape.hidden, device=device, dtype=torch.bfloat16, requires_grad=True)
+        distill = torch.randn(rows // 8, shape.hidden, device=device, dtype=torch.bfloat16, requires_grad=True)
         teacher = torch.randn_like(distill)
-        targets = torch.randint(shape.vocab, (rows,), device="cuda")
-        weight, distill_weight = (torch.full((n,), 1 / n, device="cuda") for n in (rows, rows // 8))
+        targets = torch.randint(shape.vocab, (rows,), device=device)
+        weight, distill_weight = (torch.full((n,), 1 / n, device=device) for n in (rows, rows // 8))
         for tolerance in (0.0, 2.0**-12):
             for leaf in (policy, distill, head):
                 leaf.grad = None
@@ -51,9 +53,10 @@ def main() -> int:
             }
             gates = {"clip_low": 0.2, "clip_high": 0.28, "max_token_kl": 1.0, "column_tolerance": tolerance}
             call = functools.partial(sgpo_loss, policy, targets, distill, teacher, head, **constants, **gates)
-            peak = testing.cuda_peak(lambda call=call: call()[0].backward()).peak_bytes
+            peak_of = testing.cuda_peak if device == "cuda" else testing.cpu_peak
+            peak = peak_of(lambda call=call: call()[0].backward()).peak_bytes
             outputs = policy.nbytes + distill.nbytes
-            bound = launch.extra_bytes("sgpo", rows + rows // 8, shape.hidden, shape.vocab, torch.bfloat16, "cuda")
+            bound = launch.extra_bytes("sgpo", rows + rows // 8, shape.hidden, shape.vocab, torch.bfloat16, device)
             row = {
                 "what": "memory",
                 "shape": shape.name,

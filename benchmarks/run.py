@@ -6,10 +6,11 @@ python -m benchmarks.run --op policy,sgpo --shape qwen2.5-7b --device cuda --pee
 
 Options that take several values take them with commas. Per case (op, shape, mix, states, rows): every implementation is
 held against fp64 on the first `--error-rows` rows; then peak memory and a bitwise repeat, untimed; then forward and
-backward of all in turn, round by round. One of ours that raises, is wrong or does not repeat gets no time, and the run
-ends with exit code 1. A peer that is not installed or fails says so in its row. Rows are appended case by case; the
-module `measure` says in which units. On the CPU only ratios are printed, since the machine is shared. Errors of usage
-are one sentence and exit code 2.
+backward of all in turn, round by round. One of ours that raises gets no time, one that misses a tolerance or does not
+repeat is timed all the same; either is "wrong", and the run ends with exit code 1. A peer that is not installed or
+fails says so in its row. A row is appended as soon as it is final. SIGINT appends what is known of the others with
+status "cut", also where a peer hangs, and ends the run with exit code 130. The module `measure` says in which units.
+On the CPU only ratios are printed, since the machine is shared. Errors of usage are one sentence and exit code 2.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +58,18 @@ class Entry:
     """An implementation in a case, and its row as far as it is known."""
 
     peer: Peer
-    row: dict[str, Any] = field(default_factory=dict)
-    forward: Forward | None = None
-
-    @property
-    def runs(self) -> bool:
-        return self.row["status"] == "ok"
+    row: dict[str, Any]
+    forward: Forward
+    runs: bool = True
 
     def stop(self, status: str, reason: str) -> None:
+        """Nothing more is measured of it."""
         self.row.update(status=status, reason=reason)
+        self.runs = False
+
+    def miss(self, reason: str) -> None:
+        """One of ours broke a promise; its time and memory are wanted all the same."""
+        self.row.update(status="wrong", reason="; ".join(filter(None, (self.row.get("reason"), reason))))
 
     def attempt(self, step: Callable[[], Any]) -> Any:
         """step(), or None where it fails, which no implementation of ours may."""
@@ -74,7 +81,48 @@ class Entry:
             return None
 
 
-def run_case(case: Case, options: argparse.Namespace) -> list[Entry]:
+class Journal:
+    """The entries of the present case, and the file that gets each row once."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.stage = "start"
+        self.open: list[Entry] = []
+        self.lock = threading.Lock()
+
+    def write(self, entries: Sequence[Entry]) -> None:
+        """Appends the rows of those that are not written yet."""
+        with self.lock:
+            final = [entry for entry in self.open if entry in entries]
+            self.open = [entry for entry in self.open if entry not in entries]
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(entry.row) + "\n" for entry in final)
+
+    def cut(self) -> None:
+        """What is known of the entries that are not written yet."""
+        for entry in self.open:
+            before = f"{entry.row['status']}, {entry.row['reason']}; " if "reason" in entry.row else ""
+            entry.row.update(status="cut", reason=f"{before}stopped at {self.stage}")
+        self.write(self.open)
+
+
+def write_even_if_stuck(journal: Journal, patience_s: float = 2.0) -> None:
+    """A call that hangs in C never sees KeyboardInterrupt: so long after SIGINT, a thread writes and ends the run."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing)
+
+    def watch() -> None:
+        while os.read(reading, 1) != bytes([signal.SIGINT]):
+            pass
+        time.sleep(patience_s)
+        journal.cut()
+        os._exit(130)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_case(case: Case, options: argparse.Namespace, journal: Journal) -> list[Entry]:
     """All implementations of one case, measured."""
     policy_rows, distill_rows = registry.group_rows(case.op, case.mix, case.rows)
     _progress(case, "states")
@@ -115,14 +163,32 @@ def run_case(case: Case, options: argparse.Namespace) -> list[Entry]:
         **measure.origin(options.device),
     }
     entries = _entries(case, options, common)
-    _progress(case, "errors")
-    _check(entries, checked)
-    del checked, part
-    _progress(case, "memory")
-    _memory(entries, inputs, options.device)
-    _progress(case, "time")
-    _time(entries, inputs, options)
+    journal.open = list(entries)
+    exact = measure.truth(checked)
+
+    def stage(entry: Entry | None, name: str) -> None:
+        journal.stage = name if entry is None else f"{name} of {entry.peer.name}"
+        _progress(case, journal.stage)
+
+    for entry in _running(entries, journal):
+        stage(entry, "errors")
+        _check(entry, checked, exact)
+    del checked, part, exact
+    for entry in _running(entries, journal):
+        stage(entry, "memory")
+        _memory(entry, inputs, options.device)
+    stage(None, "time")
+    _time(list(_running(entries, journal)), inputs, options)
+    journal.write(entries)
     return entries
+
+
+def _running(entries: Sequence[Entry], journal: Journal) -> Iterator[Entry]:
+    """Those that still run; the rows of the others are final."""
+    for entry in entries:
+        if not entry.runs:
+            journal.write([entry])
+    yield from [entry for entry in entries if entry.runs]
 
 
 def _progress(case: Case, stage: str) -> None:
@@ -143,60 +209,59 @@ def _entries(case: Case, options: argparse.Namespace, common: dict[str, Any]) ->
     return entries
 
 
-def _check(entries: Sequence[Entry], inputs: Inputs) -> None:
-    """Errors of every implementation against fp64; a wrong one of ours stops here."""
-    exact = measure.truth(inputs)
-    for entry in entries:
-        if not entry.runs or entry.forward is None:
-            continue
-        result = entry.attempt(lambda forward=entry.forward: measure.forward_backward(forward, inputs))
-        if result is None:
-            continue
-        output, gradients = result
-        found = measure.errors(inputs, output, gradients, exact)
-        entry.row.update(found)
-        if not measure.finite(found):
-            entry.stop("wrong", "values that are not finite")
-        elif entry.peer.ours and (wrong := measure.complaints(inputs, output, found, exact)):
-            entry.stop("wrong", "; ".join(wrong))
+def _check(entry: Entry, inputs: Inputs, exact: measure.Truth) -> None:
+    """Errors of an implementation against fp64."""
+    result = entry.attempt(lambda: measure.forward_backward(entry.forward, inputs))
+    if result is None:
+        return
+    output, gradients = result
+    found = measure.errors(inputs, output, gradients, exact)
+    entry.row.update(found)
+    if not measure.finite(found):
+        entry.stop("wrong", "values that are not finite")
+    elif entry.peer.ours and (wrong := measure.complaints(inputs, output, found, exact)):
+        entry.miss("; ".join(wrong))
 
 
-def _memory(entries: Sequence[Entry], inputs: Inputs, device: str) -> None:
+def _memory(entry: Entry, inputs: Inputs, device: str) -> None:
     """Peak memory of one call, and whether a second one gives the same bits; both warm the implementation up."""
-    for entry in entries:
-        if not entry.runs or entry.forward is None:
-            continue
 
-        def call(forward: Forward = entry.forward) -> Any:
-            return measure.forward_backward(forward, inputs)
+    def call() -> Any:
+        return measure.forward_backward(entry.forward, inputs)
 
-        first = entry.attempt(call)
-        if first is None:
-            continue
+    def twice() -> tuple[Any, Any, float | None]:
         # The CPU tracker is a dispatch mode, under which torch.compile runs eagerly: not its memory.
         tracked = device.startswith("cuda") or entry.peer.name != "compile"
-        second, entry.row["peak_mib"] = measure.with_peak(call, device) if tracked else (call(), None)
-        entry.row["bitwise_repeat"] = measure.same_bits(first, second)
-        del first, second
-        if entry.peer.ours and not entry.row["bitwise_repeat"]:
-            entry.stop("wrong", "the same call gave other bits")
+        first = call()
+        second, peak_mib = measure.with_peak(call, device) if tracked else (call(), None)
+        return first, second, peak_mib
+
+    result = entry.attempt(twice)
+    if result is None:
+        return
+    first, second, entry.row["peak_mib"] = result
+    entry.row["bitwise_repeat"] = measure.same_bits(first, second)
+    if entry.peer.ours and not entry.row["bitwise_repeat"]:
+        entry.miss("the same call gave other bits")
 
 
 def _time(entries: Sequence[Entry], inputs: Inputs, options: argparse.Namespace) -> None:
-    """Times of all that still run, in turn, beside the matrix product of the same shape."""
+    """Times of these in turn, beside the matrix product of the same shape; those of a run that is cut count too."""
     runs: dict[str, Callable[[], object]] = {"product": measure.product(inputs)}
     for entry in entries:
-        if entry.runs and entry.forward is not None:
-            runs[entry.peer.name] = lambda forward=entry.forward: measure.forward_backward(forward, inputs)
-            if entry.peer.ours:
-                runs[f"{entry.peer.name} forward"] = lambda forward=entry.forward: _forward_only(forward, inputs)
+        runs[entry.peer.name] = lambda forward=entry.forward: measure.forward_backward(forward, inputs)
+        if entry.peer.ours:
+            runs[f"{entry.peer.name} forward"] = lambda forward=entry.forward: _forward_only(forward, inputs)
     measure.time_round_robin({"product": runs["product"]}, rounds=1, device=options.device)
-    times = measure.time_round_robin(runs, rounds=options.rounds, device=options.device, seconds=options.seconds)
+    limits: dict[str, Any] = {"rounds": options.rounds, "device": options.device, "seconds": options.seconds}
+    for times in measure.rounds_of(runs, **limits):
+        _put_times(entries, inputs, times)
+
+
+def _put_times(entries: Sequence[Entry], inputs: Inputs, times: dict[str, list[float]]) -> None:
     product = measure.quantiles_ms(times["product"])
     flops = 2 * inputs.rows * inputs.head.shape[0] * inputs.head.shape[1]
     for entry in entries:
-        if not entry.runs:
-            continue
         entry.row.update(measure.quantiles_ms(times[entry.peer.name]))
         entry.row.update(rounds=len(times["product"]), product_ms_p50=product["ms_p50"])
         entry.row["product_tflops"] = flops / product["ms_p50"] / 1e9
@@ -231,7 +296,7 @@ def table(entries: Sequence[Entry], device: str) -> str:
         cells += [_number(row["ms_p50"] / base if base else None), _number(row["units"])]
         cells += [_number(row.get("forward_units")), _number(row["peak_mib"]), "yes" if row["bitwise_repeat"] else "NO"]
         lines.append("| " + " | ".join([*cells, *(_number(row[key], ".1e") for key in errors)]) + " |")
-    lines += [f"{e.peer.name}: {e.row['status']}, {e.row['reason']}" for e in entries if not e.runs]
+    lines += [f"{e.peer.name}: {e.row['status']}, {e.row['reason']}" for e in entries if e.row["status"] != "ok"]
     return "\n".join(lines)
 
 
@@ -297,7 +362,8 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, alone: bool = False) -> int:
+    """`alone`: the process has nothing else to do, so that a run that hangs may end it."""
     try:
         options = parse(arguments)
         measure.require_own_kernels()
@@ -307,10 +373,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise SgpoError("--rounds must be at least 1.")
         wrong = False
         options.out.parent.mkdir(parents=True, exist_ok=True)
+        journal = Journal(options.out)
+        if alone:
+            write_even_if_stuck(journal)
         for case in cases(options):
-            entries = run_case(case, options)
-            with options.out.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(entry.row) + "\n" for entry in entries)
+            try:
+                entries = run_case(case, options, journal)
+            except KeyboardInterrupt:
+                journal.cut()
+                return 130
+            except BaseException:
+                journal.cut()
+                raise
             if entries:
                 print(table(entries, options.device), flush=True)
             wrong |= any(entry.row["status"] == "wrong" and entry.peer.ours for entry in entries)
@@ -321,4 +395,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(alone=True))

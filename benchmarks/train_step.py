@@ -1,19 +1,20 @@
-"""One SGPO training step of a 7B-shaped model, by the trainer's own engine: time and peak memory of each phase.
+"""One SGPO training step of a real shape, by the trainer's own engine: time and peak memory of each phase.
 
-    python -m benchmarks.train_step --out FILE.jsonl [--states cpu_offload,8bit,full] [--tokens 4096,16384,32768]
+    python -m benchmarks.train_step --out FILE.jsonl [--shape qwen2.5-3b] [--states full,8bit] [--tokens 4096,16384]
     python -m benchmarks.train_step --out FILE.jsonl --tiny      the same code with a small model, on a CPU too
 
-The model has random weights, made on the device from the numbers of Qwen2.5-7B; nothing is downloaded. A step is two
+The model has random weights, made on the device from the numbers of Qwen2.5; nothing is downloaded. A step is two
 policy completions and one distilled completion with its teacher pass, each of `tokens` tokens and alone in its
 micro-batch. A row per optimizer state and length: phase -> seconds, GiB alive before and peak GiB beyond (on a CPU only
 the latter); the trainer's peaks by the planner of `sgpo plan`, and on a GPU planned / measured. A state that does not
-fit is a row that says so.
+fit, on the host by that planner, or whose package is not installed is a row that says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import resource
 import sys
@@ -31,7 +32,7 @@ from sgpo import assembly
 from sgpo.config import Config
 from sgpo.engine.zero import ZeroEngine, init_distributed
 from sgpo.planning.architectures import find_architecture
-from sgpo.planning.memory import Place, Planner
+from sgpo.planning.memory import PROCESS, Place, Planner
 from sgpo.schema import SgpoError, TrainSequence
 from sgpo.steps import micro_batches
 
@@ -41,39 +42,42 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
         "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 32768,
     },
+    "qwen2.5-3b": {
+        "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+        "num_attention_heads": 16, "num_key_value_heads": 2, "max_position_embeddings": 32768,
+    },
     "tiny": {
         "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512,
     },
 }  # fmt: skip
-# Masters, moments and gradients in fp32, and what else a process has on the host.
-HOST_BYTES_PER_WEIGHT = 17
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="One SGPO training step of a 7B-shaped model.")
+    parser = argparse.ArgumentParser(description="One SGPO training step of a real shape.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tiny", action="store_true", help="a small model")
-    parser.add_argument("--states", default="cpu_offload,8bit,full", help="of engine.optimizer_state, in this order")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="qwen2.5-7b")
+    parser.add_argument("--tiny", action="store_const", const="tiny", dest="shape", help="a small model: --shape tiny")
+    parser.add_argument("--states", default="full,8bit,cpu_offload", help="of engine.optimizer_state, in this order")
     parser.add_argument("--tokens", help="lengths, ascending; default 4096,16384,32768 (tiny: 64,128)")
     parser.add_argument("--seconds", type=float, default=600, help="no new row is begun after so long")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         print("error: benchmarks.train_step --device cuda needs a GPU that torch can see.", file=sys.stderr)
         return 2
-    if options.device == "cpu" and not options.tiny:
-        print("error: benchmarks.train_step on a CPU is for --tiny only; 7B would take hours.", file=sys.stderr)
+    if options.device == "cpu" and options.shape != "tiny":
+        print("error: benchmarks.train_step on a CPU is for --tiny only; others would take hours.", file=sys.stderr)
         return 2
     if options.device == "cpu":  # the CPU's memory meter sees every operation, which a compiled step hides
         torch.compiler.set_stance("force_eager")
     began = time.monotonic()
-    shape = "tiny" if options.tiny else "qwen2.5-7b"
-    tokens = [int(n) for n in (options.tokens or ("64,128" if options.tiny else "4096,16384,32768")).split(",")]
+    lengths = options.tokens or ("64,128" if options.shape == "tiny" else "4096,16384,32768")
+    tokens = [int(n) for n in lengths.split(",")]
     device, common = init_distributed(300), measure.origin(options.device, "benchmarks.train_step")
     with tempfile.TemporaryDirectory() as folder:
         for state in options.states.split(","):
-            for row in rows_of(shape, state, tokens, device, Path(folder), until=began + options.seconds):
+            for row in rows_of(options.shape, state, tokens, device, Path(folder), until=began + options.seconds):
                 print(row, flush=True)
                 with options.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({**row, **common}) + "\n")
@@ -85,11 +89,19 @@ def rows_of(
 ) -> Iterator[dict[str, Any]]:
     """A row per length; those that do not fit or for which no time is left say why in `not_run`."""
     same = {"what": "train_step", "shape": shape, "optimizer_state": state}
+    if time.monotonic() > until:
+        yield {**same, "not_run": "no time is left"}
+        return
+    if state == "8bit" and importlib.util.find_spec("torchao") is None:
+        yield {**same, "not_run": "torchao is not installed"}
+        return
     config = config_of(folder, state, max(lengths))
+    numbers = _write_numbers(shape, folder)
+    if (lacking := _missing_host_gib(config, folder, device)) > 0:
+        yield {**same, "not_run": f"the host lacks {lacking:.0f} GiB"}
+        return
     try:
-        lm = make_model(shape, device, folder)
-        if (lacking := _missing_host_gib(lm, state)) > 0:
-            raise torch.OutOfMemoryError(f"the host lacks {lacking:.0f} GiB")
+        lm = _model_of(numbers, device)
         engine, start = _measured(partial(assembly.engine_on, config, lm, config.optim, device), device)
     except (torch.OutOfMemoryError, SgpoError) as error:
         yield {**same, "not_run": " ".join(str(error).split())[:200]}
@@ -125,10 +137,20 @@ def rows_of(
 
 def make_model(shape: str, device: torch.device, folder: Path) -> Any:
     """A model of `shape` with random bf16 weights, made on the device; its config.json is written to `folder`."""
-    from transformers import AutoModelForCausalLM, Qwen2Config
+    return _model_of(_write_numbers(shape, folder), device)
+
+
+def _write_numbers(shape: str, folder: Path) -> Any:
+    from transformers import Qwen2Config
 
     numbers = Qwen2Config(**SHAPES[shape], tie_word_embeddings=False, architectures=["Qwen2ForCausalLM"])
     numbers.save_pretrained(folder)
+    return numbers
+
+
+def _model_of(numbers: Any, device: torch.device) -> Any:
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)  # every optimizer state starts from the same weights
     with torch.device(device):
         return AutoModelForCausalLM.from_config(numbers, dtype=torch.bfloat16, attn_implementation="sdpa")
@@ -195,9 +217,13 @@ def training_step(engine: ZeroEngine, config: Config, tokens: int) -> tuple[dict
 
 def planned_peaks(config: Config, folder: Path, device: torch.device) -> dict[str, float]:
     """GiB on the device by phase: the terms of the trainer alone, as torch's allocator sees them."""
-    place = Place(float(torch.cuda.mem_get_info()[1]) if device.type == "cuda" else None, 0.0)
-    training = Planner(config, find_architecture(str(folder)), place).training()
+    training = _planner(config, folder, device).training()
     return {name: sum(terms.values()) / GIB for name, terms in training.items()}
+
+
+def _planner(config: Config, folder: Path, device: torch.device) -> Planner:
+    place = Place(float(torch.cuda.mem_get_info()[1]) if device.type == "cuda" else None, 0.0)
+    return Planner(config, find_architecture(str(folder)), place)
 
 
 def _ratios(planned: dict[str, float], phases: dict[str, Any]) -> dict[str, float]:
@@ -233,16 +259,15 @@ def _add(phases: dict[str, Any], name: str, cost: dict[str, float | None]) -> No
     phases[name] = {**highest, "seconds": (before["seconds"] or 0.0) + (cost["seconds"] or 0.0)}
 
 
-def _missing_host_gib(lm: Any, state: str) -> float:
-    """What cpu_offload would need on the host beyond what is free; a host without memory kills without a word."""
-    if state != "cpu_offload":
-        return 0.0
+def _missing_host_gib(config: Config, folder: Path, device: torch.device) -> float:
+    """What the plan has on the host beyond what is free; a host without memory kills without a word."""
+    planned = sum(_planner(config, folder, device).host_states().values())
     free = next(
         int(line.split()[1]) * 1024
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         if line.startswith("MemAvailable")
     )
-    return (HOST_BYTES_PER_WEIGHT * sum(p.numel() for p in lm.parameters()) - free) / GIB
+    return (planned + PROCESS - free) / GIB if planned else 0.0
 
 
 if __name__ == "__main__":

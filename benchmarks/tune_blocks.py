@@ -1,17 +1,22 @@
 """Times the tiles of every Triton row kernel on this GPU and prints the best as a table for `launch.TUNED_BLOCKS`.
 
-    python -m benchmarks.tune_blocks --out FILE.jsonl [--shape qwen2.5-7b] [--rows 1024]
+    python -m benchmarks.tune_blocks --out FILE.jsonl [--shape qwen2.5-7b] [--rows 1024] [--seconds 75]
+    TRITON_INTERPRET=1 python -m benchmarks.tune_blocks --out FILE.jsonl --device cpu --shape tiny --rows 8   small
 
 One chunk of calibrated states as a training step has it; each kernel alone, by `triton.testing.do_bench` (median),
-every candidate beside the default. Rows hold ms and the bytes per second that a single pass over the products makes.
+every candidate beside the default, kernels in turn, so that a cut run has tried some of each. Rows hold ms and the
+bytes per second that a single pass over the products makes.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
-from collections.abc import Callable
+import time
+import timeit
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,26 +42,28 @@ CANDIDATES = {kernel: [Blocks(r, c, warps) for r, c in tiles for warps in (4, 8)
 class Chunk:
     """The logits and tables of one chunk of policy rows and one of distillation rows."""
 
-    def __init__(self, shape: str, rows: int):
+    def __init__(self, shape: str, rows: int, device: str):
         found = SHAPES[shape]
         self.states = states.make(
-            "calibrated", found.hidden, found.vocab, rows, rows, dtype=torch.bfloat16, device="cuda", seed=0
+            "calibrated", found.hidden, found.vocab, rows, rows, dtype=torch.bfloat16, device=device, seed=0
         )
         head = self.states.head.t()
 
         def logits(hidden: torch.Tensor) -> Logits:
+            if device == "cpu":  # which has no widening product
+                return Logits(hidden.float() @ head.float(), None, None, None, {})
             return Logits(torch.mm(hidden, head, out_dtype=torch.float32), None, None, None, {})
 
         self.policy = logits(self.states.policy_hidden)
         self.student, self.teacher = logits(self.states.distill_hidden), logits(self.states.teacher_hidden)
         self.targets = self.states.policy_targets
-        self.rows = torch.arange(rows, device="cuda")
-        self.one = torch.ones(rows, device="cuda")
-        self.out = torch.empty(rows, found.vocab, device="cuda", dtype=torch.bfloat16)
-        self.values = torch.zeros(rowmath.VALUE_ROWS, rows, device="cuda")
+        self.rows = torch.arange(rows, device=device)
+        self.one = torch.ones(rows, device=device)
+        self.out = torch.empty(rows, found.vocab, device=device, dtype=torch.bfloat16)
+        self.values = torch.zeros(rowmath.VALUE_ROWS, rows, device=device)
         self.table = self.settle_policy()
         self.pair = self.settle_pair()
-        self.threshold = torch.full((), 2.0**-12, device="cuda")
+        self.threshold = torch.full((), 2.0**-12, device=device)
         peaks = triton_rows.peaks("score", self.policy, None, self.table, self.targets, self.threshold)
         self.live = (peaks >= self.threshold).nonzero().squeeze(1)
 
@@ -88,28 +95,65 @@ class Chunk:
         }
 
 
-def tune(chunk: Chunk) -> list[dict[str, Any]]:
-    """A row per kernel and candidate; the fastest of each kernel is marked."""
+def candidates() -> Iterator[tuple[str, Blocks]]:
+    """The default of every kernel, then its candidates, one of each kernel in turn."""
+    tried = [dict.fromkeys([launch.DEFAULT_BLOCKS[kernel], *blocks]) for kernel, blocks in CANDIDATES.items()]
+    for turn in itertools.zip_longest(*tried):
+        yield from ((kernel, block) for kernel, block in zip(CANDIDATES, turn, strict=True) if block is not None)
+
+
+def tune(chunk: Chunk, seconds: float) -> Iterator[dict[str, Any]]:
+    """A row per kernel and candidate; after `seconds` no new candidate is begun."""
+    end, calls = time.monotonic() + seconds, chunk.calls()
+    for kernel, block in candidates():
+        if time.monotonic() > end:
+            print(f"# {seconds:.0f} s are over: the remaining candidates are not tried", flush=True)
+            return
+        call, passes = calls[kernel]
+        default = launch.DEFAULT_BLOCKS[kernel]
+        launch.DEFAULT_BLOCKS[kernel] = block
+        try:
+            if kernel in ("scan", "peaks"):  # peaks reads the tile maxima that scan left
+                chunk.settle_policy()
+            ms = median_ms(call, chunk.one.device.type)
+        finally:  # the columns of scan decide where peaks may skip: the default stays for the other kernels
+            launch.DEFAULT_BLOCKS[kernel] = default
+            if kernel == "scan":
+                chunk.settle_policy()
+        bytes_read = passes * chunk.policy.products_CV.nbytes
+        yield {
+            "kernel": kernel,
+            "block": block,
+            "default": block == default,
+            "ms": ms,
+            "tb_per_s": bytes_read / ms / 1e9,
+        }
+
+
+def median_ms(call: Callable[[], Any], device: str) -> float:
+    if device == "cpu":
+        return 1e3 * timeit.timeit(call, number=1)
     import triton
 
-    rows = []
-    for kernel, (call, passes) in chunk.calls().items():
-        default = launch.DEFAULT_BLOCKS[kernel]
-        found = []
-        for block in dict.fromkeys([default, *CANDIDATES[kernel]]):
-            launch.DEFAULT_BLOCKS[kernel] = block
-            if kernel in ("scan", "peaks"):
-                # peaks reads the tile maxima that scan left.
-                chunk.settle_policy()
-            ms: Any = triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median")
-            bytes_read = passes * chunk.policy.products_CV.nbytes
-            found.append({"kernel": kernel, "block": block, "ms": ms, "tb_per_s": bytes_read / ms / 1e9})
+    ms: Any = triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median")
+    return ms
+
+
+def table(rows: list[dict[str, Any]], device: str) -> str:
+    """The fastest of each kernel as an entry of `launch.TUNED_BLOCKS`, beside the default's time."""
+    arch = torch.cuda.get_device_capability() if device == "cuda" else None
+    lines = [f"{arch}: {{"]
+    for kernel in CANDIDATES:
+        found = [row for row in rows if row["kernel"] == kernel]
+        if not found:
+            continue
         best = min(found, key=lambda row: row["ms"])
-        # The columns of scan decide where peaks may skip: the default stays for the kernels after it.
-        launch.DEFAULT_BLOCKS[kernel] = default
-        chunk.settle_policy()
-        rows += [{**row, "default": row["block"] == default, "best": row is best} for row in found]
-    return rows
+        of_default = "".join(f", default {row['ms']:.3f} ms" for row in found if row["default"])
+        lines.append(
+            f'    "{kernel}": {best["block"]},  # {best["ms"]:.3f} ms, {best["tb_per_s"]:.2f} TB/s{of_default}, '
+            f"{len(found)} tried"
+        )
+    return "\n".join([*lines, "}"])
 
 
 def main() -> int:
@@ -117,20 +161,27 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen2.5-7b")
     parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--seconds", type=float, default=75.0, help="no new candidate is begun after so long")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         print("error: benchmarks.tune_blocks needs a GPU that torch can see; there is none.", file=sys.stderr)
         return 2
-    rows = tune(Chunk(options.shape, options.rows))
-    common = {"shape": options.shape, "rows": options.rows, **measure.origin("cuda")}
-    with options.out.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps({"what": "blocks", **row, **common}) + "\n" for row in rows)
-    print(f"# {torch.cuda.get_device_name()}, {options.shape}, {options.rows} rows")
-    print(f"{torch.cuda.get_device_capability()}: {{")
-    for row in rows:
-        if row["best"]:
-            print(f'    "{row["kernel"]}": {row["block"]},  # {row["ms"]:.3f} ms, {row["tb_per_s"]:.2f} TB/s')
-    print("}")
+    if options.device == "cpu" and not launch.interpreting():
+        print(
+            "error: benchmarks.tune_blocks --device cpu needs TRITON_INTERPRET=1 in the environment.", file=sys.stderr
+        )
+        return 2
+    common = {"shape": options.shape, "rows": options.rows, **measure.origin(options.device, "benchmarks.tune_blocks")}
+    rows: list[dict[str, Any]] = []
+    print(f"# {common['device_name']}, {options.shape}, {options.rows} rows", flush=True)
+    try:
+        for row in tune(Chunk(options.shape, options.rows, options.device), options.seconds):
+            rows.append(row)
+            with options.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"what": "blocks", **row, **common}) + "\n")
+    finally:
+        print(table(rows, options.device), flush=True)
     return 0
 
 

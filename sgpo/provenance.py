@@ -25,13 +25,13 @@ _PACKAGES = (
 
 
 def commit() -> str | None:
-    """Commit of this checkout with "-dirty" for local changes; None where the package does not lie in one."""
+    """Commit of this checkout with "-dirty" for local changes; where git has none, that of SGPO_COMMIT, if set."""
     folder = Path(__file__).resolve().parent
     try:
         sha = _git(folder, "rev-parse", "HEAD")
         return sha + ("-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("SGPO_COMMIT") or None
 
 
 def versions() -> dict[str, str | None]:

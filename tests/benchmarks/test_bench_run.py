@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -96,7 +97,7 @@ def test_plots_are_written(finished, tmp_path):
     assert plots.main([str(tmp_path / "absent.jsonl")]) == 2
 
 
-def test_a_wrong_result_of_ours_gets_no_time(tmp_path, monkeypatch, capsys):
+def test_a_wrong_result_of_ours_is_timed_all_the_same(tmp_path, monkeypatch, capsys):
     right = sgpo_kernels.linear_policy_loss
 
     def wrong(*args, **kwargs):
@@ -109,9 +110,67 @@ def test_a_wrong_result_of_ours_gets_no_time(tmp_path, monkeypatch, capsys):
     ours, naive = rows_of(out)
     assert ours["status"] == "wrong"
     assert "dpolicy_error" in ours["reason"]
-    assert "ms_p50" not in ours
+    assert ours["ms_p50"] > 0
     assert naive["status"] == "ok"
     assert "ours-torch: wrong" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_a_run_that_is_cut_writes_what_is_known(tmp_path, monkeypatch, error):
+    """The third round of times is cut; rows of the peers that cannot run are there already."""
+    rounds_of = measure.rounds_of
+
+    def cut(runs, **limits):
+        for count, times in enumerate(rounds_of(runs, **limits)):
+            yield times
+            if len(runs) > 1 and count == 0:
+                raise error
+
+    monkeypatch.setattr(measure, "rounds_of", cut)
+    out = tmp_path / "rows.jsonl"
+    arguments = ["--quick", "--op", "policy,sgpo", "--peers", "ours-torch,naive,ours-triton", "--out", str(out)]
+    if error is KeyboardInterrupt:
+        assert run.main(arguments) == 130
+    else:
+        with pytest.raises(error):
+            run.main(arguments)
+    missing, ours, naive = rows_of(out)
+    assert (missing["peer"], missing["status"]) == ("ours-triton", "missing")
+    for row in (ours, naive):
+        assert (row["status"], row["reason"], row["rounds"]) == ("cut", "stopped at time", 1)
+        assert row["ms_p50"] > 0
+        assert row["dhead_error"] < 5e-5
+
+
+def test_a_peer_that_hangs_in_c_does_not_keep_the_rows(tmp_path):
+    """SIGINT within a call that never returns to Python: a thread writes and ends the process."""
+    out = tmp_path / "rows.jsonl"
+    script = f"""
+import ctypes, sys
+from benchmarks import measure, run
+def hang(runs, **limits):
+    print("hangs", flush=True)
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        ctypes.CDLL(None).sleep(30)
+    yield {{}}
+import time
+measure.rounds_of = hang
+measure.time_round_robin = lambda *a, **k: {{}}
+signal = run.signal
+signal.signal(signal.SIGINT, lambda *_: None)
+sys.exit(run.main(["--quick", "--op", "policy", "--peers", "ours-torch", "--out", {str(out)!r}], alone=True))
+"""
+    path = os.pathsep.join([str(measure.OWN_KERNELS.parent), str(measure.OWN_KERNELS.parents[1])])
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "hangs\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130
+    [row] = rows_of(out)
+    assert (row["status"], row["reason"]) == ("cut", "stopped at time")
 
 
 def test_an_error_beyond_the_dropped_bound_is_wrong():

@@ -1,16 +1,19 @@
 """The training step of the GPU acceptance script, with its small model on the CPU."""
 
 import json
-import re
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from engine_builders import NO_VLLM
 
+from benchmarks import train_step
+
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = (ROOT / "benchmarks" / "gpu_acceptance.sh").read_text()
+CPU = torch.device("cpu")
 
 
 def test_small_step_gives_a_row_for_every_state_and_length(launcher, tmp_path):
@@ -57,9 +60,17 @@ def test_seven_billion_weights_are_refused_on_a_cpu(tmp_path):
     assert "--tiny only" in done.stderr
 
 
-def test_parts_of_the_acceptance_script_stay_under_nine_minutes():
-    limits = [int(limit) for limit in re.findall(r"^\s*part (?!wheels)\w+ (\d+) ", SCRIPT, flags=re.MULTILINE)]
-    assert len(limits) >= 9
-    assert sum(limits) <= 540
-    assert "benchmarks.train_step" in SCRIPT
-    assert re.search(r"left=\$\(\(530 .*\n.*\n(.*\n)*last colocated .*\nlast rollouts ", SCRIPT)
+def test_what_cannot_run_is_a_row_without_a_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_step, "_model_of", lambda *_: pytest.fail("made a model"))
+    config = train_step.config_of(tmp_path, "cpu_offload", 4096)
+    train_step._write_numbers("qwen2.5-3b", tmp_path)
+    planned = sum(train_step._planner(config, tmp_path, CPU).host_states().values())
+    assert 3.0e9 * 12 < planned < 3.2e9 * 20
+    monkeypatch.setattr(train_step, "PROCESS", 2.0**50)
+    [row] = train_step.rows_of("qwen2.5-3b", "cpu_offload", [4096], CPU, tmp_path, until=math.inf)
+    assert row["not_run"].startswith("the host lacks ")
+    monkeypatch.setattr(train_step.importlib.util, "find_spec", lambda name: None)
+    [row] = train_step.rows_of("qwen2.5-3b", "8bit", [4096], CPU, tmp_path, until=math.inf)
+    assert row["not_run"] == "torchao is not installed"
+    [row] = train_step.rows_of("qwen2.5-3b", "full", [4096], CPU, tmp_path, until=0.0)
+    assert row["not_run"] == "no time is left"
