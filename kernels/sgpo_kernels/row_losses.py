@@ -26,7 +26,7 @@ from sgpo_kernels.rowmath import DROPPED, ROW_LOSS, SHARE, VALUE_ROWS
 
 # Positions in fused.INPUTS.
 _POLICY_HIDDEN, _DISTILL_HIDDEN, _POLICY_WEIGHT, _DISTILL_WEIGHT, _NUMBERS = 2, 3, 7, 11, 14
-_FORWARD_ONLY = [False, False, False, False, False, None]
+_FORWARD_ONLY = [False, False, False, False, None]
 
 
 def row_losses(
@@ -91,10 +91,9 @@ def _backward(ctx: Any, grad_losses: Tensor | None, *_: Any) -> tuple[Tensor | N
         return tuple(grads)
     inputs = [plain if saved is None else saved for plain, saved in zip(ctx.plain, ctx.saved_tensors, strict=True)]
     need = list(ctx.needs_input_grad[:4])
-    wide = ctx.head_grad is not None
     with torch.no_grad():
         weighted = _weighted(inputs, grad_losses.detach().contiguous())
-        result = FusedResult(*fused._fused_loss(*weighted, *need, wide, None))
+        result = FusedResult(*fused._fused_loss(*weighted, *need, None))
     if ctx.head_grad is not None:
         ctx.head_grad.addcmul_(result.dhead, result.scale.reshape(1, 1))
         need[0] = False
