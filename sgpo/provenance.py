@@ -25,13 +25,16 @@ _PACKAGES = (
 
 
 def commit() -> str | None:
-    """Commit of this checkout with "-dirty" for local changes; where git has none, that of SGPO_COMMIT, if set."""
+    """SGPO_COMMIT, if set (a copy of the tree may lack git or have one of its own); else the commit of this checkout,
+    with "-dirty" for local changes; None without git."""
+    if named := os.environ.get("SGPO_COMMIT"):
+        return named
     folder = Path(__file__).resolve().parent
     try:
         sha = _git(folder, "rev-parse", "HEAD")
         return sha + ("-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("SGPO_COMMIT") or None
+        return None
 
 
 def versions() -> dict[str, str | None]:

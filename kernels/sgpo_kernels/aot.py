@@ -31,7 +31,7 @@ from sgpo_kernels import triton_kernels as kernels
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Shared memory that one block may take, bytes, by compute capability.
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
-POINTERS = {"targets_ptr": "*i64", "rows_ptr": "*i64", "live_ptr": "*i64"}
+POINTERS = {"targets_ptr": "*i64", "rows_ptr": "*i64", "live_ptr": "*i64", "count_ptr": "*i64"}
 INTEGERS = {"C", "N", "A", "T", "V", "rank"}
 
 
@@ -85,11 +85,15 @@ def variants() -> Iterator[Variant]:
             block, warps = tile("peaks", scan_columns)
             yield Variant("peak_tiles", {"KIND": kind, **two, **block}, warps)
             block, warps = tile("columns")
-            yield Variant("gradient_column_tiles", {"KIND": kind, **two, **block}, warps, "fp32")
+            for counted in (False, True):
+                options = {"KIND": kind, "HAS_COUNT": counted, **two, **block}
+                yield Variant("gradient_column_tiles", options, warps, "fp32")
             block, warps = tile("gradient")
             for dz in ("bf16", "fp16", "fp32"):
                 entropy = full and kind == kernels.SCORE
                 yield Variant("gradient_tiles", {"KIND": kind, "WITH_ENTROPY": entropy, **two, **block}, warps, dz)
+    for dz in ("bf16", "fp16", "fp32"):
+        yield Variant("rescale", {"BLOCK": 2048}, 4, dz)
     settle = {"BLOCK": 128}
     for mode, ranks in itertools.product((kernels.VALUES, kernels.UPSTREAM, kernels.POLICY), (1, 8)):
         flags = {"MODE": mode, "HAS_OLD": mode == kernels.POLICY, "HAS_FACTOR": mode != kernels.VALUES}

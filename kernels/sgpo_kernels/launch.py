@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import math
 import os
 from typing import Literal, NamedTuple
 
@@ -20,10 +21,13 @@ CPU_CHUNK_BYTES = 64 << 20
 CUDA_CHUNK_ROWS = 1024
 # Rows of dz that one dW product takes where operands are narrower than accumulators.
 SLAB_ROWS = 4096
-HEAD_BLOCK_BYTES = {"cpu": 64 << 20, "cuda": 32 << 20}
+HEAD_BLOCK_BYTES = {"cpu": 64 << 20, "cuda": 64 << 20}
 ROW_BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
 # Above this share of live columns a chunk is multiplied densely.
 DENSE_SHARE = 0.5
+# Places for live columns in the chunks after a group's first, whose count the host does not wait for: this many times
+# the first one's.
+COLUMN_SLACK = 1.5
 # Chunk-sized [C, V] tensors in the accumulation dtype that an op holds at the same time, at most.
 WORK_CHUNKS: dict[Op, float] = {"logprob": 3, "policy": 3, "divergence": 4, "sgpo": 4}
 # Row-block-sized tensors of the plain torch arithmetic.
@@ -46,9 +50,21 @@ def chunk_rows(rows: int, hidden: int, vocab: int, dtype: torch.dtype, device_ty
     return max(1, min(rows, limit))
 
 
-def slab_rows(rows: int) -> int:
-    """Rows of dz [S, V] that wait for one dW product: enough to make that product compute-bound."""
-    return min(rows, SLAB_ROWS)
+def slab_rows(rows: int, chunk: int) -> int:
+    """Rows of dz [S, V] that wait for one dW product, whole chunks: enough to make that product compute-bound, and
+    every slab of a call about as full as the others, since one of a single chunk would take the time of two."""
+    slabs = max(1, math.ceil(rows / SLAB_ROWS))
+    return max(1, math.ceil(rows / slabs / chunk)) * chunk
+
+
+def counts_are_free(device_type: str) -> bool:
+    """Whether the host may ask for a count at any time: on the CPU; an accelerator would have to catch up first."""
+    return device_type == "cpu"
+
+
+def column_capacity(live: int, vocab: int) -> int:
+    """Places for the live columns of a later chunk, where the first one had `live`; a multiple of 64."""
+    return min(vocab, math.ceil((live * COLUMN_SLACK + 64) / 64) * 64)
 
 
 def block_rows(columns: int, dtype: torch.dtype, device_type: str) -> int:
@@ -59,7 +75,7 @@ def block_rows(columns: int, dtype: torch.dtype, device_type: str) -> int:
 def head_block_rows(hidden: int, dtype: torch.dtype, device_type: str) -> int:
     """Vocabulary rows of dW that one product computes where it cannot add in place: a multiple of 128, so that blocks
     of dz columns begin aligned and fill whole tiles."""
-    size = HEAD_BLOCK_BYTES.get(device_type, 32 << 20)
+    size = HEAD_BLOCK_BYTES.get(device_type, 64 << 20)
     return max(128, size // (hidden * accumulate_dtype(dtype).itemsize) // 128 * 128)
 
 
@@ -88,7 +104,7 @@ def extra_bytes(
     head_bytes = vocab * hidden * (upcast_head + (acc + size if head_grad else 0))
     block = 2 * head_block_rows(hidden, dtype, device_type) * hidden * acc if head_grad else 0
     copies = WORK_CHUNKS[op] if device_type == "cpu" or not narrow else (2 if op in ("divergence", "sgpo") else 1)
-    slab = max(chunk, slab_rows(rows)) * (vocab + hidden) * size if device_type != "cpu" and narrow else 0
+    slab = slab_rows(rows, chunk) * (vocab + hidden) * size if device_type != "cpu" and narrow else 0
     blocks = WORK_BLOCKS * min(chunk, block_rows(vocab, dtype, device_type)) * vocab * acc
     chunks = int(copies * chunk * vocab * acc) + 6 * chunk * hidden * acc
     per_row = 2 * rows * hidden * size + 48 * rows * acc
@@ -121,7 +137,7 @@ def peak_bytes(
     settling = products + blocks + (dhead if rows > chunk else 0)
     if op == "logprob":
         return kept + settling
-    slab = max(chunk, slab_rows(rows)) if head_grad else chunk
+    slab = slab_rows(rows, chunk) if head_grad else chunk
     dz = chunk * vocab * (size + acc) if on_cpu else slab * (vocab + hidden) * size
     block = 0 if on_cpu or not head_grad else min(head, head_block_rows(hidden, dtype, device_type) * hidden) * acc
     gradient = products + chunk * hidden * acc + dhead + (dz + block if narrow else 0)
@@ -151,6 +167,11 @@ def resolve_impl(impl: str, device_type: str, dtype: torch.dtype) -> str:
         if reason:
             raise NotImplementedError(f'impl="triton" {reason}: use impl="auto" or impl="torch".')
     return impl
+
+
+def takes_triton(tensor: torch.Tensor) -> bool:
+    """Whether "auto" would take Triton for this tensor."""
+    return tensor.is_cuda and _why_no_triton("cuda", tensor.dtype) is None
 
 
 def _why_no_triton(device_type: str, dtype: torch.dtype) -> str | None:

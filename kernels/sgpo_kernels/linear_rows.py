@@ -20,8 +20,10 @@ Precision: logits, row values and the dW accumulator are float32 (float64 for fl
   dtype of hidden for the two products. Row gradients are divided by a power of two near the largest weight before
   they are rounded. dW and db stay in the accumulation dtype until they are multiplied back, and are rounded once: one
   pass over dW, and a sum over rows of such quotients cannot overflow float16.
-Limits: one host sync per group on an accelerator (the count of live rows), and with a column tolerance one per chunk
-  (the count of live columns); first derivatives only; float32 products follow torch's own TF32 setting on CUDA.
+Limits: host syncs on an accelerator: one per group (the count of live rows), and with a column tolerance two more (the
+  first chunk's count of live columns gives the places of the later ones; whether they were enough is asked once, at the
+  end, and a chunk that lacked some is done again, densely) or, with vocabulary shards, one per chunk. First derivatives
+  only; float32 products follow torch's own TF32 setting on CUDA.
 """
 
 from __future__ import annotations
@@ -98,6 +100,14 @@ class Chunk:
     factor_C: Tensor | None
 
 
+class LiveColumns(NamedTuple):
+    """Columns of a chunk that carry gradient, ascending, int64 [A]. Where the host does not know how many there are,
+    the first `count` (0-d, on the device) do, and the rest are places not taken, filled with the last column."""
+
+    columns_A: Tensor
+    count: Tensor | None
+
+
 class RowGroup:
     """Rows of one kind. `index` int64 [live] names the rows that count, `values` [VALUE_ROWS, N] takes the results."""
 
@@ -171,6 +181,8 @@ def padded_empty(rows: int, columns: int, *, like: Tensor, dtype: torch.dtype | 
 
 def rescaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """grad * factor (0-d) in `dtype`, multiplied in that of factor (a 0-d factor would be cast to half first)."""
+    if launch.takes_triton(grad) and grad.is_contiguous():
+        return importlib.import_module("sgpo_kernels.triton_rows").rescaled(grad, factor, dtype)
     return torch.mul(grad, factor.reshape(1), out=torch.empty_like(grad, dtype=dtype))
 
 
@@ -191,11 +203,15 @@ class _Loop:
         self.head_VH: Tensor | None = None
         self.bias_V: Tensor | None = None
         total = sum(group.index.numel() for group in groups)
-        self.slab_rows = max(self.chunk, launch.slab_rows(total) if needs.head else 0)
+        self.slab_rows = launch.slab_rows(total, self.chunk) if needs.head else self.chunk
         self.slab: tuple[Tensor, Tensor] | None = None
         self.filled = 0
         self.centred = call.softcap is None and call.shard.group_name is None
         self.centre_H: Tensor | None = None
+        # Ranks of a sharded vocabulary must take the same steps, so that none does a chunk again.
+        self.counts_each = launch.counts_are_free(call.head.device.type) or call.shard.group_name is not None
+        self.places: int | None = None
+        self.guesses: list[tuple[Tensor, Tensor]] = []
 
     def _default_chunk(self, rows: int, width: int, vocab: int) -> int:
         device = self.call.head.device.type
@@ -210,21 +226,34 @@ class _Loop:
         if not group.index.numel():
             return
         group.values[SHARE].index_fill_(0, group.index, 1.0)
-        self.centre_H = None
+        self.centre_H, self.places = None, None
         for rows_C in group.index.split(self.chunk):
-            hidden_CH = group.hidden[rows_C].to(self.operand)
-            chunk = self._open(group, rows_C, hidden_CH)
-            table = group.settle(chunk)
-            if chunk.factor_C is None:
-                continue
-            contracts.check_half_range(table[SLOPE], group.hidden.dtype)
-            columns_A = self._live_columns(group, chunk, table) if self.call.column_tolerance else None
-            if columns_A is None:
-                self._dense(group, chunk, table, hidden_CH, hidden_grad)
-            else:
-                self._sparse(group, chunk, table, columns_A, hidden_CH, hidden_grad)
+            self._run_chunk(group, rows_C, hidden_grad, dense=not self.call.column_tolerance)
+        for rows_C in self._rows_that_lacked_places():
+            group.values[SHARE].index_fill_(0, rows_C, 1.0)
+            group.values[DROPPED].index_fill_(0, rows_C, 0.0)
+            self._run_chunk(group, rows_C, hidden_grad, dense=True)
         if self.call.column_tolerance:
             self.call.shard.sum_(group.values[DROPPED])
+
+    def _run_chunk(self, group: RowGroup, rows_C: Tensor, hidden_grad: Tensor | None, *, dense: bool) -> None:
+        hidden_CH = group.hidden[rows_C].to(self.operand)
+        chunk = self._open(group, rows_C, hidden_CH)
+        table = group.settle(chunk)
+        if chunk.factor_C is None:
+            return
+        contracts.check_half_range(table[SLOPE], group.hidden.dtype)
+        live = None if dense else self._live_columns(group, chunk, table)
+        if live is None:
+            self._dense(group, chunk, table, hidden_CH, hidden_grad)
+        else:
+            self._sparse(group, chunk, table, live, hidden_CH, hidden_grad)
+
+    def _rows_that_lacked_places(self) -> list[Tensor]:
+        """The rows of chunks whose live columns did not fit. One host sync where there are guesses to check."""
+        guesses, self.guesses = self.guesses, []
+        fits = torch.stack([fit for _, fit in guesses]).tolist() if guesses else []
+        return [rows_C for (rows_C, _), fit in zip(guesses, fits, strict=True) if not fit]
 
     def _open(self, group: RowGroup, rows_C: Tensor, hidden_CH: Tensor) -> Chunk:
         """The products of both contexts. Two products of one shape: equal states give bitwise equal logits."""
@@ -243,7 +272,7 @@ class _Loop:
             factor = (1.0 / self.scale).expand(rows_C.numel()) if heat is None else heat / self.scale
         return Chunk(self.math, self.call.shard, rows_C, student, teacher, targets, factor)
 
-    def _live_columns(self, group: RowGroup, chunk: Chunk, table: Tensor) -> Tensor | None:
+    def _live_columns(self, group: RowGroup, chunk: Chunk, table: Tensor) -> LiveColumns | None:
         """The columns to multiply; None means all of them. The first sparse chunk also settles the mean head row."""
         # Where no row of the chunk has a gradient of the size of its weight, the largest one is the measure.
         largest = (table[STRENGTH] * table[TOTAL]).amax().clamp(max=1.0)
@@ -252,12 +281,23 @@ class _Loop:
         read_from = torch.zeros_like(threshold) if first else threshold
         peaks_V = self.math.peaks(group.kind, chunk.student, chunk.teacher, table, chunk.targets_C, read_from)
         # Written so that NaN lives, and nothing does where nothing has a gradient.
-        columns_A = live_index(((peaks_V < threshold) | (peaks_V == 0)).logical_not_())
-        if columns_A.numel() > launch.DENSE_SHARE * peaks_V.numel():
+        live_V = ((peaks_V < threshold) | (peaks_V == 0)).logical_not_()
+        vocab = live_V.numel()
+        if self.places is not None:
+            count = live_V.sum()
+            fit = count <= self.places
+            self.guesses.append((chunk.rows_C, fit))
+            columns_A = torch.nonzero_static(live_V, size=self.places, fill_value=vocab - 1).squeeze(1)
+            return LiveColumns(columns_A, torch.where(fit, count, 0))
+        columns_A = live_index(live_V)
+        count = columns_A.numel()
+        if count > launch.DENSE_SHARE * vocab:
             return None
-        if first and columns_A.numel():
+        if count and first:
             self.centre_H = self._mean_head_row(peaks_V.index_fill_(0, columns_A, 0.0))
-        return columns_A
+        if count and not self.counts_each:
+            self.places = launch.column_capacity(count, vocab)
+        return LiveColumns(columns_A, None)
 
     def _mean_head_row(self, weights_V: Tensor) -> Tensor:
         """The weighted mean of the head's rows, [H]; 0 where all weights are. One pass over the head, block by block:
@@ -285,19 +325,20 @@ class _Loop:
         if hidden_grad is not None:
             self._store(hidden_grad, chunk, mm(dz_CV, self.head.weight_VH))
         if self.needs.head and not narrow:
-            self._head_sum().addmm_(dz_CV.t(), hidden_CH)
+            self._add_to_head(dz_CV, hidden_CH)
 
     def _sparse(
         self,
         group: RowGroup,
         chunk: Chunk,
         table: Tensor,
-        columns_A: Tensor,
+        live: LiveColumns,
         hidden_CH: Tensor,
         hidden_grad: Tensor | None,
     ) -> None:
+        columns_A = live.columns_A
         dz_CA, kept_C = self.math.gradient_columns(
-            group.kind, chunk.student, chunk.teacher, table, chunk.targets_C, columns_A
+            group.kind, chunk.student, chunk.teacher, table, chunk.targets_C, columns_A, live.count
         )
         assert self.scale is not None
         floor_C = DROPPED_FLOOR * table[TOTAL].clamp(min=1.0)
@@ -308,8 +349,10 @@ class _Loop:
             dropped_C = -dz_CA.sum(1)
             lost_C.add_(dropped_C.abs())
             dhidden_CH.addr_(dropped_C, self.centre_H)
-        group.values[DROPPED, chunk.rows_C] = lost_C * self.scale
-        group.values[SHARE, chunk.rows_C] = columns_A.numel() / chunk.student.products_CV.shape[1]
+        share = dz_CA.new_full((), columns_A.numel()) if live.count is None else live.count.to(self.acc)
+        share = share / chunk.student.products_CV.shape[1]
+        group.values[DROPPED].index_copy_(0, chunk.rows_C, lost_C.mul_(self.scale))
+        group.values[SHARE].index_copy_(0, chunk.rows_C, share.expand(len(chunk.rows_C)))
         self._add_bias(columns_A, dz_CA)
         dz_CA = padded_empty(*dz_CA.shape, like=dz_CA, dtype=self.operand).copy_(dz_CA.to(group.hidden.dtype))
         block = launch.head_block_rows(hidden_CH.shape[1], self.acc, hidden_CH.device.type)
@@ -317,7 +360,7 @@ class _Loop:
             if hidden_grad is not None:
                 dhidden_CH.add_(mm(dz, self.head.weight_VH[columns]))
             if self.needs.head:
-                # No column appears twice: the order of the additions is fixed.
+                # No column appears twice, but for places that are not taken, which add zeros: no order matters.
                 self._head_sum().index_add_(0, columns, mm(dz.t(), hidden_CH))
         if hidden_grad is not None:
             self._store(hidden_grad, chunk, dhidden_CH)
@@ -331,6 +374,13 @@ class _Loop:
         if self.head_VH is None:
             self.head_VH = torch.zeros_like(self.call.head, dtype=self.acc, memory_format=torch.contiguous_format)
         return self.head_VH
+
+    def _add_to_head(self, dz_SV: Tensor, hidden_SH: Tensor) -> None:
+        if self.head_VH is None:
+            self.head_VH = mm(dz_SV.t(), hidden_SH)
+        else:
+            block = launch.head_block_rows(hidden_SH.shape[1], self.acc, hidden_SH.device.type)
+            add_mm(self.head_VH, dz_SV.t(), hidden_SH, block)
 
     def _add_bias(self, columns_A: Tensor | None, dz_CK: Tensor) -> None:
         if not self.needs.bias:
@@ -360,8 +410,7 @@ class _Loop:
         """dW += dzᵀ h of the slab."""
         if self.slab is not None and self.filled and self.needs.head:
             dz_SV, hidden_SH = (part[: self.filled] for part in self.slab)
-            block = launch.head_block_rows(hidden_SH.shape[1], self.acc, hidden_SH.device.type)
-            add_mm(self._head_sum(), dz_SV.t(), hidden_SH, block)
+            self._add_to_head(dz_SV, hidden_SH)
         self.filled = 0
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:

@@ -385,19 +385,28 @@ def gradient(
 
 
 def gradient_columns(
-    kind: str, student: Logits, teacher: Logits | None, table: Tensor, targets_C: Tensor | None, columns_A: Tensor
+    kind: str,
+    student: Logits,
+    teacher: Logits | None,
+    table: Tensor,
+    targets_C: Tensor | None,
+    columns_A: Tensor,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(dz [C, A] of the live columns, what they hold of TOTAL [C])."""
+    """(dz [C, A] of the live columns, what they hold of TOTAL [C]). Only the first `count` columns (0-d; None: all) are
+    live; the others, whose dz is 0, repeat one that is not below any of them."""
     z_CA = student.products_CV.index_select(1, columns_A)
     z_T = None if teacher is None else teacher.products_CV.index_select(1, columns_A)
     where = None
-    if targets_C is not None:
+    if targets_C is not None and columns_A.numel():
         # Positions among the live columns; -1 for a target that is not live.
-        place_V = columns_A.new_full((student.products_CV.shape[1],), -1)
-        place_V[columns_A] = torch.arange(columns_A.numel(), device=columns_A.device)
-        where = torch.where(targets_C >= 0, place_V[targets_C.clamp(min=0)], -1)
+        place_C = torch.searchsorted(columns_A, targets_C).clamp_(max=columns_A.numel() - 1)
+        where = torch.where(columns_A[place_C] == targets_C, place_C, -1)
     chain = _through_softcap(z_CA, student, slice(None))
     core_CA, size_CA = core(kind, z_CA, z_T, table, where)
+    if count is not None:
+        vacant_A = torch.arange(columns_A.numel(), device=columns_A.device) >= count
+        core_CA, size_CA = core_CA.masked_fill(vacant_A, 0.0), size_CA.masked_fill(vacant_A, 0.0)
     kept_C = size_CA.abs().sum(1)
     dz_CA = core_CA.mul_(table[SLOPE].unsqueeze(1))
     return (dz_CA if chain is None else dz_CA.mul_(chain)), kept_C

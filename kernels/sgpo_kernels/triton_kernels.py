@@ -442,14 +442,18 @@ def gradient_tiles(
 @triton.jit(do_not_specialize=SIZES)
 def gradient_column_tiles(
     products_ptr, stride, bias_ptr, teacher_ptr, teacher_stride, teacher_bias_ptr, heat_ptr, softcap, table_ptr,
-    targets_ptr, live_ptr, out_ptr, out_stride, kept_ptr, C, A, T,
-    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    targets_ptr, live_ptr, count_ptr, out_ptr, out_stride, kept_ptr, C, A, T,
+    KIND: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_HEAT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dz of the live columns into out [C, A], and their share of TOTAL per tile into kept [C, T]."""
+    """dz of the live columns into out [C, A], and their share of TOTAL per tile into kept [C, T]. With a count only so
+    many of the A columns are live, and the dz of the others is 0."""
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     place = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     row_inside, place_inside = rows < C, place < A
+    whole = row_inside[:, None] & place_inside[None, :]
+    if HAS_COUNT:
+        place_inside = place_inside & (place < tl.load(count_ptr))
     inside = row_inside[:, None] & place_inside[None, :]
     columns = tl.load(live_ptr + place, mask=place_inside, other=0).to(tl.int32)
     heat = _row_heat(heat_ptr, rows, row_inside, HAS_HEAT)
@@ -468,6 +472,14 @@ def gradient_column_tiles(
     if HAS_SOFTCAP:
         dz *= chain
     offsets = rows.to(tl.int64)[:, None] * out_stride + place.to(tl.int64)[None, :]
-    tl.store(out_ptr + offsets, dz.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + offsets, tl.where(inside, dz, 0.0).to(out_ptr.dtype.element_ty), mask=whole)
     at = rows.to(tl.int64) * T + tl.program_id(1)
     tl.store(kept_ptr + at, tl.sum(tl.where(inside, size, 0.0), 1), mask=row_inside)
+
+
+@triton.jit
+def rescale(grad_ptr, factor_ptr, out_ptr, N, BLOCK: tl.constexpr):
+    """out = grad * factor, rounded to the dtype of out."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    grad = tl.load(grad_ptr + at, mask=at < N, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, (grad * tl.load(factor_ptr)).to(out_ptr.dtype.element_ty), mask=at < N)

@@ -30,11 +30,11 @@ def test_memory_formula_does_not_hold_the_logits(op, device):
     few, many = (launch.extra_bytes(op, n, 3584, 152064, torch.bfloat16, device) for n in (8192, 16384))
     assert many - few == 8192 * (2 * 3584 * 2 + 48 * 4)
     without = launch.extra_bytes(op, 8192, 3584, 152064, torch.bfloat16, device, head_grad=False)
-    assert few - without >= 152064 * 3584 * 8
+    assert few - without >= 152064 * 3584 * 6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("device", "limit"), [("cpu", 64 << 20), ("cuda", 32 << 20)])
+@pytest.mark.parametrize(("device", "limit"), [("cpu", 64 << 20), ("cuda", 64 << 20)])
 def test_head_blocks_fit_the_cache_of_the_device(dtype, device, limit):
     size = launch.accumulate_dtype(dtype).itemsize
     assert launch.head_block_rows(3584, dtype, device) * 3584 * size <= limit
@@ -49,12 +49,13 @@ def test_row_blocks_stay_in_the_cache_of_a_cpu():
 
 
 def test_the_7b_shape_stays_under_its_memory_goal():
-    """4.1 GiB beyond inputs, hidden gradients and the rounded head gradients, for any number of rows."""
+    """4.7 GiB beyond inputs, hidden gradients and the rounded head gradient, for any number of rows: chunks of 1024
+    rows in both contexts (512 would take 0.6 GiB less, and 4 % more time exact, 20 % live, on an H100)."""
     for rows in (9216, 147456):
         extra = launch.extra_bytes("sgpo", rows, 3584, 152064, torch.bfloat16, "cuda")
-        outputs = 2 * rows * 3584 * 2 + 2 * 152064 * 3584 * 2 + 48 * rows * 4
+        outputs = 2 * rows * 3584 * 2 + 152064 * 3584 * 2 + 48 * rows * 4
         blocks = launch.WORK_BLOCKS * launch.block_rows(152064, torch.bfloat16, "cuda") * 152064 * 4
-        assert (extra - outputs - blocks) / 2**30 < 4.1
+        assert (extra - outputs - blocks) / 2**30 < 4.7
 
 
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=5))
@@ -146,3 +147,18 @@ def test_poisoned_empty_fills_with_nan_and_restores():
     with testing.poisoned_empty():
         assert torch.empty(5).isnan().all()
     assert torch.are_deterministic_algorithms_enabled() == enabled
+
+
+def test_slabs_are_about_equally_full():
+    assert launch.slab_rows(9216, 1024) == 3072
+    assert launch.slab_rows(8192, 1024) == 4096
+    assert launch.slab_rows(300, 1024) == 1024
+    for rows in range(1, 20_000, 37):
+        slab = launch.slab_rows(rows, 1024)
+        assert slab % 1024 == 0
+        assert slab <= launch.SLAB_ROWS
+
+
+def test_places_for_live_columns():
+    assert launch.column_capacity(1000, 152064) == 1600
+    assert launch.column_capacity(100_000, 152064) == 152064

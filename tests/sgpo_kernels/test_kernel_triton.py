@@ -226,6 +226,13 @@ def row_kernels(products: Tensor, teacher: Tensor, out: Tensor, kind: str) -> li
         triton_rows.settle_divergence(sums, one, rule, index, one, values, table)
     columns = torch.tensor([1, 5, 7, vocab - 1], device=DEVICE)
     live, kept = triton_rows.gradient_columns(kind, student, side, table, targets, columns)
+    places = torch.cat([columns, columns[-1:].expand(3)])
+    padded, kept_too = triton_rows.gradient_columns(
+        kind, student, side, table, targets, places, torch.tensor(4, device=DEVICE)
+    )
+    assert torch.equal(padded[:, :4], live)
+    assert not padded[:, 4:].any()
+    assert torch.equal(kept, kept_too)
     threshold = torch.zeros((), device=DEVICE)
     peaks = triton_rows.peaks(kind, student, side, table, targets, threshold)
     dz = triton_rows.gradient(kind, student, side, table, targets, out)
@@ -266,3 +273,13 @@ def test_without_interpreter_or_cuda_it_says_what_to_do(make_case, op, monkeypat
     monkeypatch.setattr(launch, "interpreting", lambda: False)
     with pytest.raises(NotImplementedError, match="needs tensors on CUDA, not on cpu"):
         make_case(op).call(sgpo_kernels, impl="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rescaled_rounds_once(dtype):
+    from sgpo_kernels import triton_rows
+
+    grad, factor = torch.randn(3, 1001, device=DEVICE), torch.tensor(0.3, device=DEVICE)
+    result = triton_rows.rescaled(grad, factor, dtype)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result, (grad * factor).to(dtype), rtol=2.0**-8 if dtype == torch.bfloat16 else 2.0**-11, atol=0)
