@@ -41,7 +41,7 @@ touch "$ROWS" "$LOG" "$SUMMARY"
 DEVICE=cuda SHAPE=qwen2.5-7b SMALL=() TESTS=() MEMORY=() TUNING=() STAGES=() STEP3=(--shape qwen2.5-3b) STEP7=() BESIDE=()
 ROLLOUTS=(--eager --problems 32 --max-new-tokens 128 --rounds 8) SECOND=0.5 TUNE=70
 if [ -n "${DRY:-}" ]; then
-  export TRITON_INTERPRET=1
+  export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
   DEVICE=cpu SHAPE=tiny SMALL=(--rows 64 --summary-rows 64) TESTS=(--collect-only -qq) MEMORY=(--rows 64,128)
   TUNING=(--rows 8) STAGES=(--rows 16) STEP3=(--tiny --tokens 64) STEP7=(--tiny --tokens 64)
   BESIDE=(--tiny --state cpu_offload --rollouts 4) ROLLOUTS=(--quick) SECOND=0.05 TUNE=1
@@ -115,7 +115,7 @@ print(*(line.strip() for line in open("/proc/meminfo").readlines()[:3]))
 print(torch.cuda.get_device_name(), torch.cuda.mem_get_info()) if cuda else print("no GPU")
 assert cuda or os.environ.get("DRY")' ;;
     parity-real) tests "$1" 90 2 "real_shapes or offsets" ;;
-    parity) tests "$1" 90 8 "not real_shapes and not offsets" ;;
+    parity) OMP_NUM_THREADS=1 tests "$1" 90 14 "not real_shapes and not offsets" ;;
     sgpo) run "$1" 75 sgpo sgpo ours-triton,ours-triton-live,naive,liger-fused ;;
     stages) module "$1" 45 stages --device $DEVICE --shape $SHAPE "${STAGES[@]}" ;;
     ceilings) module "$1" 30 ceilings --device $DEVICE --seconds $SECOND ;;

@@ -262,10 +262,21 @@ def _liger_fused_divergence(x: Inputs) -> Output:
     return Output(loss_of(x.distill_hidden, x.head, x.teacher_hidden, x.head.detach(), labels))
 
 
-def _liger_scaled_logprobs(x: Inputs) -> Tensor:
-    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+def _liger_fused_logprobs(x: Inputs) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    return -LigerFusedLinearScaledCrossEntropyFunction.apply(x.policy_hidden, x.head, _masked_targets(x))  # pyright: ignore
+    # Its default, logits as large as the hidden states, is 256 of 8192 rows per chunk at H 3584, V 152064.
+    budget = -(-x.head.shape[0] * _LIGER_ROWS_PER_CHUNK // x.policy_hidden.numel())
+    losses: Any = liger_fused_linear_cross_entropy(
+        x.policy_hidden,
+        x.head,
+        _masked_targets(x),
+        ignore_index=IGNORE,
+        reduction="none",
+        accum_dtype=torch.float32,
+        chunk_mem_const=budget,
+    )
+    return -losses
 
 
 def _cut_logprobs(x: Inputs) -> Tensor:
@@ -292,6 +303,10 @@ def _attribute(module: str, name: str) -> Any:
 
 _UNTRIED = "call written from its source, not run by us yet"
 _SCALAR = "returns a scalar only"
+_FUSED_CE = (
+    f"fused_linear_cross_entropy in Triton, reduction none, {_LIGER_ROWS_PER_CHUNK} rows per chunk, dW accumulated in"
+    " fp32; on Hopper its scaled CE needs the CuTe DSL, which the machine lacks"
+)
 _MEAN = f"mean over unmasked rows (= the weighted sum here), {_SCALAR}"
 
 PEERS: dict[str, Peer] = {
@@ -314,13 +329,13 @@ PEERS: dict[str, Peer] = {
         ),
         Peer(
             "liger-fused",
-            {**_from_logprobs(_liger_scaled_logprobs), "divergence": _liger_fused_divergence},
+            {**_from_logprobs(_liger_fused_logprobs), "divergence": _liger_fused_divergence},
             needs=("liger_kernel",),
             devices=("cuda",),
             notes={
-                "logprob": "scaled CE",
-                "policy": "scaled CE and a surrogate in torch",
-                "divergence": f"fused_linear_jsd, beta 0, dW accumulated in fp32: {_MEAN}",
+                "logprob": _FUSED_CE,
+                "policy": f"{_FUSED_CE}; a surrogate in torch",
+                "divergence": f"fused_linear_jsd (its own chunks), beta 0, dW accumulated in fp32: {_MEAN}",
             },
         ),
         Peer(

