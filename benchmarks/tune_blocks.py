@@ -64,8 +64,10 @@ class Chunk:
         self.table = self.settle_policy()
         self.pair = self.settle_pair()
         self.threshold = torch.full((), 2.0**-12, device=device)
-        peaks = triton_rows.peaks("score", self.policy, None, self.table, self.targets, self.threshold)
-        self.live = (peaks >= self.threshold).nonzero().squeeze(1)
+        live, _ = triton_rows.live_columns(
+            "score", self.policy, None, self.table, self.targets, self.threshold, all_peaks=False
+        )
+        self.live = live.nonzero().squeeze(1)
 
     def settle_policy(self) -> torch.Tensor:
         parts = triton_rows.scan(self.policy, self.targets).unsqueeze(0)
@@ -89,9 +91,9 @@ class Chunk:
         return {
             "scan": (lambda: triton_rows.scan(self.policy, self.targets), 1),
             "divergence": (lambda: triton_rows.divergence_sums(*pair[:4]), 2),
-            "peaks": (lambda: triton_rows.peaks(*score, self.threshold), 1),
+            "peaks": (lambda: triton_rows.live_columns(*score, self.threshold, all_peaks=False), 1),
             "gradient": (lambda: triton_rows.gradient(*pair, self.out), 2),
-            "columns": (lambda: triton_rows.gradient_columns(*score, self.live), 0),
+            "columns": (lambda: triton_rows.gradient_columns(*score, self.live, None, torch.bfloat16), 0),
         }
 
 

@@ -3,7 +3,7 @@
 A chunk passes through four stages, each a function here and there with the same name and meaning:
   scan      logits of one context -> per row max, sum of e^(z - max), sum of e^(z - max) (z - max), logit of the target
   settle_*  the statistics of all vocabulary shards -> row values, gates, and the row table that dz needs
-  peaks     per column, the largest |dz| of the chunk relative to the row's weight (live columns)
+  live      per column, the largest |dz| of the chunk relative to the row's weight, and whether that is enough
   gradient  dz of all columns, or of the live ones
 
 Every divergence is a sum over the vocabulary of terms that are >= 0 in floating point too, so a small value keeps its
@@ -29,6 +29,9 @@ from torch import Tensor
 from sgpo_kernels import launch
 
 SERIES_BELOW = 0.05
+
+# What float32 may lose in TOTAL - kept, relative to the row's |SLOPE| max(1, TOTAL), and in each of the probabilities.
+DROPPED_FLOOR, DROPPED_MARGIN = 2.0**-18, 1e-4
 
 # Rows of a chunk's table [TABLE_ROWS, C], in the accumulation dtype.
 MAX, LOG_SUM = 0, 1  # log p_j = (z_j - MAX) - LOG_SUM
@@ -341,23 +344,32 @@ def _through_softcap(z_RK: Tensor, logits: Logits, rows: slice) -> Tensor | None
     return tanh.square_().neg_().add_(1.0)
 
 
-def peaks(
+def column_threshold(table: Tensor, tolerance: float) -> Tensor:
+    """What a column's peak must reach to live, 0-d: `tolerance` of the rows' weights; where no row of the chunk has a
+    gradient of the size of its weight, the largest one is the measure."""
+    return (table[STRENGTH] * table[TOTAL]).amax().clamp(max=1.0) * tolerance
+
+
+def live_columns(
     kind: str,
     student: Logits,
     teacher: Logits | None,
     table: Tensor,
     targets_C: Tensor | None,
     threshold: Tensor,
-) -> Tensor:
-    """[V]: the largest |core| * STRENGTH of each column over the chunk's rows (exact here; an implementation may
-    return any smaller value where it is below the threshold, 0-d)."""
+    *,
+    all_peaks: bool,
+) -> tuple[Tensor, Tensor]:
+    """(bool [V], peaks [V]): which columns have a peak that is not below the threshold (0-d), and the peaks, the
+    largest |core| STRENGTH over the chunk's rows. Exact here; unless `all_peaks` is asked for, an implementation may
+    return any smaller peak where it is below the threshold. NaN lives; a peak of 0 never does."""
     peaks_V = table.new_zeros(student.products_CV.shape[1])
     for rows in row_blocks(student.products_CV):
         z_T = None if teacher is None else teacher.products_CV[rows]
         targets = None if targets_C is None else targets_C[rows]
         core_RV, _ = core(kind, student.products_CV[rows], z_T, table[:, rows], targets)
         torch.maximum(peaks_V, core_RV.mul_(table[STRENGTH, rows].unsqueeze(1)).abs_().amax(0), out=peaks_V)
-    return peaks_V
+    return ((peaks_V < threshold) | (peaks_V == 0)).logical_not_(), peaks_V
 
 
 def gradient(
@@ -391,10 +403,14 @@ def gradient_columns(
     table: Tensor,
     targets_C: Tensor | None,
     columns_A: Tensor,
-    count: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(dz [C, A] of the live columns, what they hold of TOTAL [C]). Only the first `count` columns (0-d; None: all) are
-    live; the others, whose dz is 0, repeat one that is not below any of them."""
+    count: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dz [C, A] of the live columns in `dtype`, what they hold of TOTAL [C], their sum of dz before rounding [C]).
+
+    Of columns_A only the first `count` (0-d; None: all) are live, or none where it is above A; the dz of the others,
+    which repeat a column that is not below any of the live ones, is 0.
+    """
     z_CA = student.products_CV.index_select(1, columns_A)
     z_T = None if teacher is None else teacher.products_CV.index_select(1, columns_A)
     where = None
@@ -405,11 +421,36 @@ def gradient_columns(
     chain = _through_softcap(z_CA, student, slice(None))
     core_CA, size_CA = core(kind, z_CA, z_T, table, where)
     if count is not None:
-        vacant_A = torch.arange(columns_A.numel(), device=columns_A.device) >= count
+        places = columns_A.numel()
+        vacant_A = torch.arange(places, device=columns_A.device) >= torch.where(count > places, 0, count)
         core_CA, size_CA = core_CA.masked_fill(vacant_A, 0.0), size_CA.masked_fill(vacant_A, 0.0)
     kept_C = size_CA.abs().sum(1)
     dz_CA = core_CA.mul_(table[SLOPE].unsqueeze(1))
-    return (dz_CA if chain is None else dz_CA.mul_(chain)), kept_C
+    dz_CA = dz_CA if chain is None else dz_CA.mul_(chain)
+    return dz_CA.to(dtype), kept_C, dz_CA.sum(1)
+
+
+def finish_columns(
+    table: Tensor,
+    kept_C: Tensor,
+    sum_C: Tensor | None,
+    columns_A: Tensor,
+    count: Tensor | None,
+    scale: Tensor,
+    rows_C: Tensor,
+    vocab: int,
+    values: Tensor,
+) -> None:
+    """Writes DROPPED and SHARE of the chunk's rows: the bound of what the dropped columns hold, plus, where their sum
+    is given back to dH (`sum_C`), the size of that sum."""
+    total_C = table[TOTAL]
+    lost_C = (total_C - kept_C).clamp_(min=0).mul_(1 + DROPPED_MARGIN).add_(DROPPED_FLOOR * total_C.clamp(min=1.0))
+    lost_C.mul_(table[SLOPE].abs())
+    if sum_C is not None:
+        lost_C.add_(sum_C.abs())
+    share = table.new_full((), columns_A.numel()) if count is None else count.to(table.dtype)
+    values[DROPPED].index_copy_(0, rows_C, lost_C.mul_(scale))
+    values[SHARE].index_copy_(0, rows_C, (share / vocab).expand(len(rows_C)))
 
 
 # scale

@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sgpo_kernels import launch, triton_kernels
+from sgpo_kernels import launch, rowmath, triton_kernels
 from sgpo_kernels.rowmath import TABLE_ROWS, Bounds, Logits, Rule
 
 # Launch syntax is beyond type checkers.
@@ -32,6 +32,7 @@ KINDS = {
 LIMITS = {"mask": kernels.MASK, "clamp": kernels.CLAMP, "scale": kernels.SCALE}
 SETTLE_BLOCK = 128
 RESCALE_BLOCK = 2048
+LIVE_TILE = 8192
 
 
 def _blocks(kernel: str, like: Tensor) -> launch.Blocks:
@@ -231,14 +232,24 @@ def settle_divergence(
     )
 
 
-def peaks(
+def column_threshold(table: Tensor, tolerance: float) -> Tensor:
+    threshold, rows = table.new_empty(()), table.shape[1]
+    kernels.column_threshold[(1,)](
+        table, tolerance, threshold, rows, BLOCK=triton.next_power_of_2(rows), num_warps=4, **COMPILED
+    )
+    return threshold
+
+
+def live_columns(
     kind: str,
     student: Logits,
     teacher: Logits | None,
     table: Tensor,
     targets_C: Tensor | None,
     threshold: Tensor,
-) -> Tensor:
+    *,
+    all_peaks: bool,
+) -> tuple[Tensor, Tensor]:
     rows, vocab = student.products_CV.shape
     # The column tiles of scan, whose maxima tell which tiles need no reading.
     block = _blocks("peaks", table)._replace(columns=_blocks("scan", table).columns)
@@ -259,10 +270,27 @@ def peaks(
         vocab,
         tile_stats.shape[2],
         KIND=KINDS[kind],
+        SKIP=not all_peaks and kind in ("score", "forward_kl"),
         **flags,
         **_options(block),
     )
-    return found.amax(0)
+    if len(found) > LIVE_TILE // 64:
+        found = found.amax(0, keepdim=True)
+    live_V, peaks_V = table.new_empty(vocab, dtype=torch.bool), table.new_empty(vocab)
+    blocks = triton.next_power_of_2(len(found))
+    kernels.live_columns[(triton.cdiv(vocab, LIVE_TILE // blocks),)](
+        found,
+        threshold,
+        live_V,
+        peaks_V,
+        len(found),
+        vocab,
+        BLOCK_T=blocks,
+        BLOCK_V=LIVE_TILE // blocks,
+        num_warps=4,
+        **COMPILED,
+    )
+    return live_V, peaks_V
 
 
 def gradient(
@@ -302,16 +330,16 @@ def gradient_columns(
     table: Tensor,
     targets_C: Tensor | None,
     columns_A: Tensor,
-    count: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    count: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, live = student.products_CV.shape[0], columns_A.numel()
-    # Padded, so that rows stay aligned for the products.
-    dz_CA = table.new_zeros(rows, -(-live // 16) * 16)[:, :live]
+    dz_CA = launch.padded_empty(rows, live, like=table, dtype=dtype)
     if not live:
-        return dz_CA, table.new_zeros(rows)
+        return dz_CA, table.new_zeros(rows), table.new_zeros(rows)
     block = _blocks("columns", table)
     tiles = triton.cdiv(live, block.columns)
-    kept = table.new_empty(rows, tiles)
+    sums = table.new_empty(2, rows, tiles)
     arguments, flags = _sides(student, teacher)
     kernels.gradient_column_tiles[(triton.cdiv(rows, block.rows), tiles)](
         *arguments,
@@ -321,7 +349,7 @@ def gradient_columns(
         columns_A if count is None else count,
         dz_CA,
         dz_CA.stride(0),
-        kept,
+        sums,
         rows,
         live,
         tiles,
@@ -330,7 +358,41 @@ def gradient_columns(
         **flags,
         **_options(block),
     )
-    return dz_CA, kept.sum(1)
+    return dz_CA, *sums.sum(2)
+
+
+def finish_columns(
+    table: Tensor,
+    kept_C: Tensor,
+    sum_C: Tensor | None,
+    columns_A: Tensor,
+    count: Tensor | None,
+    scale: Tensor,
+    rows_C: Tensor,
+    vocab: int,
+    values: Tensor,
+) -> None:
+    rows = len(rows_C)
+    kernels.finish_columns[(triton.cdiv(rows, SETTLE_BLOCK),)](
+        table,
+        kept_C,
+        kept_C if sum_C is None else sum_C,
+        columns_A if count is None else count,
+        scale,
+        rows_C,
+        values,
+        columns_A.numel(),
+        1.0 / vocab,
+        rowmath.DROPPED_FLOOR,
+        1 + rowmath.DROPPED_MARGIN,
+        rows,
+        values.shape[1],
+        HAS_SUM=sum_C is not None,
+        HAS_COUNT=count is not None,
+        BLOCK=SETTLE_BLOCK,
+        num_warps=4,
+        **COMPILED,
+    )
 
 
 def rescaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

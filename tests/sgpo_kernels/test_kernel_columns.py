@@ -271,7 +271,7 @@ def test_targets_outside_the_live_columns_are_no_one_hot_elsewhere():
     bounds = rowmath.Bounds(None, None, None)
     parts = rowmath.scan(side, targets).unsqueeze(0)
     table = rowmath.settle_policy(parts, 0, targets, None, one, one, bounds, rows, one, values)
-    dz, _ = rowmath.gradient_columns("score", side, None, table, targets, torch.tensor([2, 3]))
+    dz, *_ = rowmath.gradient_columns("score", side, None, table, targets, torch.tensor([2, 3]), None, table.dtype)
     torch.testing.assert_close(dz, torch.tensor([[0.0, 0.0], [-0.5, 0.5]]))
 
 
