@@ -16,11 +16,11 @@ import torch
 
 from sgpo import assembly
 from sgpo.config import Config, checked
-from sgpo.engine.adapters import add_adapters
+from sgpo.engine.weight_sync import SyncedRollouts
 from sgpo.engine.zero import ZeroEngine, init_distributed
-from sgpo.models import PolicyModel, load_causal_lm
-from sgpo.schema import RolloutRequest, SamplingParams
-from sgpo.synced import SyncedRollouts
+from sgpo.model.lora import add_adapters
+from sgpo.model.policy import PolicyModel, load_causal_lm
+from sgpo.types import RolloutRequest, SamplingParams
 
 PROBE = tuple(range(100, 164))
 REQUESTS = [RolloutRequest(i, "auto", 0, tuple(range(200 + i, 232 + i)), i) for i in range(16)]

@@ -24,13 +24,13 @@ import torch
 from benchmarks import measure
 from benchmarks.train_step import config_of, make_model, training_step
 from sgpo import assembly
-from sgpo.engine.ranks import Meter
+from sgpo.engine.weight_sync import SyncedRollouts
 from sgpo.engine.zero import init_distributed
-from sgpo.gauge import Gauge, planned_peaks
 from sgpo.rollout.vllm_engine import VllmEngine
-from sgpo.sampling import check_version
-from sgpo.schema import RolloutRequest, SamplingParams, SgpoError
-from sgpo.synced import SyncedRollouts
+from sgpo.train.memory_vs_plan import Gauge, planned_peaks
+from sgpo.train.rollout_batch import check_version
+from sgpo.types import RolloutRequest, SamplingParams, SgpoError
+from sgpo.utils.distributed import Meter
 
 _EOS = 2
 

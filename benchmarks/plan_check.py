@@ -120,10 +120,10 @@ def measure(name: str) -> dict[str, Any]:
     import torch
 
     from sgpo import assembly
-    from sgpo.data.packing import collate_training
+    from sgpo.engine.batching import collate_training
+    from sgpo.engine.step import bound_objective
     from sgpo.engine.zero import init_distributed
-    from sgpo.schema import TrainSequence
-    from sgpo.steps import bound_objective
+    from sgpo.types import TrainSequence
 
     def build(case: Case) -> Any:
         from transformers import Qwen2Config, Qwen2ForCausalLM

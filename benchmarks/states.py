@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgpo.data.packing import collate
 from sgpo.data.problems import load_problems
 from sgpo.data.prompts import PromptBuilder, PromptTemplate
-from sgpo.models import PolicyModel, load_causal_lm, load_tokenizer
-from sgpo.schema import Problem, SgpoError
+from sgpo.engine.batching import collate
+from sgpo.model.policy import PolicyModel, load_causal_lm, load_tokenizer
+from sgpo.types import Problem, SgpoError
 
 Knots = tuple[tuple[float, float], ...]
 """(share of the rows, value) from share 0 to share 1; log-linear in between."""

@@ -21,10 +21,10 @@ import torch
 from sgpo import assembly
 from sgpo.algorithm.targets import reachable_target
 from sgpo.config import Config
+from sgpo.engine.step import optimizer_step, score_contexts
 from sgpo.engine.zero import ZeroEngine, init_distributed
-from sgpo.models import PolicyModel
-from sgpo.schema import Contest, TrainSequence
-from sgpo.steps import optimizer_step, score_contexts
+from sgpo.model.policy import PolicyModel
+from sgpo.types import Contest, TrainSequence
 
 CASES = [(8, 2), (8, 4), (0, 2), (0, 4)]  # live autonomous completions, correct guided ones
 PROMPT = 32

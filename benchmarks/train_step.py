@@ -29,11 +29,11 @@ import torch
 from benchmarks import measure
 from sgpo import assembly
 from sgpo.config import Config
+from sgpo.engine.step import micro_batches
 from sgpo.engine.zero import ZeroEngine, init_distributed
 from sgpo.planning.architectures import find_architecture
 from sgpo.planning.memory import Place, Planner
-from sgpo.schema import SgpoError, TrainSequence
-from sgpo.steps import micro_batches
+from sgpo.types import SgpoError, TrainSequence
 
 GIB = 1 << 30
 SHAPES: dict[str, dict[str, Any]] = {
@@ -169,7 +169,7 @@ def make_sequences(tokens: int, vocabulary: int) -> list[TrainSequence]:
 
 
 def training_step(engine: ZeroEngine, config: Config, tokens: int) -> tuple[dict[str, Any], float, float]:
-    """(phases, loss, gradient norm) of sgpo.steps.optimizer_step, with a clock and a memory meter between its parts."""
+    """(phases, loss, gradient norm) of `optimizer_step`, with a clock and a memory meter between its parts."""
     objective, device = assembly.policy_objective(config), engine.device
     sequences = make_sequences(tokens, engine.model.lm.config.vocab_size)
     phases: dict[str, Any] = {}

@@ -14,31 +14,31 @@ from typing import Any
 import torch
 import yaml
 
-from sgpo.algorithm.objective import imitation_objective, sgpo_objective
+from sgpo.algorithm.dapo import dapo_sequences
+from sgpo.algorithm.hpt import hpt_sequences
+from sgpo.algorithm.loss import imitation_objective, sgpo_objective
+from sgpo.algorithm.luffy import luffy_sequences
+from sgpo.algorithm.method import Method
+from sgpo.algorithm.sft import sft_step
+from sgpo.algorithm.sgpo import SgpoSettings, sgpo_sequences
 from sgpo.config import WITH_DEMONSTRATIONS, Config, OptimConfig, checked
 from sgpo.data import builtin
-from sgpo.data.packing import MicroBatch
 from sgpo.data.problems import check_disjoint, load_problems
 from sgpo.data.prompts import PromptBuilder, PromptTemplate, eos_token_ids
-from sgpo.engine import ranks
-from sgpo.engine.adapters import add_adapters
-from sgpo.engine.selftest import check_gradients
+from sgpo.engine.batching import MicroBatch
+from sgpo.engine.gradient_check import check_gradients
+from sgpo.engine.step import Objective
+from sgpo.engine.weight_sync import SyncedRollouts
 from sgpo.engine.zero import ZeroEngine
-from sgpo.methods.dapo import dapo_sequences
-from sgpo.methods.hpt import hpt_sequences
-from sgpo.methods.luffy import luffy_sequences
-from sgpo.methods.method import Method
-from sgpo.methods.sft import sft_step
-from sgpo.methods.sgpo import SgpoSettings, sgpo_sequences
-from sgpo.models import PolicyModel, eos_ids_of_folder, load_causal_lm, load_tokenizer
-from sgpo.provenance import environment
+from sgpo.model.lora import add_adapters
+from sgpo.model.policy import PolicyModel, eos_ids_of_folder, load_causal_lm, load_tokenizer
+from sgpo.model.sequence_parallel import SequenceParallel, check_size
 from sgpo.rewards.pool import RewardPool
-from sgpo.schema import Problem, PromptPair, RolloutEngine, SgpoError, TrainSequence
-from sgpo.seeds import seed_of
-from sgpo.sequence_parallel import SequenceParallel, check_size
-from sgpo.steps import Objective
 from sgpo.strategies.calculator import attach_strategies
-from sgpo.synced import SyncedRollouts
+from sgpo.types import Problem, PromptPair, RolloutEngine, SgpoError, TrainSequence
+from sgpo.utils import distributed
+from sgpo.utils.provenance import environment
+from sgpo.utils.seeds import seed_of
 
 BUILTIN = "builtin"
 _BUILTIN_COUNTS = {"train": 4096, "eval": 256}
@@ -130,13 +130,13 @@ def _demonstrations(config: Config, source: str, problems: list[Problem], tokeni
 def check_data(config: Config, model_folder: Path, train: TaskData, evaluation: TaskData | None) -> None:
     """What only the data as a whole can tell: enough problems for a step, lengths, no overlap with the evaluation."""
     size = config.engine.sequence_parallel_size
-    check_size(size, processes=ranks.world_size(), model=_model_config(model_folder))
+    check_size(size, processes=distributed.world_size(), model=_model_config(model_folder))
     if len(train.problems) < config.rollout.problems_per_step:
         raise SgpoError(
             f"{config.data.train} has {len(train.problems)} problems, fewer than "
             f"rollout.problems_per_step = {config.rollout.problems_per_step}; lower it or add problems"
         )
-    share = config.algorithm.mini_batches * ranks.world_size()
+    share = config.algorithm.mini_batches * distributed.world_size()
     if config.rollout.problems_per_step % share:
         raise SgpoError(
             f"rollout.problems_per_step = {config.rollout.problems_per_step} must be a multiple of "
@@ -257,7 +257,7 @@ def build_rollouts(config: Config, model_folder: Path, *, from_scratch: bool = F
     from sgpo.rollout.process import EngineProcess
 
     devices = config.rollout.devices
-    chosen = str(devices[ranks.local_rank() % len(devices)]) if devices else None
+    chosen = str(devices[distributed.local_rank() % len(devices)]) if devices else None
     return EngineProcess(build, stall_s=config.rollout.stall_s, devices=chosen)
 
 
@@ -411,12 +411,12 @@ def sft_objective() -> Objective:
 def on_rank_zero_first(action: Callable[[], Any]) -> Any:
     """Runs `action` on rank 0; an SgpoError there is raised on every rank instead of leaving the others waiting."""
     outcome: Any = None
-    if ranks.is_main():
+    if distributed.is_main():
         try:
             outcome = (action(), None)
         except SgpoError as error:
             outcome = (None, str(error))
-    value, problem = ranks.broadcast(outcome)
+    value, problem = distributed.broadcast(outcome)
     if problem is not None:
         raise SgpoError(problem)
     return value

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,9 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = arguments.run(arguments, overrides)
         if "torch" in sys.modules:
-            from sgpo.engine import ranks
+            from sgpo.utils import distributed
 
-            ranks.settle()
+            distributed.settle()
         return code
     except SgpoError as error:
         print(f"sgpo: {error}", file=sys.stderr)
@@ -134,10 +134,10 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     profile = ["--log.profile", "true"] if arguments.profile else []
     config = load_config(arguments.config, [*overrides, *profile])
-    from sgpo.plan import check_run
+    from sgpo.planning.plan import check_run
 
     check_run(config)
-    from sgpo.trainer import train
+    from sgpo.train.trainer import train
 
     summary = train(config)
     if _is_main():
@@ -158,7 +158,7 @@ def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         for word in (f"--plan.rates.{key}", str(value))
     ]
     config = load_config(arguments.config, [*given, *overrides])
-    from sgpo.plan import as_dict, plan_run, table
+    from sgpo.planning.plan import as_dict, plan_run, table
 
     plan = plan_run(config)
     print(json.dumps(as_dict(plan), indent=1) if arguments.json else table(plan))
@@ -173,8 +173,8 @@ def _warmup(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise SgpoError(f"{arguments.config}: sgpo warmup needs warmup.data")
     from sgpo import assembly
     from sgpo.engine.zero import init_distributed
-    from sgpo.models import load_tokenizer
-    from sgpo.warmup import run_warmup
+    from sgpo.model.policy import load_tokenizer
+    from sgpo.train.sft import run_warmup
 
     device = init_distributed(config.run.timeout_s)
     assembly.on_rank_zero_first(lambda: assembly.prepare_run_folder(config))
@@ -197,7 +197,7 @@ def _eval(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         return _benchmarks(config, arguments.out)
     if not config.data.eval:
         raise SgpoError(f"{path or 'command line'}: sgpo eval needs data.eval or eval.benchmarks")
-    from sgpo.evaluate import evaluate_model
+    from sgpo.evaluation.held_out import evaluate_model
 
     results = evaluate_model(config)
     for kind, result in results.items():
@@ -212,7 +212,7 @@ def _eval(arguments: argparse.Namespace, words: Sequence[str]) -> int:
 
 
 def _benchmarks(config: Any, out: Path | None) -> int:
-    from sgpo.evaluate_benchmarks import evaluate_benchmarks, protocol_of
+    from sgpo.evaluation.benchmark_run import evaluate_benchmarks, protocol_of
 
     results = evaluate_benchmarks(config, out)
     for result in results:
@@ -227,7 +227,7 @@ def _benchmarks(config: Any, out: Path | None) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from sgpo.scores import compare_files
+    from sgpo.evaluation.scores import compare_files
 
     comparisons = compare_files(*arguments.compare)
     for comparison in comparisons:
@@ -244,7 +244,7 @@ def _extract(_: argparse.Namespace, words: Sequence[str]) -> int:
 
     path, overrides = _config_first(words)
     config = load_settings(ExtractConfig, path, overrides)
-    from sgpo.extract import extract
+    from sgpo.commands.extract import extract
 
     report = extract(config)
     lacking = report["without_strategy"]
@@ -256,7 +256,7 @@ def _extract(_: argparse.Namespace, words: Sequence[str]) -> int:
 
 
 def _study(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from sgpo.study import Study, report_study, run_study
+    from sgpo.commands.study import Study, report_study, run_study
 
     study = Study(arguments.study, overrides)
     if arguments.list:
@@ -280,7 +280,7 @@ def _analyze(_: argparse.Namespace, words: Sequence[str]) -> int:
 
     path, overrides = _config_first(words)
     config = load_settings(AnalyzeConfig, path, overrides)
-    from sgpo.analyze import analyze, output_folder
+    from sgpo.analysis.analyze import analyze, output_folder
 
     for arm in analyze(config)["arms"]:
         rate = arm["rate"]
@@ -298,7 +298,7 @@ def _config_first(words: Sequence[str]) -> tuple[Path | None, Sequence[str]]:
 
 def _report(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     _no_overrides(overrides)
-    from sgpo.report import compare_runs, write_report
+    from sgpo.reporting.run_report import compare_runs, write_report
 
     if len(arguments.runs) == 1 and arguments.out is None:
         print(write_report(arguments.runs[0]))
@@ -309,7 +309,7 @@ def _report(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _env(_: argparse.Namespace, overrides: Sequence[str]) -> int:
     _no_overrides(overrides)
-    from sgpo.provenance import environment
+    from sgpo.utils.provenance import environment
 
     print(json.dumps(environment(), indent=1))
     return 0
@@ -321,9 +321,9 @@ def _no_overrides(overrides: Sequence[str]) -> None:
 
 
 def _is_main() -> bool:
-    from sgpo.engine import ranks
+    from sgpo.utils import distributed
 
-    return ranks.is_main()
+    return distributed.is_main()
 
 
 if __name__ == "__main__":

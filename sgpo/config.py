@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -204,7 +204,7 @@ WITH_DEMONSTRATIONS = ("sft", "luffy", "hpt")
 
 class AlgorithmConfig(Section):
     method: Literal["sgpo", "grpo", "dapo", "luffy", "hpt", "sft"] = Field(
-        default="sgpo", description="one file each in sgpo/methods; all but sgpo set rollout.n_guided to 0"
+        default="sgpo", description="one file each in sgpo/algorithm; all but sgpo set rollout.n_guided to 0"
     )
     autonomous_grpo: bool = Field(default=True, description="false: distillation only")
     normalize_std: bool = Field(default=True, description="divide advantages by the standard deviation of the group")

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from sgpo.config import Config, describe, known_keys, load_config
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
 
 ROOT = Path(__file__).resolve().parents[1]
 MINIMAL = "model: {path: m}\ndata: {train: t}\n"

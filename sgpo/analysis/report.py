@@ -12,7 +12,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from sgpo.report import BLUE, GREEN, GREY, ORANGE, legend, new_figure, note, page, plot_html, table, token_label
+from sgpo.reporting.run_report import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    legend,
+    new_figure,
+    note,
+    page,
+    plot_html,
+    table,
+    token_label,
+)
 
 Json = dict[str, Any]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sgpo.analysis.plan import Plan, Study
+from sgpo.analysis import effects, similarity
+from sgpo.analysis.design import Plan, Study
 from sgpo.analysis.samples import Row
-from sgpo.schema import Problem
-from sgpo.strategies import effects, similarity
+from sgpo.analysis.transfer import ARMS, FOREIGN, MATRIX, Draw
 from sgpo.strategies.leakage import Solution, find_leaks
 from sgpo.strategies.settings import AnalyzeSection
-from sgpo.strategies.transfer import ARMS, FOREIGN, MATRIX, Draw
+from sgpo.types import Problem
 
 CONTRASTS = (
     ("own", "none"),

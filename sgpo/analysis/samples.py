@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from sgpo import assembly
-from sgpo.analysis.plan import Plan, Study
+from sgpo.analysis import transfer
+from sgpo.analysis.design import Plan, Study
+from sgpo.analysis.transfer import Draw
 from sgpo.rewards.pool import RewardItem, RewardPool
-from sgpo.schema import Problem, Rollout, RolloutRequest, SamplingParams, SgpoError, Verdict
-from sgpo.seeds import seed_of
-from sgpo.strategies import transfer
 from sgpo.strategies.display import ExtractDisplay
-from sgpo.strategies.lines import KeyedLines
 from sgpo.strategies.settings import AnalyzeConfig
-from sgpo.strategies.transfer import Draw
+from sgpo.types import Problem, Rollout, RolloutRequest, SamplingParams, SgpoError, Verdict
+from sgpo.utils.append_log import KeyedLines
+from sgpo.utils.seeds import seed_of
 
 _CHUNK = 4096  # requests of one call of the engine
 _FAILED = ("timeout", "error")  # a verdict of the machine rather than of the answer: the next run asks for it again

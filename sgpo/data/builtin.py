@@ -28,7 +28,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sgpo.schema import Problem, SgpoError
+from sgpo.types import Problem, SgpoError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM

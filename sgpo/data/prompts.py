@@ -19,7 +19,7 @@ import yaml
 from jinja2.exceptions import TemplateError
 
 from sgpo.data.problems import listing
-from sgpo.schema import Problem, PromptPair, SgpoError
+from sgpo.types import Problem, PromptPair, SgpoError
 
 _TEMPLATE_KEYS = ("system", "plain", "guided")
 _PLACEHOLDERS = {"system": frozenset(), "plain": {"problem"}, "guided": {"problem", "strategy"}}

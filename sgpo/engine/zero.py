@@ -1,6 +1,6 @@
 """DeepSpeed as the training engine: ZeRO 0-3, accumulation with final weights, gathered weights, checkpoints.
 
-The only file that imports deepspeed, but for attention across ranks (sgpo.sequence_parallel). The loss of a
+The only file that imports deepspeed, but for attention across ranks (sgpo.model.sequence_parallel). The loss of a
 micro-batch is formed inside the wrapped model's forward, because ZeRO-3 only has the parameters there. Weights of all
 rows are final (global denominators), so micro-batches are summed: the gradient is the same however a step is split.
 DeepSpeed averages over ranks, so the loss is multiplied by their number.
@@ -20,14 +20,14 @@ from typing import Any, Literal
 
 import torch
 
-from sgpo.activations import tiled_mlps
-from sgpo.adapter_names import is_adapter, plain_name
-from sgpo.engine import ranks
-from sgpo.engine.adapters import merged_weights
 from sgpo.engine.optimizer import build_optimizer, fit_blocks, forget, is_8bit, set_lr, sketch_of_first_moments
-from sgpo.models import PolicyModel
+from sgpo.model.activations import tiled_mlps
+from sgpo.model.lora import merged_weights
+from sgpo.model.policy import PolicyModel
 from sgpo.planning.training import bucket_elements
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
+from sgpo.utils import distributed
+from sgpo.utils.lora_names import is_adapter, plain_name
 
 _BUCKET_BYTES = 256 * 2**20
 
@@ -47,14 +47,14 @@ def init_distributed(timeout_s: float) -> torch.device:
         os.environ["MASTER_PORT"] = str(_free_port())
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(ranks.local_rank())
+        torch.cuda.set_device(distributed.local_rank())
     else:
         # Its shared-memory collectives are compiled for half a minute at the first start; gloo serves as well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s), auto_mpi_discovery=False, verbose=False
     )
-    return torch.device("cuda", ranks.local_rank()) if cuda else torch.device("cpu")
+    return torch.device("cuda", distributed.local_rank()) if cuda else torch.device("cpu")
 
 
 def lr_factor(step: int, total_steps: int, *, warmup_ratio: float, schedule: str) -> float:
@@ -151,7 +151,7 @@ class ZeroEngine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of `loss`, whose row weights already divide by the whole step's counts."""
-        self._engine.backward(loss * ranks.world_size())
+        self._engine.backward(loss * distributed.world_size())
 
     def step(self, lr: float) -> float:
         """Applies what has been accumulated and returns the gradient norm before clipping."""

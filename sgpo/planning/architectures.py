@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
 
 
 @dataclass(frozen=True, slots=True)

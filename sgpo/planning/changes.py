@@ -11,7 +11,7 @@ from typing import Any
 from sgpo.config import Config, checked
 from sgpo.planning.architectures import Architecture
 from sgpo.planning.memory import CARDS_GIB, GIB, Place, Plan, Planner
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
 
 Change = dict[str, Any]
 # What a change costs beside its keys: it alters what is learnt, or it needs another machine.

@@ -20,7 +20,7 @@ from typing import Any
 
 from sgpo.config import Config
 from sgpo.planning.architectures import Architecture
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
 
 GIB = 2**30
 BUCKET_ELEMENTS = 100_000_000  # most that sgpo.engine.zero makes of DeepSpeed's reduce_bucket_size, by default 5e8
@@ -225,7 +225,7 @@ class TrainingMemory:
         return 2.0 * self.s * self.sizes.intermediate
 
     def per_sequence_attention(self) -> bool:
-        """Packed rows without flash-attn's varlen kernel (sgpo.activations.pack_attention)."""
+        """Packed rows without flash-attn's varlen kernel (sgpo.model.activations.pack_attention)."""
         named = self.config.model.attn_implementation.startswith("flash_attention")
         return self.config.engine.packing == "packed" and not named
 

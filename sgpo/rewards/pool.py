@@ -21,7 +21,7 @@ from sgpo.rewards import worker_process
 from sgpo.rewards.answers import condense
 from sgpo.rewards.registry import BUILT_IN
 from sgpo.rewards.worker_process import Outcome
-from sgpo.schema import SgpoError, Verdict
+from sgpo.types import SgpoError, Verdict
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from numbers import Real
 from typing import Any
 
 from sgpo.rewards.answers import condense, normalised
-from sgpo.schema import SgpoError, Verdict
+from sgpo.types import SgpoError, Verdict
 
 RewardFunction = Callable[[str, str, str], Verdict]
 

@@ -33,7 +33,7 @@ from sgpo.rewards.notation import (
     without_unit,
     words_of,
 )
-from sgpo.schema import SgpoError, Verdict
+from sgpo.types import SgpoError, Verdict
 
 # At warning level Math-Verify only says that its time-outs are off, which is on purpose.
 logging.getLogger("math_verify").setLevel(logging.ERROR)

@@ -24,7 +24,7 @@ from pebble.common.process import process_execute
 from pebble.common.types import Result, ResultStatus
 
 from sgpo.rewards.registry import BUILT_IN, load_reward
-from sgpo.schema import SgpoError, Verdict
+from sgpo.types import SgpoError, Verdict
 
 _PR_SET_PDEATHSIG = 1
 _SERVER = forkserver.ForkServer()

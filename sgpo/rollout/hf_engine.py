@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from sgpo.adapter_names import is_adapter, plain_name
-from sgpo.checksums import checksum
 from sgpo.rollout.guards import Watchdog, is_out_of_memory
-from sgpo.schema import Rollout, RolloutRequest, SamplingParams, SgpoError, SyncReceipt
+from sgpo.types import Rollout, RolloutRequest, SamplingParams, SgpoError, SyncReceipt
+from sgpo.utils.checksums import checksum
+from sgpo.utils.lora_names import is_adapter, plain_name
 
 
 class HfEngine:
     """A RolloutEngine with its own copy of the weights. `lm` is a transformers causal language model, with adapters
-    (sgpo.engine.adapters.add_adapters) where a sync is to bring them instead of merged weights."""
+    (sgpo.model.lora.add_adapters) where a sync is to bring them instead of merged weights."""
 
     def __init__(
         self,

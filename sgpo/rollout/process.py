@@ -22,7 +22,7 @@ import torch
 
 from sgpo.rollout.guards import Watchdog
 from sgpo.rollout.transport import Named, buckets, receive, share
-from sgpo.schema import EngineFailure, Rollout, RolloutEngine, RolloutRequest, SamplingParams, SgpoError, SyncReceipt
+from sgpo.types import EngineFailure, Rollout, RolloutEngine, RolloutRequest, SamplingParams, SgpoError, SyncReceipt
 
 _BUCKET_BYTES = 256 * 2**20
 _HEARTBEAT_S = 1.0

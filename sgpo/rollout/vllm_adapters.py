@@ -11,7 +11,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
 
 
 def adapter_options(rank: int, targets: tuple[str, ...] | None) -> dict[str, Any]:

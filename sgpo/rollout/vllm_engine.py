@@ -40,11 +40,11 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.sampling_params import RequestOutputKind
 
-from sgpo.adapter_names import is_adapter
-from sgpo.checksums import checksum
+from sgpo.utils.lora_names import is_adapter
+from sgpo.utils.checksums import checksum
 from sgpo.rollout.guards import Watchdog, is_out_of_memory
 from sgpo.rollout.vllm_adapters import VllmAdapters, adapter_options
-from sgpo.schema import Rollout, RolloutRequest, SamplingParams, SgpoError, SyncReceipt
+from sgpo.types import Rollout, RolloutRequest, SamplingParams, SgpoError, SyncReceipt
 
 _PROGRESS_S = 0.5
 

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sgpo.strategies.lines import KeyedLines
 from sgpo.strategies.prompts import Messages
+from sgpo.utils.append_log import KeyedLines
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from sgpo.schema import Problem
+from sgpo.types import Problem
 
 
 def _words(text: str) -> tuple[str, ...]:

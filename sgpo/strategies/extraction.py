@@ -12,11 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from sgpo.schema import Problem
-from sgpo.seeds import seed_of
 from sgpo.strategies.asking import Answer, Asker, Failure, Question, Sampling
 from sgpo.strategies.leakage import Equal, Leak, Solution, find_leaks
 from sgpo.strategies.prompts import Malformed, Messages, Templates, parse_scores, parse_strategy
+from sgpo.types import Problem
+from sgpo.utils.seeds import seed_of
 
 _LISTED_LEAKS = 6
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from sgpo.schema import Rollout, RolloutEngine, RolloutRequest, SamplingParams, SgpoError
 from sgpo.strategies.asking import Answer, Failure, Question
+from sgpo.types import Rollout, RolloutEngine, RolloutRequest, SamplingParams, SgpoError
 
 
 class LocalBackend:

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
 
 CRITERIA = ("problem_type", "strategy", "steps", "no_results")
 MAX_STRATEGY_CHARS = 6000

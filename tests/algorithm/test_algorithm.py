@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgpo.algorithm.advantages import group_advantages
-from sgpo.algorithm.guidance import adaptive_alpha, group_advantage_alpha
+from sgpo.algorithm.alpha import adaptive_alpha, group_advantage_alpha
 from sgpo.algorithm.importance import gap_statistics, truncated_importance
-from sgpo.algorithm.intervals import bootstrap_interval
 from sgpo.algorithm.targets import reachable_target, target_score
 from sgpo.algorithm.weights import policy_token_weight, target_token_weight
+from sgpo.utils.statistics import bootstrap_interval
 
 RATES = st.floats(0, 1)
 GROUPS = st.lists(st.floats(-5, 5, width=32), min_size=2, max_size=16)

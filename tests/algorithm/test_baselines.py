@@ -6,13 +6,13 @@ Methods and objective are bound by the config, as the trainer binds them; the fo
 import pytest
 import torch
 
+from sgpo.algorithm.dapo import dapo_sequences, is_informative, overlong_penalty
 from sgpo.assembly import policy_objective, training_method
 from sgpo.config import Config
 from sgpo.data.builtin import make_model, vocabulary
-from sgpo.data.packing import collate_training
-from sgpo.methods.dapo import dapo_sequences, is_informative, overlong_penalty
-from sgpo.models import PolicyModel
-from sgpo.schema import Problem, PromptPair, Rollout, RolloutRequest, ScoredGroup, Verdict
+from sgpo.engine.batching import collate_training
+from sgpo.model.policy import PolicyModel
+from sgpo.types import Problem, PromptPair, Rollout, RolloutRequest, ScoredGroup, Verdict
 
 LIMIT = 8  # rollout.max_new_tokens
 REWARDS = ((0, 1, 0), (1, 1, 1), (0, 0, 0), (1, 0, 1))

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from sgpo.algorithm.objective import sgpo_objective
+from sgpo.algorithm.grpo import policy_sequences
+from sgpo.algorithm.loss import sgpo_objective
+from sgpo.algorithm.sft import sft_sequences
+from sgpo.algorithm.sgpo import SgpoSettings, sgpo_sequences
 from sgpo.data.builtin import make_model, vocabulary
-from sgpo.data.packing import collate_training
-from sgpo.methods.grpo import policy_sequences
-from sgpo.methods.sft import sft_sequences
-from sgpo.methods.sgpo import SgpoSettings, sgpo_sequences
-from sgpo.models import PolicyModel
-from sgpo.schema import Problem, PromptPair, Rollout, RolloutRequest, ScoredGroup, TrainSequence, Verdict
+from sgpo.engine.batching import collate_training
+from sgpo.model.policy import PolicyModel
+from sgpo.types import Problem, PromptPair, Rollout, RolloutRequest, ScoredGroup, TrainSequence, Verdict
 
 PLAIN, GUIDED = (10, 11), (20, 21, 22)
 

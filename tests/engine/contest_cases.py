@@ -10,13 +10,13 @@ from functools import partial
 import torch
 import zero_worker
 
-from sgpo.engine import ranks
+from sgpo.algorithm.sgpo import SgpoSettings, sgpo_sequences
+from sgpo.engine.step import optimizer_step, score_contexts
 from sgpo.engine.zero import ZeroEngine
-from sgpo.methods.sgpo import SgpoSettings, sgpo_sequences
-from sgpo.models import PolicyModel, load_causal_lm
-from sgpo.schema import Problem, PromptPair, Rollout, RolloutRequest, ScoredGroup, Verdict
-from sgpo.step_metrics import record_guidance, record_passes
-from sgpo.steps import optimizer_step, score_contexts
+from sgpo.model.policy import PolicyModel, load_causal_lm
+from sgpo.train.step_metrics import record_guidance, record_passes
+from sgpo.types import Problem, PromptPair, Rollout, RolloutRequest, ScoredGroup, Verdict
+from sgpo.utils import distributed
 
 BUDGET, PAD, TEMPERATURE = 60, 0, 0.7
 # Rewards of the autonomous and the guided rollouts. Every second group is one rank's where there are two: that rank has
@@ -85,14 +85,14 @@ def one_step(engine: ZeroEngine, groups: list[ScoredGroup], *, shared: bool) -> 
     )
     winners = iter(result.winners)
     guidance = [chosen.decided(*next(winners)) if chosen.contest else chosen for chosen in guidance]
-    meter = ranks.Meter()
+    meter = distributed.Meter()
     record_guidance(meter, guidance)
     record_passes(meter, result.passes)
     targets = [[(r.request.problem_index, r.request.sample_index) for r in chosen.targets] for chosen in guidance]
     return {
-        "loss": sum(ranks.gather(result.loss)),
+        "loss": sum(distributed.gather(result.loss)),
         "grad_norm": result.grad_norm,
-        "targets": sorted(target for part in ranks.gather(targets) for chosen in part for target in chosen),
+        "targets": sorted(target for part in distributed.gather(targets) for chosen in part for target in chosen),
         "metrics": meter.reduce(),
     }
 
@@ -102,10 +102,10 @@ def run_case(case: str, folder: str, device: torch.device) -> dict:
     lm = load_causal_lm(folder, dtype="float32")
     model = PolicyModel(lm, packed=bool(packed), gradient_checkpointing=bool(checkpointed))
     engine = zero_worker.engine_of(model, device, stage, "float32")
-    groups = make_groups()[ranks.rank() :: ranks.world_size()]
+    groups = make_groups()[distributed.rank() :: distributed.world_size()]
     inputs, rows = watch(lm)
     first = one_step(engine, groups, shared=bool(shared))
-    first |= {"inputs": ranks.gather(list(inputs)), "norm_rows": ranks.gather(sum(rows))}
+    first |= {"inputs": distributed.gather(list(inputs)), "norm_rows": distributed.gather(sum(rows))}
     gradient = zero_worker.gradient(engine, stage)
     later = [one_step(engine, groups, shared=bool(shared))]
     weights = {name: tensor.double().sum().item() for name, tensor in engine.named_weights()}

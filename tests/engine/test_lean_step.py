@@ -12,9 +12,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from sgpo import assembly
 from sgpo.config import Config
 from sgpo.engine import zero
-from sgpo.models import PolicyModel
-from sgpo.schema import Contest, TrainSequence
-from sgpo.steps import optimizer_step, score_contexts
+from sgpo.engine.step import optimizer_step, score_contexts
+from sgpo.model.policy import PolicyModel
+from sgpo.types import Contest, TrainSequence
 
 HIDDEN, SMALL, LARGE = 32, 1024, 3072
 PROMPT = 8

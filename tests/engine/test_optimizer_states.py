@@ -8,7 +8,7 @@ import torch
 
 from sgpo.config import Config, checked
 from sgpo.engine.optimizer import build_optimizer, fit_blocks
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
 
 WORKER = Path(__file__).with_name("states_worker.py")
 HERE = importlib.util.find_spec("torchao") is not None

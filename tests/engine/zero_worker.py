@@ -14,12 +14,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from engine_builders import whole_weights_nowhere
 
-from sgpo.algorithm.objective import sgpo_objective
-from sgpo.engine import ranks
+from sgpo.algorithm.loss import sgpo_objective
+from sgpo.engine.step import micro_batches, optimizer_step, score_contexts
 from sgpo.engine.zero import ZeroEngine, init_distributed
-from sgpo.models import PolicyModel, load_causal_lm
-from sgpo.schema import TrainSequence
-from sgpo.steps import micro_batches, optimizer_step, score_contexts
+from sgpo.model.policy import PolicyModel, load_causal_lm
+from sgpo.types import TrainSequence
+from sgpo.utils import distributed
 
 
 def make_sequences() -> list[TrainSequence]:
@@ -89,13 +89,13 @@ def run_case(case: str, folder: str, device: torch.device) -> dict:
     stage, dtype, budget, *options = case.split(":")
     model = PolicyModel(load_causal_lm(folder, dtype=dtype), **{k: v for o in options for k, v in OPTIONS[o].items()})
     engine = engine_of(model, device, int(stage), dtype)
-    mine = make_sequences()[ranks.rank() :: ranks.world_size()]
+    mine = make_sequences()[distributed.rank() :: distributed.world_size()]
     live = [sequence for sequence in mine if sequence.is_live]
     batches = sum(1 for _ in micro_batches(live, token_budget=int(budget), pad_id=0))
     losses, norms, first = [], [], {}
     for step in range(3):
         result = optimizer_step(engine, mine, objective, token_budget=int(budget), pad_id=0, lr=1e-3)
-        losses.append(sum(ranks.gather(result.loss)))
+        losses.append(sum(distributed.gather(result.loss)))
         norms.append(result.grad_norm)
         if step == 0 and dtype == "float32":
             first = gradient(engine, int(stage))
@@ -110,7 +110,7 @@ def run_case(case: str, folder: str, device: torch.device) -> dict:
         "losses": losses,
         "norms": norms,
         "gradient": first,
-        "scores": [sum(row) for part in ranks.gather(scores) for row in part],
+        "scores": [sum(row) for part in distributed.gather(scores) for row in part],
         "stepped_on_nothing": nothing.grad_norm is not None,
         "weights": weights,
         "fp32_masters": masters,
@@ -129,7 +129,7 @@ def main() -> None:
             results[case] = contest_cases.run_case(case.removeprefix("contest:"), folder, device)
         else:
             results[case] = run_case(case, folder, device)
-    if ranks.is_main():
+    if distributed.is_main():
         Path(out).write_text(json.dumps(results))
 
 

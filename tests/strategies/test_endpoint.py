@@ -9,10 +9,10 @@ import httpx
 import pytest
 from chat_server import FAULTS, ChatServer
 
-from sgpo.schema import SgpoError
 from sgpo.strategies.asking import Answer, Failure, Question, Sampling
 from sgpo.strategies.endpoint import EndpointBackend, _completion, _retry_after, _Transient
 from sgpo.strategies.settings import EndpointConfig
+from sgpo.types import SgpoError
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sgpo.extract import _formula_comparer
+from sgpo.commands.extract import _formula_comparer
 from sgpo.strategies import mathtext
 from sgpo.strategies.leakage import MAX_FORMULAS, Solution, find_leaks
 from sgpo.strategies.settings import LeakConfig

@@ -1,0 +1,54 @@
+"""What every method gives the trainer: the training sequences of one optimizer step, and the guidance decided.
+
+A method is which rollouts, which advantage, which weight per token and which reduction; the loss of a micro-batch then
+only sums weight x row loss (`sgpo.algorithm.loss`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from sgpo.types import Contest, Rollout, ScoredGroup, TrainSequence
+
+Context = tuple[tuple[int, ...], tuple[int, ...]]  # prompt ids, completion ids
+Scorer = Callable[[list[Context]], list[list[float]]]  # log-probs of each completion's tokens after its prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """What was decided for one problem. `targets` is empty where no guided rollout is correct or alpha is 0.
+
+    With a `contest` the optimizer step decides which of `targets` is o+; its candidates are in their order.
+    """
+
+    alpha: float = 0.0
+    alpha_uncapped: float = 0.0
+    targets: tuple[Rollout, ...] = ()
+    target_score: float | None = None
+    contest: Contest | None = None
+
+    def decided(self, winner: int, score: float) -> Guidance:
+        """With the contest's outcome."""
+        return replace(self, targets=(self.targets[winner],), target_score=score, contest=None)
+
+
+class Method(Protocol):
+    """The sequences of one optimizer step from this rank's groups, and the guidance of each group."""
+
+    def __call__(
+        self,
+        groups: Sequence[ScoredGroup],
+        *,
+        problems: int,
+        score: Scorer,
+        total: Callable[[float], float],
+    ) -> tuple[list[TrainSequence], list[Guidance]]:
+        """
+        Args:
+            problems: problems of the optimizer step over all ranks, the P of Eq. 7.
+            score: log-probs under given prompts; collective, so every rank calls it equally often.
+            total: sum of a number over all ranks; collective likewise.
+        """
+        ...

@@ -1,0 +1,148 @@
+"""SGPO (Algorithm 1): GRPO on the autonomous rollouts, distillation of the most reachable correct guided one.
+
+Every ablation of the paper is one field of `SgpoSettings`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+
+from sgpo.algorithm.alpha import adaptive_alpha, group_advantage_alpha
+from sgpo.algorithm.grpo import policy_sequences
+from sgpo.algorithm.method import Guidance, Scorer
+from sgpo.algorithm.targets import reachable_target, target_score
+from sgpo.algorithm.weights import target_token_weight
+from sgpo.types import Contest, Rollout, ScoredGroup, TrainSequence
+
+
+@dataclass(frozen=True, slots=True)
+class SgpoSettings:
+    autonomous_grpo: bool = True
+    normalize_std: bool = True
+    distillation: Literal["forward_kl", "reverse_kl", "js", "sft", "none"] = "forward_kl"
+    target: Literal["sum", "mean", "all"] = "sum"
+    alpha: Literal["adaptive", "fixed", "group_advantage"] = "adaptive"
+    alpha_0: float = 0.5
+    alpha_gamma: float = 0.1
+    alpha_max: float = 0.8
+    alpha_fixed: float = 1.0
+
+
+def sgpo_sequences(
+    groups: Sequence[ScoredGroup],
+    settings: SgpoSettings,
+    *,
+    problems: int,
+    score: Scorer,
+    total: Callable[[float], float] = float,
+    contest_above_tokens: float = math.inf,
+) -> tuple[list[TrainSequence], list[Guidance]]:
+    """The live training sequences of one optimizer step, and the guidance decided for each group.
+
+    Args:
+        problems: number of problems of the optimizer step over all ranks, the P of Eq. 7.
+        score: log-probs under the plain prompt; called exactly once, because under ZeRO-3 it is collective.
+        total: not used here; see `sgpo.algorithm.method.Method`.
+        contest_above_tokens: where all correct guided rollouts of a group are longer, prompt included, they are not
+            scored here but become the `contest` of its guidance.
+    """
+    guidance = choose_targets(groups, settings, score, contest_above_tokens)
+    sequences: list[TrainSequence] = []
+    for index, (group, chosen) in enumerate(zip(groups, guidance, strict=True)):
+        if settings.autonomous_grpo:
+            sequences += policy_sequences(group, problems=problems, normalize_std=settings.normalize_std)
+        learnt = partial(target_sequences, group, problems=problems, with_teacher=settings.distillation != "sft")
+        if settings.target == "all" or len(chosen.targets) < 2:
+            sequences += learnt(chosen)
+        else:
+            candidates = [learnt(replace(chosen, targets=(rollout,)))[0] for rollout in chosen.targets]
+            guidance[index] = replace(chosen, contest=Contest(tuple(candidates), settings.target))
+    return sequences, guidance
+
+
+def choose_targets(
+    groups: Sequence[ScoredGroup], settings: SgpoSettings, score: Scorer, contest_above_tokens: float = math.inf
+) -> list[Guidance]:
+    """alpha(q) and o+ of every group; only groups with a choice between several correct rollouts are scored.
+
+    Those whose correct rollouts are all longer than `contest_above_tokens` keep all of them as targets.
+    """
+    alphas = [_alpha(group, settings) if settings.distillation != "none" else (0.0, 0.0) for group in groups]
+    correct = [
+        [r for r, reward in zip(g.guided, g.guided_rewards, strict=True) if reward > 0] if alpha > 0 else []
+        for g, (alpha, _) in zip(groups, alphas, strict=True)
+    ]
+    contested = [
+        rollouts
+        if len(rollouts) > 1 and settings.target != "all" and min(map(_tokens, rollouts)) <= contest_above_tokens
+        else []
+        for rollouts in correct
+    ]
+    contexts = [
+        (group.prompts.plain, rollout.completion_ids)
+        for group, rollouts in zip(groups, contested, strict=True)
+        for rollout in rollouts
+    ]
+    logprobs = iter(score(contexts))
+    guidance = []
+    for (alpha, uncapped), rollouts, scored in zip(alphas, correct, contested, strict=True):
+        value = None
+        if scored and settings.target != "all":
+            values = [next(logprobs) for _ in scored]
+            best = reachable_target(values, score=settings.target)
+            rollouts, value = [scored[best]], target_score(values[best], score=settings.target)
+        guidance.append(Guidance(alpha if rollouts else 0.0, uncapped, tuple(rollouts), value))
+    return guidance
+
+
+def target_sequences(
+    group: ScoredGroup, guidance: Guidance, *, problems: int, with_teacher: bool = True
+) -> list[TrainSequence]:
+    """o+ (or all correct guided completions, Eq. 2) after the plain prompt, with the guided prompt as the teacher's."""
+    return [
+        TrainSequence(
+            prompt_ids=group.prompts.plain,
+            completion_ids=rollout.completion_ids,
+            target_weight=target_token_weight(
+                alpha=guidance.alpha,
+                problems=problems,
+                targets=len(guidance.targets),
+                length=len(rollout.completion_ids),
+            ),
+            teacher_prompt_ids=rollout.request.prompt_ids if with_teacher else None,
+        )
+        for rollout in guidance.targets
+    ]
+
+
+def _alpha(group: ScoredGroup, settings: SgpoSettings) -> tuple[float, float]:
+    """(alpha, alpha before the cap); (0, 0) where no guided rollout is correct."""
+    if not any(reward > 0 for reward in group.guided_rewards):
+        return 0.0, 0.0
+    if settings.alpha == "fixed":
+        return settings.alpha_fixed, settings.alpha_fixed
+    if settings.alpha == "group_advantage":
+        return group_advantage_alpha(
+            torch.tensor(group.auto_rewards), max(group.guided_rewards), alpha_max=settings.alpha_max
+        )
+    return adaptive_alpha(
+        _pass_rate(group.auto_rewards),
+        _pass_rate(group.guided_rewards),
+        alpha_0=settings.alpha_0,
+        gamma=settings.alpha_gamma,
+        alpha_max=settings.alpha_max,
+    )
+
+
+def _tokens(rollout: Rollout) -> int:
+    return len(rollout.request.prompt_ids) + len(rollout.completion_ids)
+
+
+def _pass_rate(rewards: Sequence[float]) -> float:
+    return sum(reward > 0 for reward in rewards) / len(rewards)

@@ -1,0 +1,1 @@
+"""What the verbs of the command line run, one file per verb."""

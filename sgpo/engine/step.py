@@ -1,0 +1,190 @@
+"""One optimizer step from training sequences, and scoring without gradient: what warm-up and training share.
+
+Under ZeRO-3 a forward pass is a collective, so all ranks agree beforehand on the number of micro-batches and on which
+of them have a teacher pass; a rank without work of its own joins in with an empty micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from sgpo_kernels import linear_logprob
+
+from sgpo.algorithm.targets import target_score
+from sgpo.engine.batching import MicroBatch, TokenBatch, collate, collate_training, grouped
+from sgpo.engine.zero import ZeroEngine
+from sgpo.types import Contest, TrainSequence
+from sgpo.utils import distributed
+
+# (head, bias, hidden rows, teacher's hidden rows or None, micro-batch on the device) -> (loss, stats)
+Objective = Callable[..., tuple[torch.Tensor, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A micro-batch that went through: its sequences in row order, its statistics (on the device), its tokens."""
+
+    sequences: list[TrainSequence]
+    stats: Any
+    tokens: int
+    padding: int
+
+
+class Winner(NamedTuple):
+    """Which candidate of a contest was learnt, and its score."""
+
+    index: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """`grad_norm` is None where no sequence of any rank was live and the optimizer was not stepped. A winner for each
+    contest."""
+
+    passes: list[Pass]
+    loss: float
+    grad_norm: float | None
+    winners: list[Winner] = field(default_factory=list)
+
+
+def optimizer_step(
+    engine: ZeroEngine,
+    sequences: Sequence[TrainSequence],
+    objective: Objective,
+    *,
+    token_budget: int,
+    pad_id: int,
+    lr: float,
+    contests: Sequence[Contest] = (),
+    temperature: float = 1.0,
+) -> StepResult:
+    """Accumulates the gradient of all live sequences, micro-batch by micro-batch, and applies it once.
+
+    Every contest comes first, one candidate at a time; `temperature` is that of its score.
+    """
+    passes: list[Pass] = []
+    losses: list[torch.Tensor] = []
+
+    def learn(chosen: list[TrainSequence], micro: MicroBatch, hidden: torch.Tensor | None = None) -> None:
+        loss, stats = engine.loss(bound_objective(objective, micro), micro.student, micro.teacher, hidden)
+        engine.backward(loss)
+        losses.append(loss.detach())
+        passes.append(Pass(chosen, stats, micro.tokens, micro.tokens - _real_tokens(chosen, micro)))
+
+    winners = _learn_winners(engine, contests, learn, pad_id=pad_id, temperature=temperature)
+    live = [sequence for sequence in sequences if sequence.is_live]
+    packed, shared_by = engine.model.packed, engine.model.shared_by
+    for chosen, micro in micro_batches(
+        live, token_budget=token_budget, pad_id=pad_id, packed=packed, shared_by=shared_by
+    ):
+        learn(chosen, micro.to(engine.device))
+    if not passes:
+        return StepResult([], 0.0, None)
+    return StepResult(passes, float(torch.stack(losses).sum()), engine.step(lr), winners)
+
+
+def _learn_winners(
+    engine: ZeroEngine, contests: Sequence[Contest], learn: Callable[..., None], *, pad_id: int, temperature: float
+) -> list[Winner]:
+    """Calls `learn` with the best candidate of each contest and its hidden rows: o+ needs no forward pass of its own.
+
+    At most two candidates' graphs are alive. As many passes on every rank; one without a contest joins in with nothing.
+    """
+    shapes = distributed.gather([(len(c.candidates), any(map(_is_distilled, c.candidates))) for c in contests])
+    winners = []
+    for k in range(max(len(shape) for shape in shapes)):
+        rounds, with_teacher = (max(values) for values in zip(*(s[k] for s in shapes if k < len(s)), strict=True))
+        contest = contests[k] if k < len(contests) else Contest(())
+        best, chosen = Winner(0, -math.inf), None
+        for index in range(rounds):
+            sequences = list(contest.candidates[index : index + 1])
+            micro = collate_training(sequences, pad_id, with_teacher=bool(with_teacher), packed=engine.model.packed)
+            micro = micro.to(engine.device)
+            hidden, logprobs = engine.hidden_and(_logprobs(micro.student, temperature), micro.student)
+            score = target_score(logprobs.tolist(), score=contest.score) if sequences else -math.inf
+            if chosen is None or score > best.score:
+                best, chosen = Winner(index, score), (sequences, micro, hidden)
+            del hidden  # a loser's graph goes before the next one is made
+        if chosen is not None:
+            learn(*chosen)
+            winners += [best] if contest.candidates else []
+    return winners
+
+
+def micro_batches(
+    sequences: Sequence[TrainSequence], *, token_budget: int, pad_id: int, packed: bool = False, shared_by: int = 1
+) -> Iterator[tuple[list[TrainSequence], MicroBatch]]:
+    """Micro-batches within the budget, the longest first; as many of them, and of teacher passes, on every rank.
+
+    `shared_by`: so many ranks share each forward pass (sgpo.model.sequence_parallel) and add up their budgets for it.
+    """
+    lengths = [s.length for s in sequences]
+    own = _own_groups(lengths, token_budget, packed=packed, shared_by=shared_by)
+    groups = [[sequences[i] for i in group] for group in own]
+    plans = distributed.gather([any(_is_distilled(s) for s in group) for group in groups])
+    for k in range(max(len(plan) for plan in plans)):
+        chosen = groups[k] if k < len(groups) else []
+        with_teacher = any(k < len(plan) and plan[k] for plan in plans)
+        yield chosen, collate_training(chosen, pad_id, with_teacher=with_teacher, packed=packed)
+
+
+def _own_groups(lengths: Sequence[int], token_budget: int, *, packed: bool, shared_by: int) -> list[list[int]]:
+    """Indices of this rank's sequences in each micro-batch; the ranks that share micro-batches form them together."""
+    if shared_by == 1:
+        return grouped(lengths, token_budget, packed=packed)
+    first = distributed.rank() // shared_by * shared_by
+    members = distributed.gather(list(lengths))[first : first + shared_by]
+    start = sum(len(member) for member in members[: distributed.rank() - first])
+    joint = grouped([length for member in members for length in member], shared_by * token_budget, packed=packed)
+    return [[i - start for i in group if start <= i < start + len(lengths)] for group in joint]
+
+
+def score_contexts(
+    engine: ZeroEngine,
+    contexts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    token_budget: int,
+    pad_id: int,
+    temperature: float = 1.0,
+) -> list[list[float]]:
+    """log pi(token | prompt, tokens before) of each (prompt ids, completion ids), current weights. Collective."""
+    packed = engine.model.packed
+    lengths = [len(prompt) + len(completion) for prompt, completion in contexts]
+    groups = _own_groups(lengths, token_budget, packed=packed, shared_by=engine.model.shared_by)
+    scores: dict[int, list[float]] = {}
+    for k in range(max(distributed.gather(len(groups)))):
+        group = groups[k] if k < len(groups) else []
+        prompts, completions = [contexts[i][0] for i in group], [contexts[i][1] for i in group]
+        batch = collate(prompts, completions, pad_id, packed=packed).to(engine.device)
+        logprobs = engine.evaluate(_logprobs(batch, temperature), batch)
+        counts = [len(contexts[i][1]) for i in group]
+        scores.update(zip(group, (part.tolist() for part in logprobs.split(counts)), strict=True))
+    return [scores[i] for i in range(len(contexts))]
+
+
+def _logprobs(batch: TokenBatch, temperature: float) -> Callable[..., torch.Tensor]:
+    def logprobs(head: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor, _: None) -> torch.Tensor:
+        return linear_logprob(hidden, head, batch.targets, temperature=temperature, bias=bias)[0]
+
+    return logprobs
+
+
+def bound_objective(objective: Objective, micro: MicroBatch) -> Callable[..., tuple[torch.Tensor, Any]]:
+    """`objective` of `micro` as ZeroEngine.loss takes it."""
+    return lambda head, bias, hidden, teacher_hidden: objective(head, bias, hidden, teacher_hidden, micro)
+
+
+def _is_distilled(sequence: TrainSequence) -> bool:
+    return sequence.target_weight != 0.0 and sequence.teacher_prompt_ids is not None
+
+
+def _real_tokens(sequences: Sequence[TrainSequence], micro: MicroBatch) -> int:
+    student = sum(len(s.prompt_ids) + len(s.completion_ids) for s in sequences)
+    if micro.teacher is None:
+        return student
+    return student + sum(len(s.teacher_prompt_ids or ()) + len(s.completion_ids) for s in sequences if _is_distilled(s))

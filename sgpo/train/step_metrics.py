@@ -1,0 +1,143 @@
+"""The numbers of a step: what the rollouts were like, what was decided, what the loss saw. All over all ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from sgpo_kernels import DivergenceStats, PolicyStats
+
+from sgpo.algorithm.importance import gap_statistics
+from sgpo.algorithm.method import Guidance
+from sgpo.engine.step import Pass
+from sgpo.types import Rollout, ScoredGroup
+from sgpo.utils.distributed import Meter
+
+
+class Clock:
+    """Wall time of the stages of a step, in seconds; the slowest rank counts. `at_end` is told each stage that ends."""
+
+    def __init__(self, meter: Meter, at_end: Callable[[str], None] = lambda _: None) -> None:
+        self._meter, self._at_end = meter, at_end
+        self._spent: dict[str, float] = {}
+        self._start = self._last = time.monotonic()
+        self.spans: list[tuple[str, float, float]] = []
+
+    def stage(self, name: str) -> None:
+        """The time since the last call belongs to stage `name`, added to what it had."""
+        now = time.monotonic()
+        self._spent[f"{name}_s"] = self._spent.get(f"{name}_s", 0.0) + now - self._last
+        self.spans.append((name, self._last, now))
+        self._last = now
+        self._at_end(name)
+
+    def finish(self) -> None:
+        self._meter.maxima({**self._spent, "step_s": time.monotonic() - self._start})
+
+
+def record_memory(meter: Meter) -> None:
+    """MiB that torch's allocator uses and holds on the fullest GPU: a gap that grows is fragmentation."""
+    if torch.cuda.is_available():
+        meter.max("cuda_allocated_mib", torch.cuda.memory_allocated() / 2**20)
+        meter.max("cuda_reserved_mib", torch.cuda.memory_reserved() / 2**20)
+
+
+def record_groups(meter: Meter, groups: Sequence[ScoredGroup]) -> None:
+    """Accuracy, lengths, truncation and verdicts of both kinds of rollout."""
+    for group in groups:
+        meter.sum("problems", 1)
+        meter.means("accuracy_auto", [float(reward > 0) for reward in group.auto_rewards])
+        meter.means("accuracy_guided", [float(reward > 0) for reward in group.guided_rewards])
+        meter.means("zero_variance_share", [float(len(set(group.auto_rewards)) <= 1)])
+        for kind, rollouts in (("auto", group.auto), ("guided", group.guided)):
+            meter.means(f"length_{kind}", [len(r.completion_ids) for r in rollouts])
+            meter.means(f"truncated_{kind}", [float(r.truncated) for r in rollouts])
+        for rollout in group.auto:
+            meter.mean("sampled_nll", -sum(rollout.rollout_logprobs), len(rollout.rollout_logprobs))
+        verdicts = (*group.auto_verdicts, *group.guided_verdicts)
+        meter.means("no_answer_share", [float(v.status == "no_answer") for v in verdicts])
+        meter.sum("reward_timeouts", sum(v.status == "timeout" for v in verdicts))
+        meter.sum("reward_errors", sum(v.status == "error" for v in verdicts))
+        meter.sum("rollouts", len(group.auto) + len(group.guided))
+        meter.sum("rollout_tokens", sum(len(r.completion_ids) for r in (*group.auto, *group.guided)))
+
+
+def record_guidance(meter: Meter, guidance: Sequence[Guidance]) -> None:
+    """alpha before and after the cap, and how many problems have a target."""
+    meter.means("alpha_mean", [chosen.alpha for chosen in guidance])
+    meter.means("alpha_uncapped_mean", [chosen.alpha_uncapped for chosen in guidance])
+    meter.means("alpha_live_share", [float(chosen.alpha > 0) for chosen in guidance])
+    meter.means("target_share", [float(bool(chosen.targets)) for chosen in guidance])
+    meter.means("target_score_mean", [c.target_score for c in guidance if c.target_score is not None])
+
+
+def record_passes(meter: Meter, passes: Sequence[Pass]) -> None:
+    """Row statistics of the loss, over live rows. One transfer from the device per statistic and micro-batch."""
+    for done in passes:
+        meter.sum("micro_batches", 1)
+        meter.sum("train_tokens", done.tokens)
+        meter.mean("padding_share", done.padding, done.tokens)
+        meter.sum("loss_policy", float(done.stats.policy_loss))
+        meter.sum("loss_distill", float(done.stats.target_loss))
+        policy, divergence = done.stats.policy, done.stats.divergence
+        rows = len(policy.logprobs)
+        meter.sum("policy_rows", rows)
+        meter.mean("entropy", float(policy.entropy.sum()), rows)
+        meter.mean("ratio_mean", float(policy.ratio.sum()), rows)
+        meter.mean("clip_share", float(policy.clipped.sum()), rows)
+        record_sampler_gap(meter, done)
+        record_columns(meter, policy)
+        if divergence is None:
+            continue
+        record_columns(meter, divergence)
+        rows = len(divergence.divergence)
+        meter.sum("distill_rows", rows)
+        meter.mean("kl_mean", float(divergence.divergence.sum()), rows)
+        meter.mean("kl_kept_mean", float(divergence.divergence[~divergence.over_limit].sum()), rows)
+        meter.mean("kl_masked_share", float(divergence.over_limit.sum()), rows)
+        if rows:
+            meter.max("kl_max", float(divergence.divergence.max()))
+
+
+def record_sampler_gap(meter: Meter, done: Pass) -> None:
+    """How far the sampler's log-probs are from the trainer's, on rows with a gradient.
+
+    With top_p < 1 the sampler's are those of the nucleus, up to -log(top_p) above the trainer's.
+    """
+    sequences = [s for s in done.sequences if s.policy_weight and s.advantage]
+    if not sequences or any(s.rollout_logprobs is None for s in sequences):
+        return
+    sampler = [x for s in sequences for x in s.rollout_logprobs or ()]
+    if all(s.old_logprobs for s in sequences):
+        trainer = [x for s in sequences for x in s.old_logprobs or ()]
+    else:
+        trainer = done.stats.policy.logprobs.tolist()
+    total, largest, k3 = gap_statistics(trainer, sampler)
+    meter.mean("sampler_gap_mean", total, len(sampler))
+    meter.max("sampler_gap_max", largest)
+    meter.mean("sampler_gap_k3", k3, len(sampler))
+    weights = [x for s in sequences for x in s.importance or ()]
+    if weights:
+        meter.means("importance_mean", weights)
+
+
+def record_columns(meter: Meter, stats: PolicyStats | DivergenceStats) -> None:
+    """What the live-column backward multiplied and left out: a bound of sum |d loss / d logit| over the step."""
+    meter.sum("dropped_mass", float(stats.dropped.sum()))
+    meter.mean("column_share", float(stats.column_share.sum()), int(stats.live.sum()))
+
+
+def distilled_trajectory(passes: Sequence[Pass]) -> tuple[tuple[int, ...], list[float], list[bool]] | None:
+    """(completion ids, KL of each token, masked or not) of the first distilled completion, or None."""
+    for done in passes:
+        targets = [s for s in done.sequences if s.target_weight]
+        if targets and done.stats.divergence is not None:
+            length = len(targets[0].completion_ids)
+            kl = done.stats.divergence.divergence[:length].tolist()
+            return targets[0].completion_ids, kl, done.stats.divergence.over_limit[:length].tolist()
+    return None
+
+
+def is_target(rollout: Rollout, guidance: Guidance) -> bool:
+    return any(rollout is target for target in guidance.targets)

@@ -1,0 +1,80 @@
+"""Before the first step: the longest micro-batch that the run may meet goes through once, optimizer included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from sgpo import assembly
+from sgpo.config import WITH_DEMONSTRATIONS, Config
+from sgpo.engine.batching import MicroBatch, collate_training
+from sgpo.engine.step import Objective, bound_objective
+from sgpo.engine.zero import ZeroEngine
+from sgpo.types import PromptPair, SgpoError, TrainSequence
+from sgpo.utils import distributed
+
+
+def wants_worst_case(config: Config, device: torch.device) -> bool:
+    """plan.worst_case_step; by default on a GPU alone, where memory ends without warning."""
+    asked = config.plan.worst_case_step
+    return device.type == "cuda" if asked is None else asked
+
+
+def worst_case_step(engine: ZeroEngine, config: Config, prompts: Sequence[PromptPair], pad_id: int) -> None:
+    """A step over full-length sequences in both contexts; weights, optimizer and random states stay as they were.
+
+    For an engine that has made no step yet. Collective. Raises SgpoError where it does not fit.
+    """
+    sequences = longest_micro_batch(config, prompts, pad_id)
+    with_teacher = any(s.teacher_prompt_ids for s in sequences)
+    packed, members = config.engine.packing == "packed", config.engine.sequence_parallel_size
+    micros = []
+    for owner in range(max(2, members)):  # of ranks that share a micro-batch, each has all of its rows once
+        own = sequences if distributed.rank() % members == owner % members else []
+        micros.append(collate_training(own, pad_id, with_teacher=with_teacher, packed=packed).to(engine.device))
+    rival, last = None, sequences[-1]
+    if last.target_weight > 0 and last.length > config.contest_above_tokens():
+        rival = collate_training([last], pad_id, with_teacher=with_teacher, packed=packed).to(engine.device)
+    devices = [engine.device] if engine.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            engine.rehearse(_passes(engine, assembly.policy_objective(config), micros, rival))
+    except torch.OutOfMemoryError as error:
+        tokens = max(micro.tokens for micro in micros)
+        raise SgpoError(
+            f"the longest micro-batch ({tokens} tokens in both contexts) does not fit into the GPU's memory: "
+            "lower engine.micro_batch_tokens or rollout.max_new_tokens, or see sgpo plan"
+        ) from error
+
+
+def _passes(
+    engine: ZeroEngine, objective: Objective, micros: Sequence[MicroBatch], rival: MicroBatch | None
+) -> Iterator[tuple[Any, ...]]:
+    """What `engine.loss` takes, pass by pass. Before the others a contest of `rival` with itself: the best candidate so
+    far waits with its graph while the next one goes through."""
+    if rival is not None:
+        waiting = engine.hidden_and(lambda *_: None, rival.student)[0]
+        hidden = engine.hidden_and(lambda *_: None, rival.student)[0]
+        del waiting
+        yield bound_objective(objective, rival), rival.student, rival.teacher, hidden
+        del hidden
+    for micro in micros:
+        yield bound_objective(objective, micro), micro.student, micro.teacher
+
+
+def longest_micro_batch(config: Config, prompts: Sequence[PromptPair], pad_id: int) -> list[TrainSequence]:
+    """As many full-length completions as a micro-batch holds, of which SGPO distils one and imitation learns one."""
+    plain = max((pair.plain for pair in prompts), key=len)
+    guided = max((pair.guided or pair.plain for pair in prompts), key=len)
+    new = (pad_id,) * config.rollout.max_new_tokens
+    algorithm = config.algorithm
+    distils = algorithm.method == "sgpo" and algorithm.distillation not in ("none", "sft")
+    imitates = algorithm.method in WITH_DEMONSTRATIONS or algorithm.distillation == "sft"
+    longest = len(guided if distils else plain) + len(new)
+    count = max(1, config.engine.micro_batch_tokens * config.engine.sequence_parallel_size // longest)
+    sequences = [TrainSequence(plain, new, advantage=1.0, policy_weight=1e-6) for _ in range(count)]
+    if distils or imitates:
+        sequences[-1] = TrainSequence(plain, new, target_weight=1e-6, teacher_prompt_ids=guided if distils else None)
+    return sequences
