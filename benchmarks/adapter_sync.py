@@ -14,13 +14,15 @@ from pathlib import Path
 
 import torch
 
-from sgpo import assembly
-from sgpo.config import Config, checked
+from sgpo.build.rollouts import rollout_engine
+from sgpo.config import Config
 from sgpo.engine.weight_sync import SyncedRollouts
 from sgpo.engine.zero import ZeroEngine, init_distributed
+from sgpo.model.loading import load_causal_lm
 from sgpo.model.lora import add_adapters
-from sgpo.model.policy import PolicyModel, load_causal_lm
+from sgpo.model.policy import PolicyModel
 from sgpo.types import RolloutRequest, SamplingParams
+from sgpo.utils.config_file import checked
 
 PROBE = tuple(range(100, 164))
 REQUESTS = [RolloutRequest(i, "auto", 0, tuple(range(200 + i, 232 + i)), i) for i in range(16)]
@@ -64,7 +66,7 @@ def main() -> None:
     bound, sync_s, token_ms = {}, {}, {}
     for kind in ("merged", "adapters"):
         config = config_of(options, kind)
-        rollouts = assembly.rollout_engine(config, options.folder, from_scratch=True)
+        rollouts = rollout_engine(config, options.folder, from_scratch=True)
         bound[kind] = SyncedRollouts(
             trainer, rollouts, probe_ids=PROBE, tolerance=1.0, token_budget=4096, pad_id=0, adapters=kind == "adapters"
         )

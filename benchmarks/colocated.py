@@ -23,7 +23,8 @@ import torch
 
 from benchmarks import measure
 from benchmarks.train_step import config_of, make_model, training_step
-from sgpo import assembly
+from sgpo.build.model_engine import engine_on
+from sgpo.build.rollouts import vllm_options
 from sgpo.engine.weight_sync import SyncedRollouts
 from sgpo.engine.zero import init_distributed
 from sgpo.rollout.vllm_engine import VllmEngine
@@ -73,9 +74,9 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     config = config_of(folder, options.state, tokens, engine="vllm", vllm=vllm)
     lm = make_model(shape, device, folder)
     planned = planned_peaks(config, folder)
-    engine = assembly.engine_on(config, lm, config.optim, device)
+    engine = engine_on(config, lm, config.optim, device)
     sampler = VllmEngine(
-        folder, eos_ids=[_EOS], dtype="bfloat16", options=assembly.vllm_options(config, folder, from_scratch=True)
+        folder, eos_ids=[_EOS], dtype="bfloat16", options=vllm_options(config, folder, from_scratch=True)
     )
     probe = tuple(range(3, 67))
     synced = SyncedRollouts(engine, sampler, probe_ids=probe, tolerance=0.1, token_budget=tokens, pad_id=0)

@@ -48,12 +48,15 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import measure
-from sgpo.assembly import BUILTIN, load_task, positions_of, rollout_engine, vllm_options
+from sgpo.build.rollouts import rollout_engine, vllm_options
+from sgpo.build.task import load_task
 from sgpo.config import Config
 from sgpo.data import builtin
+from sgpo.data.builtin import BUILTIN
+from sgpo.data.epochs import problems_of_step
 from sgpo.data.prompts import eos_token_ids
-from sgpo.model.policy import eos_ids_of_folder, load_causal_lm, load_tokenizer
-from sgpo.train.rollout_batch import build_requests, problems_of_step
+from sgpo.model.loading import eos_ids_of_folder, load_causal_lm, load_tokenizer, positions_of
+from sgpo.train.rollout_batch import build_requests
 from sgpo.types import Rollout, RolloutEngine, RolloutRequest, SamplingParams, SgpoError
 from sgpo.utils.checksums import checksum
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from sgpo.data.problems import load_problems
 from sgpo.data.prompts import PromptBuilder, PromptTemplate
 from sgpo.engine.batching import collate
-from sgpo.model.policy import PolicyModel, load_causal_lm, load_tokenizer
+from sgpo.model.loading import load_causal_lm, load_tokenizer
+from sgpo.model.policy import PolicyModel
 from sgpo.types import Problem, SgpoError
 
 Knots = tuple[tuple[float, float], ...]

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from sgpo import assembly
 from sgpo.algorithm.targets import reachable_target
+from sgpo.build.loss import policy_objective
 from sgpo.config import Config
 from sgpo.engine.step import optimizer_step, score_contexts
 from sgpo.engine.zero import ZeroEngine, init_distributed
@@ -80,7 +80,7 @@ def step(engine: ZeroEngine, config: Config, live: int, candidates: int, shared:
     if not shared:
         scores = score_contexts(engine, [(s.prompt_ids, s.completion_ids) for s in rivals], **sizes)
         sequences.append(rivals[reachable_target(scores)])
-    optimizer_step(engine, sequences, assembly.policy_objective(config), lr=1e-6, contests=contests, **sizes)
+    optimizer_step(engine, sequences, policy_objective(config), lr=1e-6, contests=contests, **sizes)
 
 
 def sequence(seed: int, tokens: int, **weights: Any) -> TrainSequence:

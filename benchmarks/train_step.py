@@ -27,7 +27,8 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from sgpo import assembly
+from sgpo.build.loss import policy_objective
+from sgpo.build.model_engine import engine_on
 from sgpo.config import Config
 from sgpo.engine.step import micro_batches
 from sgpo.engine.zero import ZeroEngine, init_distributed
@@ -90,7 +91,7 @@ def rows_of(
         lm = make_model(shape, device, folder)
         if (lacking := _missing_host_gib(lm, state)) > 0:
             raise torch.OutOfMemoryError(f"the host lacks {lacking:.0f} GiB")
-        engine, start = _measured(partial(assembly.engine_on, config, lm, config.optim, device), device)
+        engine, start = _measured(partial(engine_on, config, lm, config.optim, device), device)
     except (torch.OutOfMemoryError, SgpoError) as error:
         yield {**same, "not_run": " ".join(str(error).split())[:200]}
         return
@@ -170,7 +171,7 @@ def make_sequences(tokens: int, vocabulary: int) -> list[TrainSequence]:
 
 def training_step(engine: ZeroEngine, config: Config, tokens: int) -> tuple[dict[str, Any], float, float]:
     """(phases, loss, gradient norm) of `optimizer_step`, with a clock and a memory meter between its parts."""
-    objective, device = assembly.policy_objective(config), engine.device
+    objective, device = policy_objective(config), engine.device
     sequences = make_sequences(tokens, engine.model.lm.config.vocab_size)
     phases: dict[str, Any] = {}
     total = 0.0

@@ -52,6 +52,15 @@ class PromptPair:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskData:
+    """Problems with both of their prompts, in the same order; a demonstration's ids where the method uses them."""
+
+    problems: list[Problem]
+    prompts: list[PromptPair]
+    demo_ids: list[tuple[int, ...]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutRequest:
     """One completion to sample. `seed` alone decides the randomness, never the batch it happens to run in."""
 
@@ -181,8 +190,8 @@ class SyncReceipt:
     probe_logprobs: tuple[float, ...]
 
 
-class RolloutEngine(Protocol):
-    """Samples completions from the weights it was last given."""
+class Sampler(Protocol):
+    """Samples completions from the weights it has; which those are is not its callers' business."""
 
     def generate(
         self,
@@ -198,6 +207,10 @@ class RolloutEngine(Protocol):
         Raises EngineFailure where the engine is dead or hangs, SgpoError where it cannot do what is asked.
         """
         ...
+
+
+class RolloutEngine(Sampler, Protocol):
+    """A sampler that takes over the trainer's weights, and whose memory comes and goes."""
 
     def load_weights(
         self, named_tensors: Iterable[tuple[str, Any]], policy_version: int, probe_ids: Sequence[int] = ()

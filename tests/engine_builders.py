@@ -22,7 +22,7 @@ def with_adapters(lm, dora=False):
 
 def make_hf(folder, eos_ids, max_batch_tokens, *, adapters=False, dora=False):
     from sgpo.data.builtin import PAD, vocabulary
-    from sgpo.model.policy import load_causal_lm
+    from sgpo.model.loading import load_causal_lm
     from sgpo.rollout.hf_engine import HfEngine
 
     lm = load_causal_lm(folder, dtype="float32")

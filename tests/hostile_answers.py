@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from sgpo.rewards import RewardItem, RewardPool
+from sgpo.rewards.pool import RewardItem, RewardPool
 
 
 def words(text: str) -> list[str]:

@@ -31,7 +31,7 @@ FLOORS = {
     "sgpo.commands": 7,
     "sgpo.cli": 8,
 }
-ADAPTERS = ("sgpo.data", "sgpo.strategies", "sgpo.rewards", "sgpo.rollout", "sgpo.model", "sgpo.reporting")
+ADAPTERS = ("sgpo.data", "sgpo.rewards", "sgpo.rollout", "sgpo.model", "sgpo.reporting", "sgpo.planning")
 HOMES = {
     "deepspeed": {"sgpo.engine.zero", "sgpo.model.sequence_parallel"},
     "vllm": {"sgpo.rollout.vllm_engine", "sgpo.rollout.vllm_adapters"},

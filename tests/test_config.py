@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sgpo.config import Config, describe, known_keys, load_config
+from sgpo.config import Config
 from sgpo.types import SgpoError
+from sgpo.utils.config_file import describe, known_keys, load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 MINIMAL = "model: {path: m}\ndata: {train: t}\n"
@@ -21,7 +22,7 @@ def load(tmp_path):
 
     def loader(*overrides, text=MINIMAL):
         path.write_text(text, encoding="utf-8")
-        return load_config(path, overrides)
+        return load_settings(Config, path, overrides)
 
     return loader
 
@@ -266,12 +267,12 @@ def test_a_section_given_twice_is_refused(load):
 
 def test_a_missing_or_unreadable_file(tmp_path):
     with pytest.raises(SgpoError, match=r"nowhere\.yaml does not exist"):
-        load_config(tmp_path / "nowhere.yaml")
+        load_settings(Config, tmp_path / "nowhere.yaml")
     with pytest.raises(SgpoError, match="cannot be read"):
-        load_config(tmp_path)
+        load_settings(Config, tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"run: {name: \xff\xfe}")
     with pytest.raises(SgpoError, match=r"latin\.yaml cannot be read"):
-        load_config(tmp_path / "latin.yaml")
+        load_settings(Config, tmp_path / "latin.yaml")
 
 
 def test_required_keys(load):
@@ -326,7 +327,7 @@ def test_the_run_folder(load):
 
 
 def test_known_keys_are_leaves():
-    keys = known_keys()
+    keys = known_keys(Config)
     assert len(keys) > 70
     assert {"run.seed", "warmup.optim.lr", "algorithm.alpha_gamma"} <= keys.keys()
     assert "warmup.optim" not in keys
@@ -334,10 +335,10 @@ def test_known_keys_are_leaves():
 
 
 def test_describe_lists_every_key_with_its_default(load):
-    lines = {line.split()[0]: line for line in describe().splitlines()}
-    assert list(lines) == [f"--{key}" for key in known_keys()]
+    lines = {line.split()[0]: line for line in describe(Config).splitlines()}
+    assert list(lines) == [f"--{key}" for key in known_keys(Config)]
     config = load("--rollout.engine", "hf")
-    for key, info in known_keys().items():
+    for key, info in known_keys(Config).items():
         if key == "rollout.engine":
             continue  # "auto" is what is described, the engine it stands for what is held
         wanted = "required" if info.is_required() else f"default {value_of(config, key)!r}"
@@ -345,7 +346,7 @@ def test_describe_lists_every_key_with_its_default(load):
 
 
 def test_describe_is_readable():
-    assert "FieldInfo" not in describe()
+    assert "FieldInfo" not in describe(Config)
 
 
 def test_every_shipped_config_loads():
@@ -353,7 +354,7 @@ def test_every_shipped_config_loads():
     assert paths
     for path in paths:
         if "variants" not in yaml.safe_load(path.read_text()):  # a study, see test_study.py
-            load_config(path)
+            load_settings(Config, path)
 
 
 def test_the_config_loads_without_torch():

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from sgpo_kernels import linear_divergence
 
-from sgpo import assembly
 from sgpo.analysis.design import Study, load_policy, load_study, make_plan
 from sgpo.analysis.report import write_analysis_report
 from sgpo.analysis.results import Results
 from sgpo.analysis.samples import Row, collect
 from sgpo.analysis.token_kl import TokenKl, summarize, token_pieces
 from sgpo.analysis.transfer import Draw
+from sgpo.build.model_engine import resolve_model
 from sgpo.engine.batching import collate, length_sorted
-from sgpo.model.policy import load_tokenizer
+from sgpo.model.loading import load_tokenizer
 from sgpo.strategies.settings import AnalyzeConfig
 from sgpo.types import SgpoError
 from sgpo.utils import distributed
@@ -43,7 +43,7 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
     if distributed.world_size() > 1:
         raise SgpoError("sgpo strategies analyze runs in one process; start it without torchrun")
     output = output_folder(config)
-    folder = assembly.resolve_model(config)
+    folder = resolve_model(config)
     tokenizer = load_tokenizer(folder)
     study, without_guidance = load_study(config, folder, tokenizer)
     plan = make_plan(config, folder, tokenizer, study)

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from sgpo import assembly
 from sgpo.analysis import similarity, transfer
 from sgpo.analysis.transfer import Draw
+from sgpo.build.task import load_task, prompt_builder
 from sgpo.engine.batching import collate, length_sorted
-from sgpo.model.policy import PolicyModel, load_causal_lm
+from sgpo.model.loading import load_causal_lm, positions_of
+from sgpo.model.policy import PolicyModel
 from sgpo.strategies.settings import AnalyzeConfig
 from sgpo.types import Problem, PromptPair, SgpoError
 
@@ -54,7 +55,7 @@ def load_study(config: AnalyzeConfig, folder: Path, tokenizer: Any) -> tuple[Stu
     source = config.data.train if settings.split == "train" else config.data.eval
     if not source:
         raise SgpoError("analyze.split: eval needs data.eval")
-    task = assembly.load_task(config, tokenizer, split=settings.split)
+    task = load_task(config, tokenizer, split=settings.split)
     kept = [i for i, problem in enumerate(task.problems) if problem.has_guidance]
     if len(kept) < 2:
         raise SgpoError(f"{source} has {len(kept)} problems with a strategy; transfer needs at least two")
@@ -87,9 +88,9 @@ def make_plan(config: AnalyzeConfig, folder: Path, tokenizer: Any, study: Study)
     wanted = settings.matrix_draws > 0 and len(names) > 1
     cells = transfer.assign_matrix(study.types, names, draws=settings.matrix_draws, seed=seed) if wanted else {}
     every = draws + [draw for cell in cells.values() for draw in cell]
-    builder = assembly.prompt_builder(config, tokenizer)
+    builder = prompt_builder(config, tokenizer)
     data = config.data.model_copy(update={"max_prompt_tokens": _ANY_LENGTH})
-    free = assembly.prompt_builder(config.model_copy(update={"data": data}), tokenizer)
+    free = prompt_builder(config.model_copy(update={"data": data}), tokenizer)
 
     def guided(problem: Problem) -> tuple[int, ...]:
         """Of a placeholder, which may be too long while its length is being found."""
@@ -122,7 +123,7 @@ def make_plan(config: AnalyzeConfig, folder: Path, tokenizer: Any, study: Study)
 
 
 def _check_lengths(config: AnalyzeConfig, folder: Path, prompt: int) -> None:
-    longest, positions = prompt + config.rollout.max_new_tokens, assembly.positions_of(folder)
+    longest, positions = prompt + config.rollout.max_new_tokens, positions_of(folder)
     if positions is not None and longest > positions:
         raise SgpoError(
             f"a sequence may have {longest} tokens (prompt {prompt} + rollout.max_new_tokens), more than {positions}, "

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sgpo import assembly
 from sgpo.analysis import transfer
 from sgpo.analysis.design import Plan, Study
 from sgpo.analysis.transfer import Draw
+from sgpo.build.rollouts import build_rewards, build_rollouts
 from sgpo.rewards.pool import RewardItem, RewardPool
 from sgpo.strategies.display import ExtractDisplay
 from sgpo.strategies.settings import AnalyzeConfig
@@ -69,7 +69,7 @@ def collect(
         judge(n, _row(tokenizer, study, plan.draws[n], rollout))
 
     display = ExtractDisplay(progress.status)
-    with _open_store(path) as store, assembly.build_rewards(config) as rewards, display:
+    with _open_store(path) as store, build_rewards(config) as rewards, display:
         judging = _Judging(rewards, store, display.advance)
         missing = [n for n, key in enumerate(keys) if store.get(key) is None]
         progress.from_before = len(keys) - len(missing)
@@ -82,7 +82,7 @@ def collect(
                 display.advance()
         judging.finish()
         if missing:
-            rollouts = assembly.build_rollouts(config, folder)
+            rollouts = build_rollouts(config, folder)
             try:
                 for start in range(0, len(missing), _CHUNK):
                     chosen = [requests[n] for n in missing[start : start + _CHUNK]]

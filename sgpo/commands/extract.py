@@ -6,27 +6,49 @@ the cache of all answers, and the report, which lists by id every problem that g
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from sgpo.config import Config, checked
+from sgpo.config import Config
 from sgpo.data.problems import load_problems
 from sgpo.rewards.answers import after_thinking
-from sgpo.rewards.pool import RewardItem, RewardPool
 from sgpo.strategies import calculator
-from sgpo.strategies.asking import AnswerCache, Asker, Backend, Sampling, Usage
+from sgpo.strategies.asking import AnswerCache, Asker, Backend, Sampling
 from sgpo.strategies.display import ExtractDisplay
-from sgpo.strategies.extraction import Candidate, Extraction, Settings, Source, Tally, best
+from sgpo.strategies.extract_report import report_details, status_line
+from sgpo.strategies.extraction import Candidate, Extraction, Settings, Source, best
+from sgpo.strategies.formulas import formula_comparer
 from sgpo.strategies.leakage import Solution, find_leaks
 from sgpo.strategies.prompts import Templates
-from sgpo.strategies.settings import ExtractConfig, LeakConfig
+from sgpo.strategies.settings import ExtractConfig
 from sgpo.types import Problem, SgpoError
+from sgpo.utils.config_file import checked, config_first, load_settings
+from sgpo.utils.files import check_writable, write_whole
 
 _ANY_LENGTH = 2**20  # tokens of a prompt: the positions of the local model are what limits it
+
+
+SETTINGS = ExtractConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "sgpo strategies extract [config.yaml] --input FILE --output FILE [--key value ...]"
+
+
+def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    path, overrides = config_first(words)
+    config = load_settings(ExtractConfig, path, overrides)
+    report = extract(config)
+    lacking = report["without_strategy"]
+    print(f"{config.output}: a strategy for {report['with_strategy']} of {report['problems']} problems")
+    for problem_id, reasons in list(lacking.items())[:20]:
+        print(f"  none for {problem_id}: {reasons[0]}")
+    print(f"report: {config.report or config.output + '.report.json'}")
+    return 1 if lacking else 0
 
 
 def extract(config: ExtractConfig) -> dict[str, Any]:
@@ -39,7 +61,7 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
     report_path = Path(config.report or f"{output}.report.json")
     sources, skipped = load_sources(config)
     for path in (output, report_path):
-        _check_writable(path)
+        check_writable(path)
     if config.backend == "calculator_trace":
         rows, lacking, details = _from_traces(config, sources)
     else:
@@ -54,8 +76,8 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
         "without_strategy": lacking,
         **details,
     }
-    _write_whole(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    _write_whole(report_path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_whole(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_whole(report_path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return report
 
 
@@ -97,8 +119,8 @@ def _from_model(config: ExtractConfig, sources: Sequence[Source]) -> Outcome:
     templates = Templates.load(config.template)
     backend = _endpoint_backend(config) if config.backend == "openai" else _local_backend(config)
     cache_path = Path(config.cache or f"{config.output}.cache.jsonl")
-    with AnswerCache(cache_path) as cache, _formula_comparer(config.leaks) as equal, closing(backend):
-        display = ExtractDisplay(lambda: _status(config, asker.usage, extraction.tally))
+    with AnswerCache(cache_path) as cache, formula_comparer(config.leaks) as equal, closing(backend):
+        display = ExtractDisplay(lambda: status_line(config, asker.usage, extraction.tally))
         asker = Asker(backend, cache, display.advance)
         extraction = Extraction(
             sources,
@@ -117,7 +139,7 @@ def _from_model(config: ExtractConfig, sources: Sequence[Source]) -> Outcome:
             rows.append(_row(config, source.problem, chosen))
         else:
             lacking[source.problem.id] = [f"candidate {c.index + 1}: {c.rejected}" for c in group]
-    return rows, lacking, _details(config, backend, asker.usage, extraction.tally, groups)
+    return rows, lacking, report_details(config, backend, asker.usage, extraction.tally, groups)
 
 
 def _settings(config: ExtractConfig) -> Settings:
@@ -146,42 +168,20 @@ def _local_backend(config: ExtractConfig) -> Backend:
             raise SgpoError(f"local.{section} must be a section, as in --local.rollout.engine hf")
         raw[section] = {**values, **given}
     run = checked(Config, raw, "local")
-    from sgpo import assembly
-    from sgpo.model.policy import load_tokenizer
+    from sgpo.build.rollouts import build_rollouts
+    from sgpo.model.loading import load_tokenizer, positions_of
     from sgpo.strategies.local import LocalBackend
 
     folder = Path(run.model.path)
     tokenizer = load_tokenizer(folder)
     weights = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.glob("*.safetensors"))
     return LocalBackend(
-        assembly.build_rollouts(run, folder),
+        build_rollouts(run, folder),
         tokenizer,
         identity={"model": str(folder.resolve()), "weights": weights, "dtype": run.model.dtype},
-        max_positions=assembly.positions_of(folder),
+        max_positions=positions_of(folder),
         batch=config.local_batch,
     )
-
-
-@contextmanager
-def _formula_comparer(config: LeakConfig) -> Iterator[Any]:
-    """Compares pairs of formulas with Math-Verify in processes that can be killed; they start with the first pair."""
-    pools: list[RewardPool] = []
-
-    def equal(pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
-        if not pairs:
-            return []
-        if not pools:
-            reward = "sgpo.rewards.equality:formulas_equal"
-            limits = {"timeout_s": config.timeout_s, "memory_mib": config.memory_mib}
-            pools.append(RewardPool(reward, workers=config.workers, **limits))  # pyright: ignore
-        verdicts = [pools[0].submit(RewardItem(ours, gold)) for gold, ours in pairs]
-        return [verdict.reward > 0 if verdict.status == "ok" else None for verdict in (v.result() for v in verdicts)]
-
-    try:
-        yield equal
-    finally:
-        for pool in pools:
-            pool.close()
 
 
 def _row(config: ExtractConfig, problem: Problem, chosen: Candidate) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def _training_row(config: ExtractConfig, problem: Problem, strategy: str) -> dic
 
 def _from_traces(config: ExtractConfig, sources: Sequence[Source]) -> Outcome:
     rows, lacking, leaking = [], {}, 0
-    with _formula_comparer(config.leaks) as equal:
+    with formula_comparer(config.leaks) as equal:
         for source in sources:
             problem = source.problem
             strategy = calculator.strategy_from_calculator_trace(source.shown, problem.problem)
@@ -224,87 +224,3 @@ def _from_traces(config: ExtractConfig, sources: Sequence[Source]) -> Outcome:
                 continue
             rows.append(_training_row(config, problem, strategy))
     return rows, lacking, {"leaks": {"leaking_answers": leaking}}
-
-
-# ---- reports -------------------------------------------------------------------------------------------------------
-
-
-def _status(config: ExtractConfig, usage: Usage, tally: Tally) -> str:
-    parts = [
-        f"{usage.asked} answers",
-        f"{usage.cached} from the cache" if usage.cached else "",
-        f"{usage.failed} failed" if usage.failed else "",
-        f"{tally.malformed.total()} malformed" if tally.malformed else "",
-        f"{tally.leaking_answers} leaking" if tally.leaking_answers else "",
-        f"{usage.prompt_tokens:,} + {usage.completion_tokens:,} tokens",
-    ]
-    if (cost := _cost(config, usage.prompt_tokens, usage.completion_tokens)) is not None:
-        parts.append(f"cost {cost:.4f}")
-    return "  ".join(filter(None, parts))
-
-
-def _cost(config: ExtractConfig, prompt_tokens: int, completion_tokens: int) -> float | None:
-    prices = config.endpoint.price_prompt, config.endpoint.price_completion
-    if prices[0] is None or prices[1] is None or config.backend != "openai":
-        return None
-    return (prompt_tokens * prices[0] + completion_tokens * prices[1]) / 1e6
-
-
-def _details(
-    config: ExtractConfig, backend: Backend, usage: Usage, tally: Tally, groups: Sequence[Sequence[Candidate]]
-) -> dict[str, Any]:
-    candidates = [candidate for group in groups for candidate in group]
-    all_prompt = usage.prompt_tokens + usage.cached_prompt_tokens
-    all_completion = usage.completion_tokens + usage.cached_completion_tokens
-    return {
-        "candidates": {
-            "wanted": len(candidates),
-            "scored": sum(c.scores is not None for c in candidates),
-            "without_usable_strategy": sum(c.strategy is None for c in candidates),
-            "clean_but_unscored": sum(c.strategy is not None and c.scores is None for c in candidates),
-        },
-        "malformed": {"answers": tally.malformed.total(), "by_reason": dict(tally.malformed.most_common())},
-        "leaks": {
-            "leaking_answers": tally.leaking_answers,
-            "answers_by_kind": dict(tally.leaks.most_common()),
-            "undecided_comparisons": tally.undecided_comparisons,
-            "examples": tally.leak_examples,
-        },
-        "requests": {
-            "answered": usage.asked,
-            "from_cache": usage.cached,
-            "failed": usage.failed,
-            "retries": dict(backend.retries),
-        },
-        "tokens": {
-            "prompt": usage.prompt_tokens,
-            "completion": usage.completion_tokens,
-            "prompt_with_cached": all_prompt,
-            "completion_with_cached": all_completion,
-            "answers_without_token_count": usage.without_token_count,
-        },
-        "cost": _cost(config, usage.prompt_tokens, usage.completion_tokens),
-        "cost_with_cached": _cost(config, all_prompt, all_completion),
-    }
-
-
-# ---- files ---------------------------------------------------------------------------------------------------------
-
-
-def _check_writable(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SgpoError(f"the folder of {path} cannot be made: {error.strerror}; give another output") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise SgpoError(f"{path} cannot be written; give another output")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """The old file stands until the new one is on the disk."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

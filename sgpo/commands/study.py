@@ -6,10 +6,10 @@ instead. What a cell gave is kept as one row; a row with the same settings is ne
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -22,13 +22,42 @@ from typing import Any
 import yaml
 from pydantic import Field, model_validator
 
-from sgpo.config import Config, Section, load_config, load_settings
+from sgpo.config import Config, Section
 from sgpo.reporting.metrics import METRICS_FILE, iter_jsonl
 from sgpo.reporting.study_report import write_study_report
 from sgpo.types import SgpoError
+from sgpo.utils.config_file import load_settings
+from sgpo.utils.files import write_whole
 from sgpo.utils.provenance import commit, versions
 
+SETTINGS = None
 _WARMUP_SECTIONS = ("model", "data", "warmup", "engine")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", type=Path, help="YAML file: base config, seeds, variants")
+    parser.add_argument("--list", action="store_true", help="print each cell and its commands, run nothing")
+    parser.add_argument("--cell", help="run this cell alone (a scheduler runs one per job)")
+    parser.add_argument("--report", action="store_true", help="only rebuild table and curves")
+    parser.add_argument("--results", type=Path, help="with --report: rows to take in place of the study's own")
+    parser.add_argument("--out", type=Path, help="with --report: folder to write to; default the study's")
+
+
+def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    study = Study(arguments.study, words)
+    if arguments.list:
+        for cell in study.cells:
+            print(cell.name)
+            for command in study.commands(cell):
+                print("  " + shlex.join(["sgpo", *command]))
+        return 0
+    if not arguments.report:
+        run_study(study, [study.cell(arguments.cell)] if arguments.cell else study.cells)
+    if arguments.cell is None:
+        report = report_study(study, arguments.results, arguments.out)
+        print((report.parent / "table.md").read_text(encoding="utf-8"))
+        print(f"report: {report}")
+    return 0
 
 
 class Variant(Section):
@@ -132,9 +161,7 @@ class Study:
         self._start(cell, commands[-1])
         row = self._row(cell)
         row_path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = row_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(row) + "\n", encoding="utf-8")
-        os.replace(temporary, row_path)
+        write_whole(row_path, json.dumps(row) + "\n")
         return row
 
     def rows(self) -> list[dict[str, Any]]:
@@ -189,7 +216,7 @@ class Study:
 
     def _checked(self, cell: Cell) -> Config:
         try:
-            return load_config(self.base, _as_words({**cell.overrides, "run.name": cell.name}))
+            return load_settings(Config, self.base, _as_words({**cell.overrides, "run.name": cell.name}))
         except SgpoError as error:
             raise SgpoError(f"{self.path}: variant {cell.variant}: {error}") from None
 

@@ -33,6 +33,7 @@ from sgpo.types import Problem, SgpoError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+BUILTIN = "builtin"  # what model.path and data.train call the built-in model and task
 Split = Literal["train", "eval"]
 Digits = tuple[int, int, int, int]
 Procedure = tuple[str, str, str, str]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -13,18 +12,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sgpo import assembly
 from sgpo.config import Config
+from sgpo.data.builtin import BUILTIN
 from sgpo.data.problems import listing, load_problems
 from sgpo.data.prompts import PromptBuilder, PromptTemplate
 from sgpo.evaluation.benchmarks import PAPER, benchmark_samples, content_hash, load_benchmark
 from sgpo.evaluation.contamination import Match, find_contamination
 from sgpo.evaluation.sample_log import SampleLog, Samples, missing
 from sgpo.evaluation.scores import Score, score
-from sgpo.model.policy import load_tokenizer
 from sgpo.rewards.pool import RewardItem, RewardPool
-from sgpo.types import Problem, PromptPair, Rollout, RolloutEngine, RolloutRequest, SamplingParams, SgpoError, Verdict
-from sgpo.utils import distributed
+from sgpo.types import Problem, PromptPair, Rollout, RolloutRequest, Sampler, SamplingParams, SgpoError, Verdict
+from sgpo.utils.files import write_whole
 from sgpo.utils.provenance import commit, versions
 from sgpo.utils.seeds import seed_of
 
@@ -45,6 +43,15 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
+class Missing:
+    """The requests of one benchmark whose samples are not in its log yet."""
+
+    task: Task
+    log: SampleLog
+    requests: list[RolloutRequest]
+
+
+@dataclass(frozen=True, slots=True)
 class BenchmarkResult:
     """`clean` is the score without the rows that are in the training data; None where there are none such."""
 
@@ -55,42 +62,92 @@ class BenchmarkResult:
     file: Path
 
 
-def evaluate_benchmarks(
-    config: Config, out: Path | None = None, report: Callable[[str], None] = print
-) -> list[BenchmarkResult]:
-    """Samples what is not on the disk yet, scores it, and writes OUT/NAME.jsonl per benchmark and OUT/summary.json.
+class BenchmarkRun:
+    """The benchmarks that eval.benchmarks names, on one model; every sample is on the disk before it counts.
+
+    A context manager, which holds the files of samples. To be used in this order: `missing`, `sample`, `finish`.
 
     Args:
-        out: folder of the results; by default a folder of this model's own under run.output_dir.
+        out: folder of the results; None: one of this model's own under run.output_dir.
         report: takes lines on how far it has come.
 
     Raises:
-        SgpoError: no such benchmark or model, contamination where it is refused, a folder with another setting.
+        SgpoError: no such benchmark, contamination where it is refused, a folder with another setting.
     """
-    if distributed.world_size() > 1:
-        raise SgpoError("sgpo eval runs as one process; start it without a launcher (one benchmark per GPU, say)")
-    folder = assembly.resolve_model(config)
-    tokenizer = load_tokenizer(folder)
-    tasks = _load_tasks(config, tokenizer)
-    for task in tasks:
-        _report_contamination(config, task, report)
-    fingerprint = model_fingerprint(folder)
-    if out is None:
-        out = Path(config.run.output_dir) / "eval" / f"{folder.resolve().name}-{fingerprint[:8]}"
-    made_with = {"commit": commit(), "versions": versions()}
-    results = []
-    with ExitStack() as stack:
-        logs = [
-            stack.enter_context(
-                SampleLog(out / f"{task.name}.jsonl", _setting(config, folder, fingerprint, task), made_with)
-            )
-            for task in tasks
-        ]
-        _sample_missing(config, folder, tokenizer, tasks, logs, report)
-        for task, log in zip(tasks, logs, strict=True):
-            results.append(_result(config, task, log.samples))
-        _write_summary(out / "summary.json", config, folder, results)
-    return results
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        tokenizer: Any,
+        out: Path | None = None,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        self._config, self._folder, self._tokenizer, self._report = config, folder, tokenizer, report
+        self._tasks = _load_tasks(config, tokenizer)
+        for task in self._tasks:
+            _report_contamination(config, task, report)
+        fingerprint = model_fingerprint(folder)
+        self._out = out or Path(config.run.output_dir) / "eval" / f"{folder.resolve().name}-{fingerprint[:8]}"
+        made_with = {"commit": commit(), "versions": versions()}
+        with ExitStack() as stack:
+            self._logs = [
+                stack.enter_context(
+                    SampleLog(self._out / f"{task.name}.jsonl", _setting(config, folder, fingerprint, task), made_with)
+                )
+                for task in self._tasks
+            ]
+            self._open = stack.pop_all()
+
+    def __enter__(self) -> BenchmarkRun:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+    def missing(self) -> list[Missing]:
+        """What is not on the disk yet, benchmark by benchmark; empty where all is."""
+        found = []
+        for task, log in zip(self._tasks, self._logs, strict=True):
+            keys = missing(log.samples, [problem.id for problem in task.problems], task.samples)
+            total = len(task.problems) * task.samples
+            if len(keys) < total:
+                self._report(f"{task.name}: {total - len(keys)} of {total} samples are there")
+            if keys:
+                found.append(Missing(task, log, _requests(self._config.run.seed, task, keys)))
+        return found
+
+    def sample(self, work: Sequence[Missing], engine: Sampler, rewards: RewardPool) -> None:
+        """Samples and judges all of `work`."""
+        settings = self._config.eval
+        sampling = SamplingParams(settings.temperature, settings.top_p, settings.max_new_tokens)
+        try:
+            for part in work:
+                sample_into(
+                    part.log, engine, rewards, self._tokenizer, part.task.problems, part.requests, sampling,
+                    part.task.name, self._report,
+                )  # fmt: skip
+        finally:
+            for log in self._logs:  # verdicts that only come because the pool is closed are not written
+                log.finish()
+
+    def finish(self) -> list[BenchmarkResult]:
+        """Scores every benchmark and writes OUT/summary.json."""
+        logs = zip(self._tasks, self._logs, strict=True)
+        results = [_result(self._config, task, log.samples) for task, log in logs]
+        _write_summary(self._out / "summary.json", self._config, self._folder, results)
+        return results
+
+
+def _requests(seed: int, task: Task, keys: Sequence[tuple[str, int]]) -> list[RolloutRequest]:
+    index_of = {problem.id: i for i, problem in enumerate(task.problems)}
+    return [
+        RolloutRequest(
+            index_of[name], "auto", k, task.prompts[index_of[name]].plain,
+            seed_of(seed, "benchmark", task.name, name, k),
+        )
+        for name, k in keys
+    ]  # fmt: skip
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -138,7 +195,7 @@ def _training_problems(config: Config) -> list[Problem]:
     if config.eval.contamination == "off":
         return []
     sources = [config.data.train, config.warmup.data if config.warmup.enabled else None]
-    return [p for source in sources if source and source != assembly.BUILTIN for p in load_problems(source)]
+    return [p for source in sources if source and source != BUILTIN for p in load_problems(source)]
 
 
 def _report_contamination(config: Config, task: Task, report: Callable[[str], None]) -> None:
@@ -173,48 +230,9 @@ def _setting(config: Config, folder: Path, fingerprint: str, task: Task) -> dict
     }
 
 
-def _sample_missing(
-    config: Config,
-    folder: Path,
-    tokenizer: Any,
-    tasks: list[Task],
-    logs: list[SampleLog],
-    report: Callable[[str], None],
-) -> None:
-    work = []
-    for task, log in zip(tasks, logs, strict=True):
-        keys = missing(log.samples, [problem.id for problem in task.problems], task.samples)
-        total = len(task.problems) * task.samples
-        if len(keys) < total:
-            report(f"{task.name}: {total - len(keys)} of {total} samples are there")
-        if keys:
-            work.append((task, log, keys))
-    if not work:
-        return
-    settings = config.eval
-    sampling = SamplingParams(settings.temperature, settings.top_p, settings.max_new_tokens)
-    with assembly.build_rewards(config) as rewards:
-        engine = assembly.build_rollouts(config, folder)
-        try:
-            for task, log, keys in work:
-                index_of = {problem.id: i for i, problem in enumerate(task.problems)}
-                requests = [
-                    RolloutRequest(
-                        index_of[name], "auto", k, task.prompts[index_of[name]].plain,
-                        seed_of(config.run.seed, "benchmark", task.name, name, k),
-                    )
-                    for name, k in keys
-                ]  # fmt: skip
-                sample_into(log, engine, rewards, tokenizer, task.problems, requests, sampling, task.name, report)
-        finally:
-            for log in logs:  # verdicts that only come because the pool is closed are not written
-                log.finish()
-            engine.close()
-
-
 def sample_into(
     log: SampleLog,
-    engine: RolloutEngine,
+    engine: Sampler,
     rewards: RewardPool,
     tokenizer: Any,
     problems: Sequence[Problem],
@@ -288,9 +306,7 @@ def _write_summary(path: Path, config: Config, folder: Path, results: Sequence[B
             for result in results
         },
     }
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(content, indent=1))
 
 
 class _Progress:

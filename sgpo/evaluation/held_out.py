@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sgpo import assembly
-from sgpo.assembly import TaskData
-from sgpo.config import Config
-from sgpo.engine.weight_sync import SyncedRollouts
-from sgpo.model.policy import load_tokenizer
-from sgpo.rewards.pool import RewardItem, RewardPool
-from sgpo.types import Kind, Rollout, RolloutEngine, RolloutRequest, SamplingParams, Verdict
+from sgpo.rewards.pool import RewardPool
+from sgpo.rewards.scoring import reward_item, score_rollouts
+from sgpo.types import Kind, RolloutRequest, Sampler, SamplingParams, TaskData
 from sgpo.utils import distributed
 from sgpo.utils.seeds import seed_of
 from sgpo.utils.statistics import bootstrap_interval
@@ -31,6 +27,7 @@ class EvalResult:
     samples: list[dict[str, Any]]
 
     def metrics(self) -> dict[str, float]:
+        """The numbers that a run logs."""
         return {
             "accuracy": self.accuracy,
             "accuracy_low": self.low,
@@ -42,7 +39,7 @@ class EvalResult:
 
 
 def evaluate(
-    rollouts: RolloutEngine | SyncedRollouts,
+    rollouts: Sampler,
     rewards: RewardPool,
     tokenizer: Any,
     task: TaskData,
@@ -85,41 +82,6 @@ def evaluate(
         for rollout, verdict in zip(sampled, verdicts, strict=True)
     ]
     return _summary([row for part in distributed.gather(rows) for row in part], samples, seed)
-
-
-def evaluate_model(config: Config) -> dict[str, EvalResult]:
-    """`sgpo eval`: the model in model.path on data.eval, plain and, where eval.guided asks for it, guided."""
-    folder = assembly.resolve_model(config)
-    tokenizer = load_tokenizer(folder)
-    task = assembly.load_task(config, tokenizer, split="eval")
-    settings = config.eval
-    kinds: list[Kind] = ["auto"]
-    if settings.guided and any(pair.guided for pair in task.prompts):
-        kinds.append("guided")
-    with assembly.build_rewards(config) as rewards:
-        rollouts = assembly.build_rollouts(config, folder)
-        sampling = SamplingParams(settings.temperature, settings.top_p, settings.max_new_tokens)
-        try:
-            return {
-                kind: evaluate(
-                    rollouts, rewards, tokenizer, task, sampling,
-                    samples=settings.samples, seed=config.run.seed, kind=kind,
-                )
-                for kind in kinds
-            }  # fmt: skip
-        finally:
-            rollouts.close()
-
-
-def score_rollouts(rewards: RewardPool, tokenizer: Any, task: TaskData, rollouts: Sequence[Rollout]) -> list[Verdict]:
-    """The verdict on each completion's text, in order."""
-    return rewards.score([reward_item(tokenizer, task, rollout) for rollout in rollouts])
-
-
-def reward_item(tokenizer: Any, task: TaskData, rollout: Rollout) -> RewardItem:
-    problem = task.problems[rollout.request.problem_index]
-    completion = tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
-    return RewardItem(completion=completion, gold=problem.answer, problem=problem.problem)
 
 
 def _summary(rows: list[dict[str, Any]], k: int, seed: int) -> EvalResult:

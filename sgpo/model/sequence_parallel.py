@@ -9,7 +9,7 @@ run as without a group. The exchanges carry gradients back, so a weight's gradie
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -17,30 +17,6 @@ import torch
 import torch.distributed as dist
 
 from sgpo.model.activations import attend_per_sequence, packed_inputs, require_full_attention
-from sgpo.types import SgpoError
-
-KEY = "engine.sequence_parallel_size"
-
-
-def check_size(size: int, *, processes: int, model: Mapping[str, Any]) -> None:
-    """Whether `size` ranks can share the forward passes of the model whose config.json is `model`.
-
-    Raises SgpoError where the processes do not split into such groups or the heads not among their members.
-    """
-    if size == 1:
-        return
-    if processes % size:
-        raise SgpoError(
-            f"{KEY} = {size} must divide the number of processes, which is {processes} (planning: plan.gpus)"
-        )
-    text = model.get("text_config") or model
-    heads = text.get("num_attention_heads") or text.get("n_head") or 1
-    kv_heads = text.get("num_key_value_heads") or heads
-    if heads % size or (kv_heads % size and size % kv_heads):
-        raise SgpoError(
-            f"{KEY} = {size} must divide the {heads} attention heads of the model, and divide its {kv_heads} key/value "
-            "heads or be a multiple of them"
-        )
 
 
 class SequenceParallel:
@@ -53,7 +29,7 @@ class SequenceParallel:
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
         self.size = size
-        require_full_attention(lm, f"{KEY} above 1", "set it to 1")
+        require_full_attention(lm, "engine.sequence_parallel_size above 1", "set it to 1")
         core = attend_per_sequence(lm)
         self._lm = lm
         self._group = _group(size, timeout_s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,3 +114,25 @@ def from_config(raw: dict[str, Any], place: str) -> Architecture:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise SgpoError(f"no plan: {place} lacks {error}; set plan.on_misfit: off to train without a plan") from None
+
+
+def check_sequence_parallel(size: int, *, processes: int, model: Mapping[str, Any]) -> None:
+    """Whether `size` ranks can share the forward passes of the model whose config.json is `model`.
+
+    Raises SgpoError where the processes do not split into such groups or the heads not among their members.
+    """
+    if size == 1:
+        return
+    key = "engine.sequence_parallel_size"
+    if processes % size:
+        raise SgpoError(
+            f"{key} = {size} must divide the number of processes, which is {processes} (planning: plan.gpus)"
+        )
+    text = model.get("text_config") or model
+    heads = text.get("num_attention_heads") or text.get("n_head") or 1
+    kv_heads = text.get("num_key_value_heads") or heads
+    if heads % size or (kv_heads % size and size % kv_heads):
+        raise SgpoError(
+            f"{key} = {size} must divide the {heads} attention heads of the model, and divide its {kv_heads} key/value "
+            "heads or be a multiple of them"
+        )

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sgpo.config import Config
-from sgpo.model.sequence_parallel import check_size
-from sgpo.planning.architectures import Architecture, find_architecture
+from sgpo.planning.architectures import Architecture, check_sequence_parallel, find_architecture
 from sgpo.planning.changes import cheapest_changes, largest_micro_batch
 from sgpo.planning.memory import CARDS_GIB, GIB, HEADROOM, Place, Plan, Planner, describe_change
 from sgpo.types import SgpoError
@@ -27,7 +26,7 @@ def plan_run(
     place = place or find_place(config)
     sizes = architecture or find_architecture(config.plan.architecture or config.model.path)
     heads = {"num_attention_heads": sizes.heads, "num_key_value_heads": sizes.kv_heads}
-    check_size(config.engine.sequence_parallel_size, processes=place.processes, model=heads)
+    check_sequence_parallel(config.engine.sequence_parallel_size, processes=place.processes, model=heads)
     plan = Planner(config, sizes, place).plan()
     tokens = largest_micro_batch(config, sizes, place)
     changes = [] if plan.fits else cheapest_changes(config, sizes, place, machines=not here)

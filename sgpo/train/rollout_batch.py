@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sgpo.assembly import TaskData, epoch_order
-from sgpo.types import Kind, Rollout, RolloutRequest, ScoredGroup, SgpoError, Verdict
-from sgpo.utils import distributed
+from sgpo.types import Kind, Rollout, RolloutRequest, ScoredGroup, SgpoError, TaskData, Verdict
 from sgpo.utils.seeds import seed_of
-
-
-def problems_of_step(count: int, *, per_step: int, seed: int, step: int) -> list[int]:
-    """This rank's problem indices of a step: a new order each epoch, an incomplete last step of an epoch is dropped."""
-    epoch, position = divmod(step, count // per_step)
-    chosen = epoch_order(count, seed=seed, epoch=epoch)[position * per_step : (position + 1) * per_step]
-    return list(chosen[distributed.rank() :: distributed.world_size()])
 
 
 def build_requests(

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 
 from sgpo.algorithm.sft import sft_sequences
-from sgpo.assembly import build_engine, epoch_order, load_demonstrations, sft_objective
+from sgpo.build.loss import sft_objective
+from sgpo.build.model_engine import build_engine
+from sgpo.build.task import load_demonstrations
 from sgpo.config import Config
+from sgpo.data.epochs import epoch_order
 from sgpo.data.prompts import eos_token_ids
 from sgpo.engine.checkpoint import Checkpoints, is_whole
 from sgpo.engine.export import export_model

@@ -17,24 +17,30 @@ from typing import Any
 
 import torch
 
-from sgpo import assembly
 from sgpo.algorithm.dapo import is_informative
 from sgpo.algorithm.importance import truncated_importance
 from sgpo.algorithm.method import Guidance
+from sgpo.build.loss import policy_objective, training_method
+from sgpo.build.model_engine import build_engine, resolve_model
+from sgpo.build.rollouts import build_rewards, build_synced_rollouts
+from sgpo.build.run_folder import open_run_folder
+from sgpo.build.task import load_run_tasks
 from sgpo.config import Config, RolloutConfig
+from sgpo.data.epochs import problems_of_step
 from sgpo.engine.checkpoint import Checkpoints
 from sgpo.engine.export import export_model
 from sgpo.engine.step import Pass, optimizer_step, score_contexts
 from sgpo.engine.weight_sync import SyncedRollouts
 from sgpo.engine.zero import ZeroEngine, init_distributed, lr_factor
-from sgpo.evaluation.held_out import evaluate, reward_item, score_rollouts
-from sgpo.model.policy import load_tokenizer
+from sgpo.evaluation.held_out import evaluate
+from sgpo.model.loading import load_tokenizer
 from sgpo.reporting.metrics import LiveDisplay, MetricsLogger, RolloutTable
 from sgpo.reporting.run_report import write_report
 from sgpo.rewards.pool import RewardPool
+from sgpo.rewards.scoring import reward_item, score_rollouts
 from sgpo.train.memory_vs_plan import Gauge, planned_peaks
 from sgpo.train.profiler import Profiler, peak_flops
-from sgpo.train.rollout_batch import build_requests, check_version, problems_of_step, scored_groups
+from sgpo.train.rollout_batch import build_requests, check_version, scored_groups
 from sgpo.train.sft import run_warmup
 from sgpo.train.step_metrics import (
     Clock,
@@ -52,6 +58,7 @@ from sgpo.types import (
     SamplingParams,
     ScoredGroup,
     SgpoError,
+    TaskData,
     TrainSequence,
     rollout_from_json,
 )
@@ -85,8 +92,8 @@ class Session:
 
     config: Config
     tokenizer: Any
-    task: assembly.TaskData
-    held_out: assembly.TaskData | None
+    task: TaskData
+    held_out: TaskData | None
     engine: ZeroEngine
     rollouts: SyncedRollouts
     rewards: RewardPool
@@ -109,26 +116,21 @@ def train(config: Config) -> dict[str, Any]:
 
 def _train(config: Config) -> dict[str, Any]:
     started = time.monotonic()
-    assembly.check_packages(config)
     device = init_distributed(config.run.timeout_s)
-    run_dir = Path(assembly.on_rank_zero_first(lambda: assembly.prepare_run_folder(config)))
-    model_folder = Path(assembly.on_rank_zero_first(lambda: assembly.resolve_model(config)))
+    run_dir = open_run_folder(config)
+    model_folder = resolve_model(config)
     tokenizer = load_tokenizer(model_folder)
-    task = assembly.load_task(config, tokenizer, split="train")
-    held_out = assembly.load_task(config, tokenizer, split="eval") if config.data.eval else None
-    assembly.check_data(config, model_folder, task, held_out)
+    task, held_out = load_run_tasks(config, model_folder, tokenizer)
     planned = planned_peaks(config, model_folder)
     with ExitStack() as stack:
-        rewards = stack.enter_context(assembly.build_rewards(config))
+        rewards = stack.enter_context(build_rewards(config))
         if config.warmup.enabled:
             model_folder = run_warmup(config, model_folder, tokenizer, device)
-        engine = assembly.build_engine(config, model_folder, config.optim, device)
+        engine = build_engine(config, model_folder, config.optim, device)
         stack.callback(engine.close)
         checkpoints = Checkpoints(run_dir / "checkpoints", keep_last=config.checkpoint.keep_last)
         progress, ahead = _restore(engine, checkpoints)
-        rollouts = assembly.sync_rollouts(
-            config, engine, assembly.build_rollouts(config, model_folder, from_scratch=True), task, tokenizer
-        )
+        rollouts = build_synced_rollouts(config, engine, model_folder, task, tokenizer)
         stack.callback(rollouts.close)
         rollouts.sync(progress.step)
         gauge = Gauge(planned, rollouts.asleep_bytes)
@@ -303,7 +305,7 @@ def _update(
         score_contexts, s.engine, token_budget=budget, pad_id=pad_id, temperature=config.rollout.temperature
     )
     s.display.stage("target")
-    method, objective = assembly.training_method(config), assembly.policy_objective(config)
+    method, objective = training_method(config), policy_objective(config)
     problems = config.rollout.problems_per_step // batches
     planned = [
         method(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sgpo import assembly
+from sgpo.build.loss import policy_objective
 from sgpo.config import WITH_DEMONSTRATIONS, Config
 from sgpo.engine.batching import MicroBatch, collate_training
 from sgpo.engine.step import Objective, bound_objective
@@ -40,7 +40,7 @@ def worst_case_step(engine: ZeroEngine, config: Config, prompts: Sequence[Prompt
     devices = [engine.device] if engine.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
-            engine.rehearse(_passes(engine, assembly.policy_objective(config), micros, rival))
+            engine.rehearse(_passes(engine, policy_objective(config), micros, rival))
     except torch.OutOfMemoryError as error:
         tokens = max(micro.tokens for micro in micros)
         raise SgpoError(

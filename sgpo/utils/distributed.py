@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch.distributed as dist
+
+from sgpo.types import SgpoError
 
 
 def rank() -> int:
@@ -54,6 +56,20 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_rank_zero_first(action: Callable[[], Any]) -> Any:
+    """Runs `action` on rank 0; an SgpoError there is raised on every rank instead of leaving the others waiting."""
+    outcome: Any = None
+    if is_main():
+        try:
+            outcome = (action(), None)
+        except SgpoError as error:
+            outcome = (None, str(error))
+    value, problem = broadcast(outcome)
+    if problem is not None:
+        raise SgpoError(problem)
+    return value
 
 
 class Meter:

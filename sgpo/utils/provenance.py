@@ -36,10 +36,11 @@ def commit() -> str | None:
 
 def versions() -> dict[str, str | None]:
     """Installed version of every package that can change a result; None where it is not installed."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+    return {"python": platform.python_version(), **{name: installed_version(name) for name in _PACKAGES}}
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """None where the package is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -47,6 +48,7 @@ def _version(package: str) -> str | None:
 
 
 def environment() -> dict[str, Any]:
+    """Versions, devices and the commit, as a run writes them down."""
     import torch
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -225,7 +225,7 @@ def test_a_second_run_samples_nothing_and_another_reward_judges_what_is_there(co
     kept = samples(config)
     assert len(kept) == 5 * 2 * 16
     assert first["matrix"] == []
-    monkeypatch.setattr("sgpo.assembly.build_rollouts", lambda *_: pytest.fail("an engine was started"))
+    monkeypatch.setattr("sgpo.analysis.samples.build_rollouts", lambda *_: pytest.fail("an engine was started"))
     again = run(config, *small)
     assert samples(config) == kept
     assert again["arms"] == first["arms"]

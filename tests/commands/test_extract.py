@@ -16,7 +16,6 @@ from engine_builders import NO_VLLM
 from processes import start_ranks
 
 from sgpo.cli import main
-from sgpo.config import known_keys
 from sgpo.data.problems import load_problems
 from sgpo.rewards.answers import after_thinking
 from sgpo.strategies.asking import Answer, AnswerCache, Asker, Failure, Question, Sampling
@@ -25,6 +24,7 @@ from sgpo.strategies.local import LocalBackend
 from sgpo.strategies.prompts import Templates
 from sgpo.strategies.settings import ExtractConfig
 from sgpo.types import Problem, Rollout
+from sgpo.utils.config_file import known_keys
 
 TRACES = Path(__file__).parents[2].parent / "shared" / "data" / "traces_r1_rasbt.jsonl"
 

@@ -13,7 +13,8 @@ import zero_worker
 from sgpo.algorithm.sgpo import SgpoSettings, sgpo_sequences
 from sgpo.engine.step import optimizer_step, score_contexts
 from sgpo.engine.zero import ZeroEngine
-from sgpo.model.policy import PolicyModel, load_causal_lm
+from sgpo.model.loading import load_causal_lm
+from sgpo.model.policy import PolicyModel
 from sgpo.train.step_metrics import record_guidance, record_passes
 from sgpo.types import Problem, PromptPair, Rollout, RolloutRequest, ScoredGroup, Verdict
 from sgpo.utils import distributed

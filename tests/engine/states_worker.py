@@ -17,7 +17,8 @@ from engine_builders import whole_weights_nowhere
 from sgpo.engine.gradient_check import check_gradients
 from sgpo.engine.step import optimizer_step
 from sgpo.engine.zero import ZeroEngine, init_distributed
-from sgpo.model.policy import PolicyModel, load_causal_lm
+from sgpo.model.loading import load_causal_lm
+from sgpo.model.policy import PolicyModel
 from sgpo.utils import distributed
 
 spec = importlib.util.spec_from_file_location("zero_worker", Path(__file__).with_name("zero_worker.py"))

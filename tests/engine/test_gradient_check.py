@@ -6,7 +6,8 @@ import torch
 
 from sgpo.engine import zero
 from sgpo.engine.gradient_check import check_gradients
-from sgpo.model.policy import PolicyModel, load_causal_lm
+from sgpo.model.loading import load_causal_lm
+from sgpo.model.policy import PolicyModel
 from sgpo.types import SgpoError
 
 

@@ -9,7 +9,7 @@ from sgpo_kernels import launch
 from sgpo_kernels.testing import Peak, cpu_peak
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from sgpo import assembly
+from sgpo.build.loss import policy_objective
 from sgpo.config import Config
 from sgpo.engine import zero
 from sgpo.engine.step import optimizer_step, score_contexts
@@ -65,7 +65,7 @@ def step_peak(device, *, vocab: int, tokens: int, candidates: int = 2, layers: i
     def step() -> None:
         score_contexts(engine, [(s.prompt_ids, s.completion_ids) for s in policy], **sizes)
         live = [*policy, sequence(5, tokens, target_weight=0.1)]
-        result = optimizer_step(engine, live, assembly.policy_objective(config), lr=1e-3, contests=contests, **sizes)
+        result = optimizer_step(engine, live, policy_objective(config), lr=1e-3, contests=contests, **sizes)
         assert len(result.passes) == 3 + len(contests)
         assert math.isfinite(result.loss)
         assert result.grad_norm is not None

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sgpo.engine.zero import lr_factor
-from sgpo.model.policy import load_causal_lm
+from sgpo.model.loading import load_causal_lm
 
 WORKER = Path(__file__).with_name("zero_worker.py")
 STAGES = (0, 1, 2, 3)

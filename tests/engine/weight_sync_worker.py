@@ -16,7 +16,8 @@ from sgpo.engine import zero
 from sgpo.engine.step import score_contexts
 from sgpo.engine.weight_sync import SyncedRollouts
 from sgpo.engine.zero import ZeroEngine, init_distributed
-from sgpo.model.policy import PolicyModel, load_causal_lm
+from sgpo.model.loading import load_causal_lm
+from sgpo.model.policy import PolicyModel
 from sgpo.types import RolloutRequest, SamplingParams, SgpoError
 from sgpo.utils import distributed
 

@@ -17,7 +17,8 @@ from engine_builders import whole_weights_nowhere
 from sgpo.algorithm.loss import sgpo_objective
 from sgpo.engine.step import micro_batches, optimizer_step, score_contexts
 from sgpo.engine.zero import ZeroEngine, init_distributed
-from sgpo.model.policy import PolicyModel, load_causal_lm
+from sgpo.model.loading import load_causal_lm
+from sgpo.model.policy import PolicyModel
 from sgpo.types import TrainSequence
 from sgpo.utils import distributed
 

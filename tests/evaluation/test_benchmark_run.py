@@ -9,10 +9,11 @@ import time
 
 import pytest
 
-from sgpo import assembly, cli
-from sgpo.config import load_eval_config
+from sgpo import cli
+from sgpo.build.rollouts import build_rollouts
+from sgpo.commands.eval import evaluate_benchmarks, load_eval_config
 from sgpo.data.builtin import make_problems
-from sgpo.evaluation.benchmark_run import evaluate_benchmarks, model_fingerprint, protocol_of
+from sgpo.evaluation.benchmark_run import model_fingerprint, protocol_of
 from sgpo.evaluation.benchmarks import PAPER
 from sgpo.types import SgpoError
 
@@ -57,7 +58,7 @@ def run(model, out, *more):
 def requested(monkeypatch):
     """The requests that reach the engine."""
     seen = []
-    build = assembly.build_rollouts
+    build = build_rollouts
 
     def spy(*arguments, **options):
         engine = build(*arguments, **options)
@@ -65,7 +66,7 @@ def requested(monkeypatch):
         engine.generate = lambda requests, *rest: seen.extend(requests) or generate(requests, *rest)
         return engine
 
-    monkeypatch.setattr(assembly, "build_rollouts", spy)
+    monkeypatch.setattr("sgpo.build.rollouts.build_rollouts", spy)
     return seen
 
 

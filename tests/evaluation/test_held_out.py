@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from sgpo.assembly import TaskData
-from sgpo.config import load_config
+from sgpo.commands.eval import evaluate_model
+from sgpo.config import Config
 from sgpo.data.builtin import make_problems
 from sgpo.data.prompts import PromptBuilder, PromptTemplate
-from sgpo.evaluation.held_out import evaluate, evaluate_model
-from sgpo.model.policy import load_causal_lm, load_tokenizer
+from sgpo.evaluation.held_out import evaluate
+from sgpo.model.loading import load_causal_lm, load_tokenizer
 from sgpo.rewards.pool import RewardPool
 from sgpo.rollout.hf_engine import HfEngine
-from sgpo.types import Problem, PromptPair, Rollout, SamplingParams, Verdict
+from sgpo.types import Problem, PromptPair, Rollout, SamplingParams, TaskData, Verdict
+from sgpo.utils.config_file import load_settings
 
 SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=6)
 
@@ -236,7 +237,7 @@ def test_the_command_evaluates_both_contexts(builtin_folder, tmp_path):
         "data: {train: builtin, eval: builtin, eval_limit: 3}\nrollout: {engine: hf}\n"
         "reward: {kind: exact, workers: 1}\neval: {samples: 2, max_new_tokens: 4}\n"
     )
-    found = evaluate_model(load_config(path))
+    found = evaluate_model(load_settings(Config, path))
     assert list(found) == ["auto", "guided"]
     assert all(len(result.samples) == 6 and result.k == 2 for result in found.values())
-    assert list(evaluate_model(load_config(path, ["--eval.guided=false"]))) == ["auto"]
+    assert list(evaluate_model(load_settings(Config, path, ["--eval.guided=false"]))) == ["auto"]

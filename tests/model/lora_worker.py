@@ -10,7 +10,8 @@ from sgpo.engine.gradient_check import check_gradients
 from sgpo.engine.step import optimizer_step, score_contexts
 from sgpo.engine.weight_sync import SyncedRollouts, SyncReport
 from sgpo.engine.zero import ZeroEngine, init_distributed
-from sgpo.model.policy import PolicyModel, load_causal_lm
+from sgpo.model.loading import load_causal_lm
+from sgpo.model.policy import PolicyModel
 from sgpo.rollout.hf_engine import HfEngine
 from sgpo.utils.lora_names import is_adapter
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sgpo.config import Config, checked
+from sgpo.config import Config
+from sgpo.model.loading import load_causal_lm
 from sgpo.model.lora import add_adapters
-from sgpo.model.policy import load_causal_lm
 from sgpo.types import SgpoError
+from sgpo.utils.config_file import checked
 
 WORKER = Path(__file__).with_name("lora_worker.py")
 CASES = ["0:float32:lora", "0:float32:dora", "3:float32:dora", "2:bfloat16:lora"]

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sgpo.data.builtin import END, make_model, vocabulary
-from sgpo.model.policy import PolicyModel, eos_ids_of_folder, load_causal_lm, load_tokenizer
+from sgpo.model.loading import eos_ids_of_folder, load_causal_lm, load_tokenizer
+from sgpo.model.policy import PolicyModel
 from sgpo.types import SgpoError
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from sgpo import assembly
+from sgpo.build.task import check_data
 from sgpo.config import Config
-from sgpo.model.sequence_parallel import check_size
-from sgpo.types import SgpoError
+from sgpo.planning.architectures import check_sequence_parallel
+from sgpo.types import SgpoError, TaskData
 from sgpo.utils import distributed
 
 WORKER = Path(__file__).with_name("sequence_worker.py")
@@ -68,7 +68,7 @@ def test_what_cannot_share_is_refused(size, processes, heads, kv_heads, complain
     model = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
     for config in (model, {"text_config": model}):
         with pytest.raises(SgpoError, match=complaint):
-            check_size(size, processes=processes, model=config)
+            check_sequence_parallel(size, processes=processes, model=config)
 
 
 def test_a_run_is_refused_before_its_model_is_loaded(builtin_folder, monkeypatch):
@@ -77,7 +77,7 @@ def test_a_run_is_refused_before_its_model_is_loaded(builtin_folder, monkeypatch
         {"model": {"path": "x"}, "data": {"train": "x"}, "engine": {"sequence_parallel_size": 3}}
     )
     with pytest.raises(SgpoError, match="must divide the 4 attention heads"):
-        assembly.check_data(config, builtin_folder, assembly.TaskData([], []), None)
+        check_data(config, builtin_folder, TaskData([], []), None)
 
 
 def test_other_attention_is_refused():
@@ -88,4 +88,4 @@ def test_other_attention_is_refused():
 
 def test_what_can_share_is_not_refused():
     for size, kv_heads in ((1, 3), (2, 4), (4, 4), (8, 4), (8, 8), (4, None)):
-        check_size(size, processes=8, model={"num_attention_heads": 8, "num_key_value_heads": kv_heads})
+        check_sequence_parallel(size, processes=8, model={"num_attention_heads": 8, "num_key_value_heads": kv_heads})

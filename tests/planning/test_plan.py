@@ -9,12 +9,13 @@ import pytest
 
 from benchmarks import plan_check
 from sgpo.cli import main
-from sgpo.config import Config, load_config
+from sgpo.config import Config
 from sgpo.planning.architectures import KNOWN, find_architecture
 from sgpo.planning.changes import _moved, _with
 from sgpo.planning.memory import CARDS_GIB, GIB, Place, Plan, Planner
 from sgpo.planning.plan import as_dict, plan_run
 from sgpo.types import SgpoError
+from sgpo.utils.config_file import load_settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ONE_CARD = ("qwen2.5-7b-1x80gb", "qwen2.5-7b-1x141gb", "qwen2.5-1.5b-1x24gb", "paper-32gpu")
@@ -33,7 +34,7 @@ def planner(place=BIG, sizes=KNOWN["qwen2.5-7b"], **sections) -> Planner:
 @pytest.mark.parametrize("name", ONE_CARD)
 def test_shipped_configs_fit_their_card(name):
     overrides = ["--rollout.engine", "hf"]  # vLLM need not be installed for this; its share is given back below
-    loaded = load_config(CONFIGS / f"{name}.yaml", overrides)
+    loaded = load_settings(Config, CONFIGS / f"{name}.yaml", overrides)
     loaded = loaded.model_copy(update={"rollout": loaded.rollout.model_copy(update={"engine": "vllm"})})
     plan = plan_run(loaded)
     assert plan.fits, plan.refusal()

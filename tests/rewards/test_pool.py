@@ -15,7 +15,7 @@ pytest.importorskip("math_verify")
 
 import hostile_answers
 
-from sgpo.rewards import RewardItem, RewardPool
+from sgpo.rewards.pool import RewardItem, RewardPool
 from sgpo.types import SgpoError, Verdict
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and process death are tested on Linux")
@@ -336,7 +336,7 @@ def test_limits_must_be_positive():
 TRAINER = """
 import time
 open("started", "a").write("x")
-from sgpo.rewards import RewardItem, RewardPool
+from sgpo.rewards.pool import RewardItem, RewardPool
 pool = RewardPool("plugin_to_orphan:reward", workers=2, timeout_s=1000)
 pids = set()
 while len(pids) < 2:

@@ -13,7 +13,7 @@ from engine_builders import NO_VLLM, make_hf, make_vllm
 
 from sgpo.data.builtin import END, make_model, make_tokenizer, vocabulary
 from sgpo.data.builtin import PAD as PAD_TOKEN
-from sgpo.model.policy import load_causal_lm
+from sgpo.model.loading import load_causal_lm
 from sgpo.rollout.hf_engine import HfEngine, SeededSampler, nucleus_floor
 from sgpo.types import RolloutRequest, SamplingParams, SgpoError
 from sgpo.utils.checksums import checksum

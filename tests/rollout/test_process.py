@@ -12,7 +12,7 @@ import torch
 from engine_builders import NO_VLLM, make_failing, make_hanging, make_hf, make_vllm, with_adapters
 
 from sgpo.data.builtin import END, make_model, vocabulary
-from sgpo.model.policy import load_causal_lm
+from sgpo.model.loading import load_causal_lm
 from sgpo.rollout import process
 from sgpo.rollout.process import EngineProcess
 from sgpo.rollout.transport import buckets, receive, share

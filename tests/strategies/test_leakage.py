@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sgpo.commands.extract import _formula_comparer
 from sgpo.strategies import mathtext
+from sgpo.strategies.formulas import formula_comparer
 from sgpo.strategies.leakage import MAX_FORMULAS, Solution, find_leaks
 from sgpo.strategies.settings import LeakConfig
 
@@ -161,7 +161,7 @@ CLEAN = [
 
 @pytest.fixture(scope="module")
 def equal():
-    with _formula_comparer(LeakConfig(workers=1, timeout_s=1)) as compare:
+    with formula_comparer(LeakConfig(workers=1, timeout_s=1)) as compare:
         yield compare
 
 

@@ -7,14 +7,16 @@ import json
 import sys
 from pathlib import Path
 
-from sgpo import assembly
-from sgpo.config import load_config
+from sgpo.build.model_engine import resolve_model
+from sgpo.build.rollouts import build_rollouts
+from sgpo.config import Config
 from sgpo.engine.export import export_model
 from sgpo.engine.weight_sync import SyncedRollouts
-from sgpo.model.policy import load_tokenizer
+from sgpo.model.loading import load_tokenizer
 from sgpo.train import trainer
 from sgpo.types import RolloutRequest, SamplingParams
 from sgpo.utils import distributed
+from sgpo.utils.config_file import load_settings
 
 GREEDY = SamplingParams(0.0, 1.0, 12)
 
@@ -25,14 +27,14 @@ def sample(engine, prompts):
 
 
 def main(config_path, out):
-    config = load_config(config_path)
+    config = load_settings(Config, config_path)
     run_dir = config.run.dir
     sync, seen = SyncedRollouts.sync, []
 
     def recorded(self, version):
         report = sync(self, version)
         folder = run_dir / f"sync-{version}"
-        export_model(self._engine, load_tokenizer(assembly.resolve_model(config)), folder)
+        export_model(self._engine, load_tokenizer(resolve_model(config)), folder)
         prompts = [self._probe_ids, *(self._probe_ids[: 8 + 3 * i] for i in range(4))]
         seen.append((str(folder), prompts, sample(self, prompts)))
         return report
@@ -41,7 +43,7 @@ def main(config_path, out):
     trainer.train(config)
     rows = []
     for folder, prompts, running in seen:
-        fresh = assembly.build_rollouts(config, Path(folder))
+        fresh = build_rollouts(config, Path(folder))
         rows.append({"running": running, "fresh": sample(fresh, prompts)})
         fresh.close()
     Path(out).write_text(json.dumps(rows))

@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from sgpo.assembly import TaskData, epoch_order
-from sgpo.train.rollout_batch import build_requests, check_version, problems_of_step, scored_groups
-from sgpo.types import Problem, PromptPair, Rollout, SgpoError, Verdict
+from sgpo.data.epochs import epoch_order, problems_of_step
+from sgpo.train.rollout_batch import build_requests, check_version, scored_groups
+from sgpo.types import Problem, PromptPair, Rollout, SgpoError, TaskData, Verdict
 
 
 @pytest.fixture

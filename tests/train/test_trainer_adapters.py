@@ -4,7 +4,7 @@ import shutil
 
 import tiny_runs
 
-from sgpo.model.policy import load_causal_lm
+from sgpo.model.loading import load_causal_lm
 
 
 def test_a_run_with_adapters_resumes_exactly_and_exports_a_plain_model(tmp_path):
