@@ -12,19 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from sgpo.reporting.run_report import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    legend,
-    new_figure,
-    note,
-    page,
-    plot_html,
-    table,
-    token_label,
-)
+from sgpo.reporting.figures import BLUE, GREEN, GREY, ORANGE, legend, new_figure, token_label
+from sgpo.reporting.html import note, page, plot_html, table
 
 Json = dict[str, Any]
 

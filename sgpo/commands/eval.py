@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     if arguments.compare is not None:
         no_words(words)
-        _print_comparison(*arguments.compare, arguments.out)
+        a, b = arguments.compare
+        _print_comparison(a, b, arguments.out)
         return 0
     path, overrides = config_first(words)
     config = load_eval_config(path, overrides)

@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     no_words(words)
-    from sgpo.reporting.run_report import compare_runs, write_report
+    from sgpo.reporting.comparison import compare_runs
+    from sgpo.reporting.run_report import write_report
 
     if len(arguments.runs) == 1 and arguments.out is None:
         print(write_report(arguments.runs[0]))

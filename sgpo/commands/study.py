@@ -23,7 +23,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from sgpo.config import Config, Section
-from sgpo.reporting.metrics import METRICS_FILE, iter_jsonl
+from sgpo.reporting.run_files import METRICS_FILE, iter_jsonl
 from sgpo.reporting.study_report import write_study_report
 from sgpo.types import SgpoError
 from sgpo.utils.config_file import load_settings

@@ -10,7 +10,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from sgpo.reporting.run_report import PALETTE, new_figure, note, page, plot_html, table
+from sgpo.reporting.figures import PALETTE, new_figure
+from sgpo.reporting.html import note, page, plot_html, table
 from sgpo.utils.statistics import permutation_p_value, t_interval
 
 HEADER = (

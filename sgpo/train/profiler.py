@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from sgpo.engine.step import Pass
-from sgpo.reporting.metrics import PROFILE_FILE
+from sgpo.reporting.run_files import PROFILE_FILE
 from sgpo.types import SgpoError, TrainSequence
 from sgpo.utils import distributed
 from sgpo.utils.distributed import Meter

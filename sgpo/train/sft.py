@@ -19,7 +19,8 @@ from sgpo.engine.checkpoint import Checkpoints, is_whole
 from sgpo.engine.export import export_model
 from sgpo.engine.step import optimizer_step, score_contexts
 from sgpo.engine.zero import ZeroEngine, lr_factor
-from sgpo.reporting.metrics import LiveDisplay, MetricsLogger
+from sgpo.reporting.live_display import LiveDisplay
+from sgpo.reporting.run_logs import MetricsLogger
 from sgpo.types import SgpoError, TrainSequence
 from sgpo.utils import distributed
 

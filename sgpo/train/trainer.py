@@ -34,7 +34,8 @@ from sgpo.engine.weight_sync import SyncedRollouts
 from sgpo.engine.zero import ZeroEngine, init_distributed, lr_factor
 from sgpo.evaluation.held_out import evaluate
 from sgpo.model.loading import load_tokenizer
-from sgpo.reporting.metrics import LiveDisplay, MetricsLogger, RolloutTable
+from sgpo.reporting.live_display import LiveDisplay
+from sgpo.reporting.run_logs import MetricsLogger, RolloutTable
 from sgpo.reporting.run_report import write_report
 from sgpo.rewards.pool import RewardPool
 from sgpo.rewards.scoring import reward_item, score_rollouts

@@ -11,22 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sgpo.reporting.metrics import MetricsLogger, RolloutTable
-from sgpo.reporting.run_report import (
-    COMPARED,
-    CURVES,
-    _smooth,
-    compare_runs,
-    draw_comparison,
-    draw_curves,
-    draw_held_out,
-    draw_times,
-    draw_trajectory,
-    group_name,
-    load_run,
-    load_trajectory,
-    write_report,
-)
+from sgpo.reporting.comparison import COMPARED, compare_runs, draw_comparison, group_name
+from sgpo.reporting.curves import CURVES, draw_curves, draw_held_out, draw_times, smooth
+from sgpo.reporting.run_data import load_run, load_trajectory
+from sgpo.reporting.run_logs import MetricsLogger, RolloutTable
+from sgpo.reporting.run_report import write_report
+from sgpo.reporting.trajectory import draw_trajectory
 from sgpo.types import SgpoError
 
 PNG_MAGIC = b"\x89PNG\r\n"
@@ -256,10 +246,10 @@ def test_times_stack_up_to_the_whole_step(tmp_path: Path) -> None:
 
 
 def test_smooth_is_a_centred_mean_that_skips_nan() -> None:
-    np.testing.assert_allclose(_smooth(np.array([1.0, 2.0, 6.0, np.nan]), 3), [1.5, 3.0, 4.0, 6.0])
-    assert np.isnan(_smooth(np.array([1.0, np.nan, np.nan, np.nan]), 3)).tolist() == [False, False, True, True]
+    np.testing.assert_allclose(smooth(np.array([1.0, 2.0, 6.0, np.nan]), 3), [1.5, 3.0, 4.0, 6.0])
+    assert np.isnan(smooth(np.array([1.0, np.nan, np.nan, np.nan]), 3)).tolist() == [False, False, True, True]
     values = np.arange(5.0)
-    np.testing.assert_array_equal(_smooth(values, 1), values)
+    np.testing.assert_array_equal(smooth(values, 1), values)
 
 
 @pytest.mark.parametrize("count", [4, 60, 61, 300])

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sgpo.reporting.metrics import LiveDisplay, MetricsLogger, RolloutTable, read_jsonl, sparkline
+from sgpo.reporting.live_display import LiveDisplay, sparkline
+from sgpo.reporting.run_files import read_jsonl
+from sgpo.reporting.run_logs import MetricsLogger, RolloutTable
 from sgpo.types import SgpoError
 
 
