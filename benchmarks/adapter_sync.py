@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from sgpo.build.rollouts import rollout_engine
+from sgpo.builders.rollouts import rollout_engine
 from sgpo.config import Config
 from sgpo.engine.weight_sync import SyncedRollouts
 from sgpo.engine.zero import ZeroEngine, init_distributed

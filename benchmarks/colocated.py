@@ -23,8 +23,8 @@ import torch
 
 from benchmarks import measure
 from benchmarks.train_step import config_of, make_model, training_step
-from sgpo.build.model_engine import engine_on
-from sgpo.build.rollouts import vllm_options
+from sgpo.builders.model_engine import engine_on
+from sgpo.builders.rollouts import vllm_options
 from sgpo.engine.weight_sync import SyncedRollouts
 from sgpo.engine.zero import init_distributed
 from sgpo.rollout.vllm_engine import VllmEngine

@@ -119,8 +119,8 @@ def measure(name: str) -> dict[str, Any]:
     """In this process: the peak of each phase above the base, in bytes."""
     import torch
 
-    from sgpo.build.loss import policy_objective
-    from sgpo.build.model_engine import build_engine
+    from sgpo.builders.loss import policy_objective
+    from sgpo.builders.model_engine import build_engine
     from sgpo.engine.batching import collate_training
     from sgpo.engine.step import bound_objective
     from sgpo.engine.zero import init_distributed
@@ -218,10 +218,10 @@ def measure_in_forks(names: Sequence[str]) -> None:
     """Prints a row of each, measured in a fork of this process."""
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
-    import sgpo.build.loss
-    import sgpo.build.model_engine
-    import sgpo.build.rollouts
-    import sgpo.build.task  # noqa: F401
+    import sgpo.builders.loss
+    import sgpo.builders.model_engine
+    import sgpo.builders.rollouts
+    import sgpo.builders.task  # noqa: F401
 
     for name in names:
         pid = os.fork()

@@ -48,8 +48,8 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import measure
-from sgpo.build.rollouts import rollout_engine, vllm_options
-from sgpo.build.task import load_task
+from sgpo.builders.rollouts import rollout_engine, vllm_options
+from sgpo.builders.task import load_task
 from sgpo.config import Config
 from sgpo.data import builtin
 from sgpo.data.builtin import BUILTIN

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from sgpo.algorithm.targets import reachable_target
-from sgpo.build.loss import policy_objective
+from sgpo.builders.loss import policy_objective
 from sgpo.config import Config
 from sgpo.engine.step import optimizer_step, score_contexts
 from sgpo.engine.zero import ZeroEngine, init_distributed

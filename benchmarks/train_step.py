@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from sgpo.build.loss import policy_objective
-from sgpo.build.model_engine import engine_on
+from sgpo.builders.loss import policy_objective
+from sgpo.builders.model_engine import engine_on
 from sgpo.config import Config
 from sgpo.engine.step import micro_batches
 from sgpo.engine.zero import ZeroEngine, init_distributed

@@ -25,7 +25,7 @@ FLOORS = {
     "sgpo.engine": 4,
     "sgpo.strategies": 4,
     "sgpo.evaluation": 4,
-    "sgpo.build": 5,
+    "sgpo.builders": 5,
     "sgpo.train": 6,
     "sgpo.analysis": 6,
     "sgpo.commands": 7,

@@ -23,7 +23,7 @@ from sgpo.analysis.results import Results
 from sgpo.analysis.samples import Row, collect
 from sgpo.analysis.token_kl import TokenKl, summarize, token_pieces
 from sgpo.analysis.transfer import Draw
-from sgpo.build.model_engine import resolve_model
+from sgpo.builders.model_engine import resolve_model
 from sgpo.engine.batching import collate, length_sorted
 from sgpo.model.loading import load_tokenizer
 from sgpo.strategies.settings import AnalyzeConfig

@@ -11,7 +11,7 @@ import torch
 
 from sgpo.analysis import similarity, transfer
 from sgpo.analysis.transfer import Draw
-from sgpo.build.task import load_task, prompt_builder
+from sgpo.builders.task import load_task, prompt_builder
 from sgpo.engine.batching import collate, length_sorted
 from sgpo.model.loading import load_causal_lm, positions_of
 from sgpo.model.policy import PolicyModel

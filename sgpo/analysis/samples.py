@@ -13,7 +13,7 @@ from typing import Any
 from sgpo.analysis import transfer
 from sgpo.analysis.design import Plan, Study
 from sgpo.analysis.transfer import Draw
-from sgpo.build.rollouts import build_rewards, build_rollouts
+from sgpo.builders.rollouts import build_rewards, build_rollouts
 from sgpo.rewards.pool import RewardItem, RewardPool
 from sgpo.strategies.display import ExtractDisplay
 from sgpo.strategies.settings import AnalyzeConfig

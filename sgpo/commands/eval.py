@@ -56,9 +56,9 @@ def load_eval_config(path: Path | None, overrides: Sequence[str] = ()) -> Config
 
 def evaluate_model(config: Config) -> dict[Kind, EvalResult]:
     """The model in model.path on data.eval, plain and, where eval.guided asks for it, guided."""
-    from sgpo.build.model_engine import resolve_model
-    from sgpo.build.rollouts import build_rewards, build_rollouts
-    from sgpo.build.task import load_task
+    from sgpo.builders.model_engine import resolve_model
+    from sgpo.builders.rollouts import build_rewards, build_rollouts
+    from sgpo.builders.task import load_task
     from sgpo.evaluation.held_out import evaluate
     from sgpo.model.loading import load_tokenizer
 
@@ -91,8 +91,8 @@ def evaluate_benchmarks(
     Raises:
         SgpoError: no such benchmark or model, contamination where it is refused, a folder with another setting.
     """
-    from sgpo.build.model_engine import resolve_model
-    from sgpo.build.rollouts import build_rewards, build_rollouts
+    from sgpo.builders.model_engine import resolve_model
+    from sgpo.builders.rollouts import build_rewards, build_rollouts
     from sgpo.evaluation.benchmark_run import BenchmarkRun
     from sgpo.model.loading import load_tokenizer
     from sgpo.utils import distributed

@@ -168,7 +168,7 @@ def _local_backend(config: ExtractConfig) -> Backend:
             raise SgpoError(f"local.{section} must be a section, as in --local.rollout.engine hf")
         raw[section] = {**values, **given}
     run = checked(Config, raw, "local")
-    from sgpo.build.rollouts import build_rollouts
+    from sgpo.builders.rollouts import build_rollouts
     from sgpo.model.loading import load_tokenizer, positions_of
     from sgpo.strategies.local import LocalBackend
 

@@ -21,8 +21,8 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     config = load_settings(Config, arguments.config, words)
     if config.warmup.data is None:
         raise SgpoError(f"{arguments.config}: sgpo warmup needs warmup.data")
-    from sgpo.build.model_engine import resolve_model
-    from sgpo.build.run_folder import open_run_folder
+    from sgpo.builders.model_engine import resolve_model
+    from sgpo.builders.run_folder import open_run_folder
     from sgpo.engine.zero import init_distributed
     from sgpo.model.loading import load_tokenizer
     from sgpo.train.sft import run_warmup

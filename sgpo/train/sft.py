@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from sgpo.algorithm.sft import sft_sequences
-from sgpo.build.loss import sft_objective
-from sgpo.build.model_engine import build_engine
-from sgpo.build.task import load_demonstrations
+from sgpo.builders.loss import sft_objective
+from sgpo.builders.model_engine import build_engine
+from sgpo.builders.task import load_demonstrations
 from sgpo.config import Config
 from sgpo.data.epochs import epoch_order
 from sgpo.data.prompts import eos_token_ids

@@ -20,11 +20,11 @@ import torch
 from sgpo.algorithm.dapo import is_informative
 from sgpo.algorithm.importance import truncated_importance
 from sgpo.algorithm.method import Guidance
-from sgpo.build.loss import policy_objective, training_method
-from sgpo.build.model_engine import build_engine, resolve_model
-from sgpo.build.rollouts import build_rewards, build_synced_rollouts
-from sgpo.build.run_folder import open_run_folder
-from sgpo.build.task import load_run_tasks
+from sgpo.builders.loss import policy_objective, training_method
+from sgpo.builders.model_engine import build_engine, resolve_model
+from sgpo.builders.rollouts import build_rewards, build_synced_rollouts
+from sgpo.builders.run_folder import open_run_folder
+from sgpo.builders.task import load_run_tasks
 from sgpo.config import Config, RolloutConfig
 from sgpo.data.epochs import problems_of_step
 from sgpo.engine.checkpoint import Checkpoints

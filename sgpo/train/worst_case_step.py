@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sgpo.build.loss import policy_objective
+from sgpo.builders.loss import policy_objective
 from sgpo.config import WITH_DEMONSTRATIONS, Config
 from sgpo.engine.batching import MicroBatch, collate_training
 from sgpo.engine.step import Objective, bound_objective

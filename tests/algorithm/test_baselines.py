@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sgpo.algorithm.dapo import dapo_sequences, is_informative, overlong_penalty
-from sgpo.build.loss import policy_objective, training_method
+from sgpo.builders.loss import policy_objective, training_method
 from sgpo.config import Config
 from sgpo.data.builtin import make_model, vocabulary
 from sgpo.engine.batching import collate_training

@@ -9,7 +9,7 @@ from sgpo_kernels import launch
 from sgpo_kernels.testing import Peak, cpu_peak
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from sgpo.build.loss import policy_objective
+from sgpo.builders.loss import policy_objective
 from sgpo.config import Config
 from sgpo.engine import zero
 from sgpo.engine.step import optimizer_step, score_contexts

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from sgpo import cli
-from sgpo.build.rollouts import build_rollouts
+from sgpo.builders.rollouts import build_rollouts
 from sgpo.commands.eval import evaluate_benchmarks, load_eval_config
 from sgpo.data.builtin import make_problems
 from sgpo.evaluation.benchmark_run import model_fingerprint, protocol_of
@@ -66,7 +66,7 @@ def requested(monkeypatch):
         engine.generate = lambda requests, *rest: seen.extend(requests) or generate(requests, *rest)
         return engine
 
-    monkeypatch.setattr("sgpo.build.rollouts.build_rollouts", spy)
+    monkeypatch.setattr("sgpo.builders.rollouts.build_rollouts", spy)
     return seen
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from sgpo.build.task import check_data
+from sgpo.builders.task import check_data
 from sgpo.config import Config
 from sgpo.planning.architectures import check_sequence_parallel
 from sgpo.types import SgpoError, TaskData

@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from sgpo.build.model_engine import resolve_model
-from sgpo.build.rollouts import build_rollouts
+from sgpo.builders.model_engine import resolve_model
+from sgpo.builders.rollouts import build_rollouts
 from sgpo.config import Config
 from sgpo.engine.export import export_model
 from sgpo.engine.weight_sync import SyncedRollouts

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import BASE, WARMUP, digest, finish, finish_all, rows, start
 
-from sgpo.build.loss import training_method
+from sgpo.builders.loss import training_method
 from sgpo.config import Config, RolloutConfig
 from sgpo.train import trainer
 from sgpo.types import TrainSequence
