@@ -22,7 +22,7 @@ _FREE_SECTIONS = ("run", "log", "checkpoint", "plan")
 
 
 def open_run_folder(config: Config) -> Path:
-    """The run's folder, ready to be written to. Collective: rank 0 makes it, and what it finds wrong ends every rank."""
+    """The run's folder, ready to be written to. Collective: rank 0 makes it; what it finds wrong ends every rank."""
     check_packages(config)
     return on_rank_zero_first(partial(prepare_run_folder, config))
 
