@@ -14,6 +14,16 @@ from sgpo.methods.method import Guidance
 from sgpo.schema import Rollout, ScoredGroup
 from sgpo.steps import Pass
 
+# What `record_passes` logs. A step has all of it: 0 or None where it trained on nothing, or on nothing of that kind.
+_PASS_SUMS = (
+    "micro_batches", "train_tokens", "loss_policy", "loss_distill", "policy_rows", "distill_rows", "dropped_mass",
+)  # fmt: skip
+_PASS_MEANS = (
+    "padding_share", "entropy", "ratio_mean", "clip_share", "column_share", "sampler_gap_mean", "sampler_gap_k3",
+    "importance_mean", "kl_mean", "kl_kept_mean", "kl_masked_share",
+)  # fmt: skip
+_PASS_MAXIMA = ("sampler_gap_max", "kl_max")
+
 
 class Clock:
     """Wall time of the stages of a step, in seconds; the slowest rank counts. `at_end` is told each stage that ends."""
@@ -45,6 +55,7 @@ def record_memory(meter: Meter) -> None:
 
 def record_groups(meter: Meter, groups: Sequence[ScoredGroup]) -> None:
     """Accuracy, lengths, truncation and verdicts of both kinds of rollout."""
+    meter.declare(means=["sampled_nll"])
     for group in groups:
         meter.sum("problems", 1)
         meter.means("accuracy_auto", [float(reward > 0) for reward in group.auto_rewards])
@@ -74,6 +85,7 @@ def record_guidance(meter: Meter, guidance: Sequence[Guidance]) -> None:
 
 def record_passes(meter: Meter, passes: Sequence[Pass]) -> None:
     """Row statistics of the loss, over live rows. One transfer from the device per statistic and micro-batch."""
+    meter.declare(means=_PASS_MEANS, sums=_PASS_SUMS, maxima=_PASS_MAXIMA)
     for done in passes:
         meter.sum("micro_batches", 1)
         meter.sum("train_tokens", done.tokens)

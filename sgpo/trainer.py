@@ -183,7 +183,9 @@ def _loop(s: Session, progress: Progress) -> None:
             s.rollouts.sleep()
         guidance, passes = _update(s, step, groups, meter, clock)
         if with_next:
-            _collect(s, step + 1, clock)
+            _collect(s, step + 1)
+        if s.config.rollout.overlap:
+            clock.stage("overlap_wait")
         s.display.stage("sync")
         report = s.rollouts.sync(step + 1)
         clock.stage("sync")
@@ -273,10 +275,9 @@ def _begin(s: Session, step: int) -> None:
     s.rollouts.begin(requests, sampling, _early_verdicts(s))
 
 
-def _collect(s: Session, version: int, clock: Clock) -> None:
+def _collect(s: Session, version: int) -> None:
     s.display.stage("rollout")
     s.ahead.extend(s.rollouts.collect(version))
-    clock.stage("overlap_wait")
 
 
 def _requests(s: Session, number: int) -> tuple[list[int], list[RolloutRequest], SamplingParams]:
@@ -344,6 +345,7 @@ def _update(
     passes = [done for result in results for done in result.passes]
     meter.sum("loss", sum(result.loss for result in results) / batches)
     meter.max("lr", lr)
+    meter.declare(maxima=["grad_norm"])
     for result in results:
         if result.grad_norm is not None:
             meter.max("grad_norm", result.grad_norm)

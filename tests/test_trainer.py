@@ -213,12 +213,56 @@ def test_every_switch_runs_end_to_end(switched, overrides):
     assert all(row["loss"] is not None for row in found)
     assert any((row["grad_norm"] or 0) > 0 for row in found)
     text = " ".join(overrides)
-    assert ("column_tolerance" in text) == any(row["column_share"] < 1 for row in found)
+    assert ("column_tolerance" in text) == any(row["column_share"] not in (None, 1) for row in found)
     distils = not any(word in text for word in ("sft", "none", "method=grpo"))
     if "autonomous_grpo=false" in text:
         assert all(row["policy_rows"] == 0 for row in found)
         distils = True
     assert any(row.get("distill_rows") for row in found) == distils
+
+
+METHODS = {
+    "sgpo": ["--algorithm.method=sgpo"],
+    "sgpo-none": ["--algorithm.distillation=none"],
+    "sgpo-sft": ["--algorithm.distillation=sft"],
+    "sgpo-alone": ["--algorithm.autonomous_grpo=false"],
+    "sgpo-ahead": ["--rollout.overlap=true", "--rollout.placement=process", "--rollout.importance_cap=2.0",
+                   "--train.max_steps=2"],
+    **{method: [f"--algorithm.method={method}", "--rollout.n_guided=0"] for method in ("grpo", "luffy", "hpt")},
+    "dapo": ["--algorithm.method=dapo", "--rollout.n_guided=0", "--algorithm.refill_rounds=1"],
+    "sft": ["--algorithm.method=sft", "--rollout.n_guided=0", "--rollout.n_auto=0"],
+}  # fmt: skip
+REWARDS = ("even", "right", "wrong")  # the last two: no variance, all or none of the guided ones correct
+
+
+@pytest.fixture(scope="module")
+def by_method(tmp_path_factory):
+    """A step or two of every method with every reward."""
+    folder = tmp_path_factory.mktemp("methods")
+    common = ["--train.max_steps=1", "--data.eval=null", "--rollout.max_new_tokens=20"]
+    runs = {
+        f"{name}-{reward}": [*common, f"--reward.kind=plugin:{reward}", *words]
+        for name, words in METHODS.items()
+        for reward in REWARDS
+    }
+    finish_all(folder, runs)
+    return {name: rows(folder / "runs" / name) for name in runs}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_step_logs_the_same_keys_whatever_it_held(by_method, method):
+    found = [row for reward in REWARDS for row in by_method[f"{method}-{reward}"]]
+    wanted = by_method["sgpo-even"][0].keys() | (
+        {"overlap_wait_s", "peak_overlap_wait_mib"} if method == "sgpo-ahead" else set()
+    )
+    for row in found:
+        assert row.keys() == wanted
+    empty = {row["micro_batches"] == 0 for row in found}
+    assert empty == ({False} if method == "sft" else {False, True})
+    for row in found:
+        if row["micro_batches"] == 0:
+            assert row["grad_norm"] is row["column_share"] is row["kl_max"] is row["sampler_gap_max"] is None
+            assert row["policy_rows"] == row["distill_rows"] == row["dropped_mass"] == 0
 
 
 @pytest.mark.parametrize("method", ["luffy", "sft"])

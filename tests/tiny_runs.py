@@ -14,6 +14,12 @@ from processes import start_ranks
 REWARD = """
 def even(completion, answer, problem):
     return float(len(completion.split()) % 2 == 0)
+
+def right(completion, answer, problem):
+    return 1.0
+
+def wrong(completion, answer, problem):
+    return 0.0
 """
 
 BASE = {
