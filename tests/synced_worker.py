@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from engine_builders import make_hf, make_vllm, whole_weights_nowhere, with_adapters
+from processes import PATIENCE_S
 
 from sgpo.data.builtin import END, vocabulary
 from sgpo.engine import ranks, zero
@@ -149,7 +150,7 @@ def run_case(case, folder, device):
 
 
 def main(out, folder, *cases):
-    device = init_distributed(120)
+    device = init_distributed(PATIENCE_S)
     whole_weights_nowhere()
     done = {case: run_case(case, Path(folder), device) for case in cases}
     if ranks.is_main():

@@ -5,6 +5,7 @@ import math
 import deepspeed.utils.groups
 import pytest
 import torch
+from processes import PATIENCE_S
 from sgpo_kernels import launch
 from sgpo_kernels.testing import Peak, cpu_peak
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -28,7 +29,7 @@ def device():
             patch.delenv(name)
         # DeepSpeed keeps its copy of a process group that another test of this process has destroyed.
         patch.setattr(deepspeed.utils.groups, "_WORLD_GROUP", None)
-        yield zero.init_distributed(60)
+        yield zero.init_distributed(PATIENCE_S)
         torch.distributed.destroy_process_group()
 
 
