@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from sgpo.algorithm.objective import imitation_objective, sgpo_objective
-from sgpo.config import WITH_DEMONSTRATIONS, Config, OptimConfig, checked
+from sgpo.config import WITH_DEMONSTRATIONS, Config, OptimConfig, checked, without_gone
 from sgpo.data import builtin
 from sgpo.data.packing import MicroBatch
 from sgpo.data.problems import check_disjoint, load_problems
@@ -356,9 +356,7 @@ def training_method(config: Config) -> Method:
     algorithm = config.algorithm
     centred = {"normalize_std": algorithm.normalize_std, "max_new_tokens": config.rollout.max_new_tokens}
     methods: dict[str, Any] = {
-        "sgpo": partial(
-            sgpo_sequences, settings=sgpo_settings(config), contest_above_tokens=config.contest_above_tokens()
-        ),
+        "sgpo": partial(sgpo_sequences, settings=sgpo_settings(config)),
         "grpo": partial(sgpo_sequences, settings=sgpo_settings(config)),
         "dapo": partial(dapo_sequences, overlong_share=algorithm.overlong_share, **centred),
         "luffy": partial(luffy_sequences, **centred),
@@ -445,6 +443,7 @@ def _lot(config: Config, problem_id: str) -> float:
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
+    old = without_gone(old)
     with suppress(SgpoError):  # a key that did not exist then had what is its default now
         old = checked(Config, old, str(path)).model_dump(mode="json")
     changed = [

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,12 @@ from sgpo.schema import SgpoError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+# Keys of earlier versions, and what a config that has one is told. The config.yaml of an old run may have them.
+GONE = {
+    "engine.shared_target_pass": "is gone: o+ is always chosen by a scoring pass before training; remove the line",
+}
 
 
 class Section(BaseModel):
@@ -293,12 +298,6 @@ class EngineConfig(Section):
     packing: Literal["padded", "packed"] = Field(
         default="padded", description="packed: several sequences behind one another in one row, no padding"
     )
-    shared_target_pass: bool = Field(
-        default=True,
-        description="a correct guided completion that fills more than half a micro-batch goes through the model once "
-        "for choosing o+ and for learning it; where model.gradient_checkpointing is on, and algorithm.mini_batches and "
-        "sequence_parallel_size are 1",
-    )
     loss_impl: Literal["auto", "triton", "torch"] = Field(default="auto", description="auto: Triton on CUDA")
     column_tolerance: float = Field(
         default=0.0,
@@ -435,20 +434,6 @@ class Config(Section):
     log: LogConfig = LogConfig()
     plan: PlanConfig = PlanConfig()
 
-    def contest_above_tokens(self) -> float:
-        """Of how many tokens on a guided completion goes through the model alone, once for its choice as o+ and for
-        learning it (engine.shared_target_pass). Shorter ones go in company, which is worth more than a pass.
-
-        Never without checkpoints, where two of them would hold all their activations (and DeepSpeed's ZeRO-3 all
-        weights until backward ends); with several mini-batches, whose weights are no longer those that chose; nor where
-        ranks share a pass and are in company by that.
-        """
-        engine, algorithm = self.engine, self.algorithm
-        chooses = algorithm.method == "sgpo" and algorithm.distillation != "none" and algorithm.target != "all"
-        alone = self.model.gradient_checkpointing and algorithm.mini_batches == engine.sequence_parallel_size == 1
-        contested = engine.shared_target_pass and chooses and alone and self.rollout.n_guided > 1
-        return engine.micro_batch_tokens / 2 if contested else math.inf
-
     @model_validator(mode="after")
     def _pairs(self) -> Config:
         method = self.algorithm.method
@@ -531,6 +516,17 @@ def checked(schema: type[Settings], raw: dict[str, Any], place: str) -> Settings
         return schema.model_validate(raw)
     except ValidationError as error:
         raise SgpoError("; ".join(_sentence(schema, place, item) for item in error.errors())) from None
+
+
+def without_gone(raw: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier version has saved, without the keys of `GONE`."""
+    gone = {tuple(key.split(".")) for key in GONE}
+    return {
+        section: {key: value for key, value in values.items() if (section, key) not in gone}
+        if isinstance(values, dict)
+        else values
+        for section, values in raw.items()
+    }
 
 
 def _read_sections(schema: type[BaseModel], path: Path) -> dict[str, Any]:
@@ -631,6 +627,8 @@ def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
 
 def _sentence(schema: type[BaseModel], place: str, item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
+    if key in GONE:
+        return f"{place}: {key} {GONE[key]}"
     if item["type"] == "extra_forbidden":
         sections = [".".join(known.split(".")[:-1]) for known in known_keys(schema)]
         close = difflib.get_close_matches(key, [*known_keys(schema), *sections], n=1, cutoff=0.5)

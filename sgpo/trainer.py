@@ -325,7 +325,6 @@ def _update(
     lr = config.optim.lr * lr_factor(
         step, s.total_steps, warmup_ratio=config.optim.warmup_ratio, schedule=config.optim.schedule
     )
-    contests = [[chosen.contest for chosen in part if chosen.contest] for _, part in planned]
     results = [
         optimizer_step(
             s.engine,
@@ -334,13 +333,9 @@ def _update(
             token_budget=budget,
             pad_id=pad_id,
             lr=lr,
-            contests=contested,
-            temperature=config.rollout.temperature,
         )
-        for sequences, contested in zip(parts, contests, strict=True)
+        for sequences in parts
     ]
-    winners = iter([winner for result in results for winner in result.winners])
-    guidance = [chosen.decided(*next(winners)) if chosen.contest else chosen for chosen in guidance]
     clock.stage("train")
     passes = [done for result in results for done in result.passes]
     meter.sum("loss", sum(result.loss for result in results) / batches)

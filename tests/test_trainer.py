@@ -4,6 +4,7 @@ import json
 import math
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -11,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny_runs import BASE, WARMUP, digest, finish, finish_all, rows, start
 
 from sgpo import trainer
-from sgpo.assembly import training_method
-from sgpo.config import Config, RolloutConfig
+from sgpo.config import GONE, RolloutConfig
 from sgpo.schema import TrainSequence
 
 
@@ -135,22 +136,6 @@ def test_two_processes_give_the_loss_curve_of_one(plain_run, tmp_path, overrides
             assert both[key] == pytest.approx(alone[key], rel=1e-3, abs=1e-6), key
 
 
-@pytest.mark.parametrize(
-    ("checkpointed", "mini_batches", "asked", "tokens"),
-    [(True, 1, True, 128), (False, 1, True, math.inf), (True, 2, True, math.inf), (True, 1, False, math.inf)],
-)
-def test_when_a_long_target_goes_through_the_model_once(checkpointed, mini_batches, asked, tokens):
-    config = Config.model_validate(
-        {
-            **BASE,
-            "model": {**BASE["model"], "gradient_checkpointing": checkpointed},
-            "algorithm": {"mini_batches": mini_batches},
-            "engine": {**BASE["engine"], "shared_target_pass": asked},
-        }
-    )
-    assert training_method(config).keywords["contest_above_tokens"] == tokens
-
-
 def test_old_logprobs_are_computed_of_policy_sequences_alone():
     """A target needs none: it does not go through the model for them."""
     asked = []
@@ -171,15 +156,15 @@ def test_old_logprobs_are_computed_of_policy_sequences_alone():
     assert [replace(s, old_logprobs=None, importance=None) for s in fixed] == made
 
 
-def test_one_pass_of_long_targets_gives_the_loss_curve_of_two(plain_run, tmp_path):
+def test_checkpoints_and_small_micro_batches_give_the_same_loss_curve(plain_run, tmp_path):
     """Every guided prompt has 39 tokens, more than half of the 64 of a micro-batch."""
     finish(
         tmp_path, "--model.gradient_checkpointing=true", "--engine.micro_batch_tokens=64", "--plan.worst_case_step=true"
     )
     found = rows(tmp_path / "runs" / "tiny")
-    for two, one in zip(rows(plain_run), found, strict=True):
+    for plain, lean in zip(rows(plain_run), found, strict=True):
         for key in ("loss", "alpha_mean", "grad_norm", "target_share", "target_score_mean", "kl_mean"):
-            assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-6), key
+            assert lean[key] == pytest.approx(plain[key], rel=1e-3, abs=1e-6), key
     assert any(row["target_score_mean"] is not None for row in found)
 
 
@@ -322,6 +307,23 @@ def test_a_full_disk_stops_cleanly_and_the_run_goes_on_afterwards(plain_run, tmp
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-00000001", "step-00000002"]
     finish(tmp_path)
     assert digest(run) == digest(plain_run)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_run_of_a_version_with_keys_that_are_gone_goes_on(plain_run, tmp_path, value):
+    finish(tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    for step in (3, 4):
+        shutil.rmtree(run / "checkpoints" / f"step-{step:08d}", ignore_errors=True)
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    for key in GONE:
+        section, name = key.split(".")
+        saved[section][name] = value
+    (run / "config.yaml").write_text(yaml.safe_dump(saved))
+    finish(tmp_path)
+    assert digest(run) == digest(plain_run)
+    now = yaml.safe_load((run / "config.yaml").read_text())
+    assert not [key for key in GONE if key.split(".")[1] in now[key.split(".")[0]]]
 
 
 def test_resume_never_sets_the_old_run_aside(tmp_path):

@@ -7,10 +7,10 @@ only sums weight x row loss (`sgpo.algorithm.objective`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
-from sgpo.schema import Contest, Rollout, ScoredGroup, TrainSequence
+from sgpo.schema import Rollout, ScoredGroup, TrainSequence
 
 Context = tuple[tuple[int, ...], tuple[int, ...]]  # prompt ids, completion ids
 Scorer = Callable[[list[Context]], list[list[float]]]  # log-probs of each completion's tokens after its prompt
@@ -18,20 +18,12 @@ Scorer = Callable[[list[Context]], list[list[float]]]  # log-probs of each compl
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """What was decided for one problem. `targets` is empty where no guided rollout is correct or alpha is 0.
-
-    With a `contest` the optimizer step decides which of `targets` is o+; its candidates are in their order.
-    """
+    """What was decided for one problem. `targets` is empty where no guided rollout is correct or alpha is 0."""
 
     alpha: float = 0.0
     alpha_uncapped: float = 0.0
     targets: tuple[Rollout, ...] = ()
     target_score: float | None = None
-    contest: Contest | None = None
-
-    def decided(self, winner: int, score: float) -> Guidance:
-        """With the contest's outcome."""
-        return replace(self, targets=(self.targets[winner],), target_score=score, contest=None)
 
 
 class Method(Protocol):

@@ -189,8 +189,8 @@ class Planner(TrainingMemory):
     def _activations_on_host(self) -> Terms:
         if not (self.config.model.activation_offload and self.cuda):
             return {}
-        layers, count = self.sizes.layers, 1 + self.candidates_waiting()
-        return {"checkpoint boundaries": count * layers * self.pinned(self.boundaries() / layers)}
+        layers = self.sizes.layers
+        return {"checkpoint boundaries": layers * self.pinned(self.boundaries() / layers)}
 
     def _rollout(self) -> Phase:
         states, host = self._resident(), {}

@@ -147,39 +147,10 @@ def test_scores_return_to_their_own_group():
     assert len(calls[0]) == 5
 
 
-@pytest.mark.parametrize("target", ["sum", "mean"])
-def test_long_candidates_become_a_contest_that_the_step_decides(target):
-    """Guided contexts of 3 + 5 and 3 + 6 tokens; of 3 + 4 and 3 + 6; one correct; none."""
-    groups = [
-        group([0, 0, 0, 1], [1, 1, 0], lengths=[5, 6, 1]), group([0, 1], [1, 1], lengths=[4, 6]),
-        group([0, 0], [0, 1], lengths=[9, 9]), group([0, 0], [0]),
-    ]  # fmt: skip
-    scorer, settings = FakeScorer({30: -1.0, 31: -1.0}), SgpoSettings(target=target)
-    found, guidance = sgpo_sequences(groups, settings, problems=4, score=scorer, contest_above_tokens=7)
-    assert scorer.calls == [[(PLAIN, (30,) * 4), (PLAIN, (31,) * 6)]]
-    assert [s.completion_ids for s in found if s.target_weight] == [(30,) * 4, (31,) * 9]
-    assert [g.contest is None for g in guidance] == [False, True, True, True]
-    contest = guidance[0].contest
-    assert contest.score == target
-    # Each candidate as if it were o+: the sequence that the other way gives it, with all of alpha.
-    alpha = 0.5 * (2 / 3 - 0.25 + 0.1) / 0.35
-    assert [c.target_weight for c in contest.candidates] == pytest.approx([alpha / (4 * 5), alpha / (4 * 6)])
-    one_correct = [group([0, 0, 0, 1], rewards, lengths=[5, 6, 1]) for rewards in ([1, 0, 0], [0, 1, 0])]
-    alone = sequences_of(one_correct, problems=4)[1]
-    assert [(c.prompt_ids, c.teacher_prompt_ids, c.completion_ids) for c in contest.candidates] == [
-        (s.prompt_ids, s.teacher_prompt_ids, s.completion_ids) for s in alone
-    ]
-    outcome = guidance[0].decided(1, -2.5)
-    assert (outcome.targets, outcome.target_score, outcome.contest) == ((groups[0].guided[1],), -2.5, None)
-    assert (outcome.alpha, outcome.alpha_uncapped) == (guidance[0].alpha, guidance[0].alpha_uncapped)
-
-
-def test_all_correct_ones_are_learnt_without_a_contest_in_equation_2():
+def test_all_correct_ones_are_learnt_in_equation_2():
     groups = [group([0, 1], [1, 1], lengths=[5, 6])]
-    found, (chosen,) = sgpo_sequences(
-        groups, SgpoSettings(target="all"), problems=1, score=FakeScorer(), contest_above_tokens=0
-    )
-    assert chosen.contest is None
+    found, (chosen,) = sgpo_sequences(groups, SgpoSettings(target="all"), problems=1, score=FakeScorer())
+    assert len(chosen.targets) == 2
     assert len([s for s in found if s.target_weight]) == 2
 
 

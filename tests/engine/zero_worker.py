@@ -1,7 +1,7 @@
 """One rank of the engine tests: runs every case of the command line in one process and writes what came out.
 
-python zero_worker.py OUT.json MODEL_FOLDER CASE ...    STAGE:DTYPE:TOKEN_BUDGET[:OPTION...], or contest:CASE
-(contest_cases.py)
+python zero_worker.py OUT.json MODEL_FOLDER CASE ...    STAGE:DTYPE:TOKEN_BUDGET[:OPTION...], or step:CASE
+(step_cases.py)
 """
 
 import json
@@ -124,10 +124,10 @@ def main() -> None:
     whole_weights_nowhere()
     results = {}
     for case in cases:
-        if case.startswith("contest:"):
-            import contest_cases
+        if case.startswith("step:"):
+            import step_cases
 
-            results[case] = contest_cases.run_case(case.removeprefix("contest:"), folder, device)
+            results[case] = step_cases.run_case(case.removeprefix("step:"), folder, device)
         else:
             results[case] = run_case(case, folder, device)
     if ranks.is_main():
