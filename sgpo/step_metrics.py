@@ -26,9 +26,9 @@ _PASS_MAXIMA = ("sampler_gap_max", "kl_max")
 
 
 class Clock:
-    """Wall time of the stages of a step, in seconds; the slowest rank counts. `at_end` is told each stage that ends."""
+    """Wall time of the stages of a step, in seconds; the slowest rank counts. `at_end` is called as one ends."""
 
-    def __init__(self, meter: Meter, at_end: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, meter: Meter, at_end: Callable[[], None] = lambda: None) -> None:
         self._meter, self._at_end = meter, at_end
         self._spent: dict[str, float] = {}
         self._start = self._last = time.monotonic()
@@ -40,7 +40,7 @@ class Clock:
         self._spent[f"{name}_s"] = self._spent.get(f"{name}_s", 0.0) + now - self._last
         self.spans.append((name, self._last, now))
         self._last = now
-        self._at_end(name)
+        self._at_end()
 
     def finish(self) -> None:
         self._meter.maxima({**self._spent, "step_s": time.monotonic() - self._start})
@@ -51,6 +51,12 @@ def record_memory(meter: Meter) -> None:
     if torch.cuda.is_available():
         meter.max("cuda_allocated_mib", torch.cuda.memory_allocated() / 2**20)
         meter.max("cuda_reserved_mib", torch.cuda.memory_reserved() / 2**20)
+
+
+def record_peak(meter: Meter, mib: float | None) -> None:
+    """The highest peak of the step on the fullest GPU, without a rollout engine that sleeps."""
+    if torch.cuda.is_available() and mib is not None:
+        meter.max("cuda_peak_mib", mib)
 
 
 def record_groups(meter: Meter, groups: Sequence[ScoredGroup]) -> None:

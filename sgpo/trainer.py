@@ -26,7 +26,7 @@ from sgpo.engine.export import export_model
 from sgpo.engine.ranks import Meter
 from sgpo.engine.zero import ZeroEngine, init_distributed, lr_factor
 from sgpo.evaluate import evaluate, reward_item, score_rollouts
-from sgpo.gauge import Gauge, planned_peaks
+from sgpo.gauge import Gauge, planned_peak
 from sgpo.methods.dapo import is_informative
 from sgpo.methods.method import Guidance
 from sgpo.metrics import LiveDisplay, MetricsLogger, RolloutTable
@@ -54,6 +54,7 @@ from sgpo.step_metrics import (
     record_guidance,
     record_memory,
     record_passes,
+    record_peak,
 )  # fmt: skip
 from sgpo.steps import Pass, optimizer_step, score_contexts
 from sgpo.synced import SyncedRollouts
@@ -117,7 +118,7 @@ def _train(config: Config) -> dict[str, Any]:
     task = assembly.load_task(config, tokenizer, split="train")
     held_out = assembly.load_task(config, tokenizer, split="eval") if config.data.eval else None
     assembly.check_data(config, model_folder, task, held_out)
-    planned = planned_peaks(config, model_folder)
+    planned = planned_peak(config, model_folder)
     with ExitStack() as stack:
         rewards = stack.enter_context(assembly.build_rewards(config))
         if config.warmup.enabled:
@@ -134,7 +135,7 @@ def _train(config: Config) -> dict[str, Any]:
         gauge = Gauge(planned, rollouts.asleep_bytes)
         if progress.step == 0 and wants_worst_case(config, device):
             rollouts.sleep()
-            with gauge.reading("worst_case"):
+            with gauge.reading():
                 worst_case_step(engine, config, task.prompts, tokenizer.pad_token_id)
             rollouts.sync(progress.step)
         profiler = _profiler(config, run_dir, engine, rollouts, stack) if config.log.profile else None
@@ -160,7 +161,8 @@ def _train(config: Config) -> dict[str, Any]:
         with _named_losses(config, lambda: session.display.where):
             _loop(session, progress)
         export_model(engine, tokenizer, run_dir / "final")
-    summary = _summary(config, progress, progress.wall_s + time.monotonic() - started) | {"memory": gauge.summary}
+        memory = gauge.summary()
+    summary = _summary(config, progress, progress.wall_s + time.monotonic() - started) | {"memory": memory}
     if main:
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
         write_report(run_dir)
@@ -174,7 +176,7 @@ def _loop(s: Session, progress: Progress) -> None:
     step = progress.step
     while not _is_last(s, step, progress):
         meter = Meter()
-        clock = s.gauge.clock(meter)
+        clock = Clock(meter, at_end=lambda meter=meter: record_peak(meter, s.gauge.read()))
         sampled, groups = _sample_and_score(s, step, progress, clock)
         with_next = s.config.rollout.overlap and not _is_last(s, step + 1, progress)
         if with_next:
@@ -378,7 +380,6 @@ def _log(
     record_guidance(meter, guidance)
     record_passes(meter, passes)
     values = meter.reduce()
-    s.gauge.compare(values)
     values["rollout_tokens_per_s"] = (values["rollout_tokens"] or 0.0) / max(values["rollout_s"] or 0.0, 1e-9)
     if s.profiler:
         s.profiler.write(done, values)

@@ -237,9 +237,7 @@ def by_method(tmp_path_factory):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_step_logs_the_same_keys_whatever_it_held(by_method, method):
     found = [row for reward in REWARDS for row in by_method[f"{method}-{reward}"]]
-    wanted = by_method["sgpo-even"][0].keys() | (
-        {"overlap_wait_s", "peak_overlap_wait_mib"} if method == "sgpo-ahead" else set()
-    )
+    wanted = by_method["sgpo-even"][0].keys() | ({"overlap_wait_s"} if method == "sgpo-ahead" else set())
     for row in found:
         assert row.keys() == wanted
     empty = {row["micro_batches"] == 0 for row in found}
