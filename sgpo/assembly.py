@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from sgpo.algorithm.objective import imitation_objective, sgpo_objective
+from sgpo.algorithm.objective import imitation_objective
 from sgpo.config import WITH_DEMONSTRATIONS, Config, OptimConfig, checked, without_gone
 from sgpo.data import builtin
 from sgpo.data.packing import MicroBatch
@@ -36,7 +36,7 @@ from sgpo.rewards.pool import RewardPool
 from sgpo.schema import Problem, PromptPair, RolloutEngine, SgpoError, TrainSequence
 from sgpo.seeds import seed_of
 from sgpo.sequence_parallel import SequenceParallel, check_size
-from sgpo.steps import Objective
+from sgpo.steps import Objective, objective_with
 from sgpo.strategies.calculator import attach_strategies
 from sgpo.synced import SyncedRollouts
 
@@ -190,7 +190,7 @@ def load_demonstrations(config: Config, tokenizer: Any, eos_id: int) -> list[Tra
         if lacking := [p.id for p in problems if not p.solution]:
             raise SgpoError(f"{source}: {len(lacking)} problems lack a solution to learn from (first: {lacking[0]})")
         share = config.warmup.guided_share
-        rows = [(p, p.has_guidance and _lot(config, p.id) < share, p.solution or "") for p in problems]
+        rows = [(p, p.has_guidance and _seeded_share(config, p.id) < share, p.solution or "") for p in problems]
     pairs = builder.check_all([problem for problem, _, _ in rows])
     sequences = []
     for (problem, guided, completion), pair in zip(rows, pairs, strict=True):
@@ -370,33 +370,19 @@ def policy_objective(config: Config) -> Objective:
     """The loss of one micro-batch with the config's switches bound."""
     algorithm = config.algorithm
     over_limit = algorithm.over_limit
-    distillation = "sft" if algorithm.method in WITH_DEMONSTRATIONS else algorithm.distillation
-
-    def objective(head: Any, bias: Any, hidden: Any, teacher_hidden: Any, micro: MicroBatch) -> Any:
-        return sgpo_objective(
-            head,
-            bias,
-            hidden,
-            teacher_hidden,
-            targets=micro.student.targets,
-            advantages=micro.advantages,
-            policy_weight=micro.policy_weight,
-            old_logprobs=micro.old_logprobs,
-            target_weight=micro.target_weight,
-            clip_low=algorithm.clip_low,
-            clip_high=algorithm.clip_high,
-            dual_clip=algorithm.dual_clip,
-            entropy_coef=algorithm.entropy_coef,
-            distillation=distillation,
-            demo_shaping=algorithm.demo_shaping if algorithm.method == "luffy" else None,
-            max_token_kl=None if over_limit == "off" else algorithm.max_token_kl,
-            over_limit="mask" if over_limit == "off" else over_limit,
-            temperature=config.rollout.temperature,
-            column_tolerance=config.engine.column_tolerance,
-            impl=config.engine.loss_impl,
-        )
-
-    return objective
+    return objective_with(
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        dual_clip=algorithm.dual_clip,
+        entropy_coef=algorithm.entropy_coef,
+        distillation="sft" if algorithm.method in WITH_DEMONSTRATIONS else algorithm.distillation,
+        demo_shaping=algorithm.demo_shaping if algorithm.method == "luffy" else None,
+        max_token_kl=None if over_limit == "off" else algorithm.max_token_kl,
+        over_limit="mask" if over_limit == "off" else over_limit,
+        temperature=config.rollout.temperature,
+        column_tolerance=config.engine.column_tolerance,
+        impl=config.engine.loss_impl,
+    )
 
 
 def sft_objective() -> Objective:
@@ -438,7 +424,8 @@ def _load(config: Config, source: str, limit: int | None, split: str) -> list[Pr
     return problems
 
 
-def _lot(config: Config, problem_id: str) -> float:
+def _seeded_share(config: Config, problem_id: str) -> float:
+    """A number from 0 to 1 that the seed and the problem decide."""
     return seed_of(config.run.seed, "guided demonstration", problem_id) / 2**63
 
 

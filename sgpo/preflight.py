@@ -37,7 +37,7 @@ def worst_case_step(engine: ZeroEngine, config: Config, prompts: Sequence[Prompt
     devices = [engine.device] if engine.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
-            engine.rehearse((bound_objective(objective, micro), micro.student, micro.teacher) for micro in micros)
+            engine.dry_step((bound_objective(objective, micro), micro.student, micro.teacher) for micro in micros)
     except torch.OutOfMemoryError as error:
         tokens = max(micro.tokens for micro in micros)
         raise SgpoError(

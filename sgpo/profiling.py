@@ -21,7 +21,7 @@ from sgpo.engine import ranks
 from sgpo.engine.ranks import Meter
 from sgpo.metrics import PROFILE_FILE
 from sgpo.schema import SgpoError, TrainSequence
-from sgpo.steps import Pass
+from sgpo.steps import MicroBatchResult
 
 _SAMPLE_S = 0.02
 _POINTS = 1000  # of a step's timeline in the file
@@ -112,7 +112,7 @@ class Profiler:
             torch.cuda.memory._record_memory_history(max_entries=200_000)
         self._thread.start()
 
-    def record(self, meter: Meter, spans: Sequence[Span], passes: Sequence[Pass]) -> None:
+    def record(self, meter: Meter, spans: Sequence[Span], passes: Sequence[MicroBatchResult]) -> None:
         """Adds the step's operations (of all ranks) to `meter`, and takes the step's samples."""
         samples, self._samples = [*self._samples, self._now()], []
         meter.sum("train_flops", sum(self._flops.training(s) for done in passes for s in done.sequences))

@@ -12,7 +12,7 @@ from sgpo.algorithm.importance import gap_statistics
 from sgpo.engine.ranks import Meter
 from sgpo.methods.method import Guidance
 from sgpo.schema import Rollout, ScoredGroup
-from sgpo.steps import Pass
+from sgpo.steps import MicroBatchResult
 
 # What `record_passes` logs. A step has all of it: 0 or None where it trained on nothing, or on nothing of that kind.
 _PASS_SUMS = (
@@ -89,7 +89,7 @@ def record_guidance(meter: Meter, guidance: Sequence[Guidance]) -> None:
     meter.means("target_score_mean", [c.target_score for c in guidance if c.target_score is not None])
 
 
-def record_passes(meter: Meter, passes: Sequence[Pass]) -> None:
+def record_passes(meter: Meter, passes: Sequence[MicroBatchResult]) -> None:
     """Row statistics of the loss, over live rows. One transfer from the device per statistic and micro-batch."""
     meter.declare(means=_PASS_MEANS, sums=_PASS_SUMS, maxima=_PASS_MAXIMA)
     for done in passes:
@@ -118,7 +118,7 @@ def record_passes(meter: Meter, passes: Sequence[Pass]) -> None:
             meter.max("kl_max", float(divergence.divergence.max()))
 
 
-def record_sampler_gap(meter: Meter, done: Pass) -> None:
+def record_sampler_gap(meter: Meter, done: MicroBatchResult) -> None:
     """How far the sampler's log-probs are from the trainer's, on rows with a gradient.
 
     With top_p < 1 the sampler's are those of the nucleus, up to -log(top_p) above the trainer's.
@@ -146,7 +146,7 @@ def record_columns(meter: Meter, stats: PolicyStats | DivergenceStats) -> None:
     meter.mean("column_share", float(stats.column_share.sum()), int(stats.live.sum()))
 
 
-def distilled_trajectory(passes: Sequence[Pass]) -> tuple[tuple[int, ...], list[float], list[bool]] | None:
+def distilled_trajectory(passes: Sequence[MicroBatchResult]) -> tuple[tuple[int, ...], list[float], list[bool]] | None:
     """(completion ids, KL of each token, masked or not) of the first distilled completion, or None."""
     for done in passes:
         targets = [s for s in done.sequences if s.target_weight]

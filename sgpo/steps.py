@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from sgpo_kernels import linear_logprob
 
+from sgpo.algorithm.objective import sgpo_objective
 from sgpo.data.packing import MicroBatch, TokenBatch, collate, collate_training, grouped
 from sgpo.engine import ranks
 from sgpo.engine.zero import ZeroEngine
@@ -23,7 +24,7 @@ Objective = Callable[..., tuple[torch.Tensor, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class MicroBatchResult:
     """A micro-batch that went through: its sequences in row order, its statistics (on the device), its tokens."""
 
     sequences: list[TrainSequence]
@@ -36,7 +37,7 @@ class Pass:
 class StepResult:
     """`grad_norm` is None where no sequence of any rank was live and the optimizer was not stepped."""
 
-    passes: list[Pass]
+    passes: list[MicroBatchResult]
     loss: float
     grad_norm: float | None
 
@@ -51,7 +52,7 @@ def optimizer_step(
     lr: float,
 ) -> StepResult:
     """Accumulates the gradient of all live sequences, micro-batch by micro-batch, and applies it once."""
-    passes: list[Pass] = []
+    passes: list[MicroBatchResult] = []
     losses: list[torch.Tensor] = []
     live = [sequence for sequence in sequences if sequence.is_live]
     packed, shared_by = engine.model.packed, engine.model.shared_by
@@ -62,7 +63,7 @@ def optimizer_step(
         loss, stats = engine.loss(bound_objective(objective, micro), micro.student, micro.teacher)
         engine.backward(loss)
         losses.append(loss.detach())
-        passes.append(Pass(chosen, stats, micro.tokens, micro.tokens - _real_tokens(chosen, micro)))
+        passes.append(MicroBatchResult(chosen, stats, micro.tokens, micro.tokens - _real_tokens(chosen, micro)))
     if not passes:
         return StepResult([], 0.0, None)
     return StepResult(passes, float(torch.stack(losses).sum()), engine.step(lr))
@@ -124,6 +125,26 @@ def _logprobs(batch: TokenBatch, temperature: float) -> Callable[..., torch.Tens
         return linear_logprob(hidden, head, batch.targets, temperature=temperature, bias=bias)[0]
 
     return logprobs
+
+
+def objective_with(**settings: Any) -> Objective:
+    """`sgpo_objective` on the rows of a micro-batch; `settings` are its switches, all that is not a row's."""
+
+    def objective(head: Any, bias: Any, hidden: Any, teacher_hidden: Any, micro: MicroBatch) -> Any:
+        return sgpo_objective(
+            head,
+            bias,
+            hidden,
+            teacher_hidden,
+            targets=micro.student.targets,
+            advantages=micro.advantages,
+            policy_weight=micro.policy_weight,
+            old_logprobs=micro.old_logprobs,
+            target_weight=micro.target_weight,
+            **settings,
+        )
+
+    return objective
 
 
 def bound_objective(objective: Objective, micro: MicroBatch) -> Callable[..., tuple[torch.Tensor, Any]]:

@@ -28,7 +28,7 @@ from sgpo.engine.zero import ZeroEngine, init_distributed, lr_factor
 from sgpo.evaluate import evaluate, reward_item, score_rollouts
 from sgpo.gauge import Gauge, planned_peak
 from sgpo.methods.dapo import is_informative
-from sgpo.methods.method import Guidance
+from sgpo.methods.method import Guidance, ProblemStep, all_sequences
 from sgpo.metrics import LiveDisplay, MetricsLogger, RolloutTable
 from sgpo.models import load_tokenizer
 from sgpo.preflight import wants_worst_case, worst_case_step
@@ -56,7 +56,7 @@ from sgpo.step_metrics import (
     record_passes,
     record_peak,
 )  # fmt: skip
-from sgpo.steps import Pass, optimizer_step, score_contexts
+from sgpo.steps import MicroBatchResult, optimizer_step, score_contexts
 from sgpo.synced import SyncedRollouts
 from sgpo.warmup import run_warmup
 
@@ -104,7 +104,7 @@ class Session:
 
 def train(config: Config) -> dict[str, Any]:
     """Runs or resumes the training that `config` describes; returns what it also writes to summary.json."""
-    with _named_losses(config, lambda: "start or end of the run"):
+    with name_lost_process(config, lambda: "start or end of the run"):
         return _train(config)
 
 
@@ -158,7 +158,7 @@ def _train(config: Config) -> dict[str, Any]:
             profiler=profiler,
             ahead=ahead,
         )  # fmt: skip
-        with _named_losses(config, lambda: session.display.where):
+        with name_lost_process(config, lambda: session.display.where):
             _loop(session, progress)
         export_model(engine, tokenizer, run_dir / "final")
         memory = gauge.summary()
@@ -183,7 +183,7 @@ def _loop(s: Session, progress: Progress) -> None:
             _begin(s, step + 1)
         else:
             s.rollouts.sleep()
-        guidance, passes = _update(s, step, groups, meter, clock)
+        problems, passes = _update(s, step, groups, meter, clock)
         if with_next:
             _collect(s, step + 1)
         if s.config.rollout.overlap:
@@ -198,7 +198,7 @@ def _loop(s: Session, progress: Progress) -> None:
             s.profiler.record(meter, clock.spans, passes)
         step = done = step + 1
         record_groups(meter, sampled)
-        _log(s, done, groups, guidance, passes, meter)
+        _log(s, done, problems, passes, meter)
         last = _is_last(s, done, progress)
         if last or _is_due(s.config.eval.every_steps, done):
             progress.after = _evaluate(s, done, with_guided=last)
@@ -217,7 +217,7 @@ def _profiler(
 
 
 @contextmanager
-def _named_losses(config: Config, where: Callable[[], str]) -> Iterator[None]:
+def name_lost_process(config: Config, where: Callable[[], str]) -> Iterator[None]:
     """Says at which stage another process was lost; gloo only knows that it was."""
     try:
         yield
@@ -297,56 +297,41 @@ def _early_verdicts(s: Session) -> Callable[[Rollout], None]:
 
 def _update(
     s: Session, step: int, groups: Sequence[ScoredGroup], meter: Meter, clock: Clock
-) -> tuple[list[Guidance], list[Pass]]:
+) -> tuple[list[ProblemStep], list[MicroBatchResult]]:
     """Targets and weights of the whole step, then one optimizer step per mini-batch."""
-    config = s.config
-    batches = config.algorithm.mini_batches
-    budget, pad_id = config.engine.micro_batch_tokens, s.tokenizer.pad_token_id
-    score = partial(
-        score_contexts, s.engine, token_budget=budget, pad_id=pad_id, temperature=config.rollout.temperature
-    )
+    config, batches = s.config, s.config.algorithm.mini_batches
+    sizes: dict[str, Any] = {"token_budget": config.engine.micro_batch_tokens, "pad_id": s.tokenizer.pad_token_id}
+    score = partial(score_contexts, s.engine, **sizes, temperature=config.rollout.temperature)
     s.display.stage("target")
     method, objective = assembly.training_method(config), assembly.policy_objective(config)
-    problems = config.rollout.problems_per_step // batches
-    planned = [
+    mini_batches = [
         method(
             groups[len(groups) * i // batches : len(groups) * (i + 1) // batches],
-            problems=problems,
+            problems=config.rollout.problems_per_step // batches,
             score=score,
             total=lambda value: sum(ranks.gather(value)),
         )
         for i in range(batches)
     ]
-    guidance = [chosen for _, part in planned for chosen in part]
-    parts = [sequences for sequences, _ in planned]
+    learnt = [all_sequences(problems) for problems in mini_batches]
     if batches > 1 or config.rollout.importance_cap is not None:
-        parts = [_with_old_logprobs(sequences, score, config.rollout) for sequences in parts]
+        learnt = [_with_old_logprobs(sequences, score, config.rollout) for sequences in learnt]
     clock.stage("target")
 
     s.display.stage("train")
     lr = config.optim.lr * lr_factor(
         step, s.total_steps, warmup_ratio=config.optim.warmup_ratio, schedule=config.optim.schedule
     )
-    results = [
-        optimizer_step(
-            s.engine,
-            sequences,
-            objective,
-            token_budget=budget,
-            pad_id=pad_id,
-            lr=lr,
-        )
-        for sequences in parts
-    ]
+    results = [optimizer_step(s.engine, sequences, objective, lr=lr, **sizes) for sequences in learnt]
     clock.stage("train")
-    passes = [done for result in results for done in result.passes]
     meter.sum("loss", sum(result.loss for result in results) / batches)
     meter.max("lr", lr)
     meter.declare(maxima=["grad_norm"])
     for result in results:
         if result.grad_norm is not None:
             meter.max("grad_norm", result.grad_norm)
-    return guidance, passes
+    problems = [problem for mini_batch in mini_batches for problem in mini_batch]
+    return problems, [done for result in results for done in result.passes]
 
 
 def _with_old_logprobs(sequences: Sequence[TrainSequence], score: Any, rollout: RolloutConfig) -> list[TrainSequence]:
@@ -372,12 +357,11 @@ def _importance(sequence: TrainSequence, logprobs: Sequence[float], rollout: Rol
 def _log(
     s: Session,
     done: int,
-    groups: Sequence[ScoredGroup],
-    guidance: Sequence[Guidance],
-    passes: Sequence[Pass],
+    problems: Sequence[ProblemStep],
+    passes: Sequence[MicroBatchResult],
     meter: Meter,
 ) -> None:
-    record_guidance(meter, guidance)
+    record_guidance(meter, [problem.guidance for problem in problems])
     record_passes(meter, passes)
     values = meter.reduce()
     values["rollout_tokens_per_s"] = (values["rollout_tokens"] or 0.0) / max(values["rollout_s"] or 0.0, 1e-9)
@@ -385,11 +369,11 @@ def _log(
         s.profiler.write(done, values)
     s.logger.log("train", done, values)
     s.display.step(done, values)
-    for group, chosen in list(zip(groups, guidance, strict=True))[: s.config.log.rollouts_per_step]:
-        _log_samples(s, done, group, chosen)
+    for problem in problems[: s.config.log.rollouts_per_step]:
+        _log_samples(s, done, problem.group, problem.guidance)
     if (found := distilled_trajectory(passes)) is not None:
         ids, kl, masked = found
-        algorithm = s.config.algorithm
+        algorithm, groups = s.config.algorithm, [problem.group for problem in problems]
         s.table.add_trajectory(
             done,
             problem_id=next((g.problem.id for g in groups if any(r.completion_ids == ids for r in g.guided)), ""),

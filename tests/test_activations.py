@@ -9,10 +9,10 @@ from sgpo_kernels.testing import cpu_peak
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from sgpo.activations import use_liger
-from sgpo.algorithm.objective import sgpo_objective
 from sgpo.data.packing import collate_training
 from sgpo.models import PolicyModel
 from sgpo.schema import SgpoError, TrainSequence
+from sgpo.steps import bound_objective, objective_with
 
 VOCAB = 61
 SHAPE = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -47,14 +47,8 @@ def sequences(scale: int = 1) -> list[TrainSequence]:
 
 
 def loss_of(model: PolicyModel, micro):
-    def objective(head, bias, hidden, teacher_hidden):
-        return sgpo_objective(
-            head, bias, hidden, teacher_hidden, targets=micro.student.targets, advantages=micro.advantages,
-            policy_weight=micro.policy_weight, old_logprobs=None, target_weight=micro.target_weight,
-            clip_low=0.2, clip_high=0.28, max_token_kl=None,
-        )  # fmt: skip
-
-    return model(objective, micro.student, micro.teacher)[0]
+    objective = objective_with(clip_low=0.2, clip_high=0.28, max_token_kl=None)
+    return model(bound_objective(objective, micro), micro.student, micro.teacher)[0]
 
 
 def gradients(lm, made: list[TrainSequence], **options) -> dict[str, torch.Tensor]:

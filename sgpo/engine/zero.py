@@ -157,7 +157,7 @@ class ZeroEngine:
             raise SgpoError(f"the gradient norm is {norm}; the last checkpoint is intact: lower the learning rate")
         return float(norm)
 
-    def rehearse(self, micro_batches: Iterable[tuple[Any, ...]]) -> tuple[float, torch.Tensor]:
+    def dry_step(self, micro_batches: Iterable[tuple[Any, ...]]) -> tuple[float, torch.Tensor]:
         """(gradient norm, sketch of this rank's share of the gradient) of a step that leaves everything as it was.
 
         A micro-batch is what `loss` takes. The way of a real step, reduction and offload included: Adam's first moment

@@ -1,4 +1,4 @@
-"""What every method gives the trainer: the training sequences of one optimizer step, and the guidance decided.
+"""What every method gives the trainer: for each problem of an optimizer step its training sequences and its guidance.
 
 A method is which rollouts, which advantage, which weight per token and which reduction; the loss of a micro-batch then
 only sums weight x row loss (`sgpo.algorithm.objective`).
@@ -26,8 +26,22 @@ class Guidance:
     target_score: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ProblemStep:
+    """One problem in an optimizer step: its rollouts, what is learnt of them, and what was decided."""
+
+    group: ScoredGroup
+    sequences: list[TrainSequence]
+    guidance: Guidance = Guidance()
+
+
+def all_sequences(problems: Sequence[ProblemStep]) -> list[TrainSequence]:
+    """Problem by problem."""
+    return [sequence for problem in problems for sequence in problem.sequences]
+
+
 class Method(Protocol):
-    """The sequences of one optimizer step from this rank's groups, and the guidance of each group."""
+    """What each of this rank's groups gives one optimizer step, in their order."""
 
     def __call__(
         self,
@@ -36,7 +50,7 @@ class Method(Protocol):
         problems: int,
         score: Scorer,
         total: Callable[[float], float],
-    ) -> tuple[list[TrainSequence], list[Guidance]]:
+    ) -> list[ProblemStep]:
         """
         Args:
             problems: problems of the optimizer step over all ranks, the P of Eq. 7.

@@ -15,7 +15,7 @@ from sgpo.algorithm.guidance import adaptive_alpha, group_advantage_alpha
 from sgpo.algorithm.targets import reachable_target, target_score
 from sgpo.algorithm.weights import target_token_weight
 from sgpo.methods.grpo import policy_sequences
-from sgpo.methods.method import Guidance, Scorer
+from sgpo.methods.method import Guidance, ProblemStep, Scorer
 from sgpo.schema import ScoredGroup, TrainSequence
 
 
@@ -39,21 +39,22 @@ def sgpo_sequences(
     problems: int,
     score: Scorer,
     total: Callable[[float], float] = float,
-) -> tuple[list[TrainSequence], list[Guidance]]:
-    """The live training sequences of one optimizer step, and the guidance decided for each group.
+) -> list[ProblemStep]:
+    """The live training sequences of each group, and the guidance decided for it.
 
     Args:
         problems: number of problems of the optimizer step over all ranks, the P of Eq. 7.
         score: log-probs under the plain prompt; called exactly once, because under ZeRO-3 it is collective.
         total: not used here; see `sgpo.methods.method.Method`.
     """
-    guidance = choose_targets(groups, settings, score)
-    sequences: list[TrainSequence] = []
-    for group, chosen in zip(groups, guidance, strict=True):
+    steps = []
+    for group, chosen in zip(groups, choose_targets(groups, settings, score), strict=True):
+        sequences = target_sequences(group, chosen, problems=problems, with_teacher=settings.distillation != "sft")
         if settings.autonomous_grpo:
-            sequences += policy_sequences(group, problems=problems, normalize_std=settings.normalize_std)
-        sequences += target_sequences(group, chosen, problems=problems, with_teacher=settings.distillation != "sft")
-    return sequences, guidance
+            policy = policy_sequences(group, problems=problems, normalize_std=settings.normalize_std)
+            sequences = policy + sequences
+        steps.append(ProblemStep(group, sequences, chosen))
+    return steps
 
 
 def choose_targets(groups: Sequence[ScoredGroup], settings: SgpoSettings, score: Scorer) -> list[Guidance]:

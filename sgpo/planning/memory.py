@@ -19,7 +19,6 @@ CUDA_CONTEXT, ASLEEP, PROCESS, REWARD_WORKER = 0.7 * GIB, 1.0 * GIB, 0.8 * GIB, 
 CARDS_GIB = {"24gb": 23.5, "80gb": 79.1, "141gb": 139.8}
 SYNC_BUCKET = 256 * 2**20
 HEADROOM = 0.97  # share of a GPU that may be planned: allocators fragment
-PHASES = ("load", "rollout", "score", "forward", "backward", "optimizer", "sync")
 
 
 @dataclass(frozen=True, slots=True)

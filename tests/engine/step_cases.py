@@ -8,6 +8,7 @@ import zero_worker
 
 from sgpo.engine import ranks
 from sgpo.engine.zero import ZeroEngine
+from sgpo.methods.method import all_sequences
 from sgpo.methods.sgpo import SgpoSettings, sgpo_sequences
 from sgpo.models import PolicyModel, load_causal_lm
 from sgpo.schema import Problem, PromptPair, Rollout, RolloutRequest, ScoredGroup, Verdict
@@ -66,7 +67,8 @@ def watch(lm) -> tuple[list, list]:
 
 def one_step(engine: ZeroEngine, groups: list[ScoredGroup]) -> dict:
     score = partial(score_contexts, engine, token_budget=BUDGET, pad_id=PAD, temperature=TEMPERATURE)
-    sequences, guidance = sgpo_sequences(groups, SgpoSettings(), problems=len(REWARDS), score=score)
+    steps = sgpo_sequences(groups, SgpoSettings(), problems=len(REWARDS), score=score)
+    sequences, guidance = all_sequences(steps), [step.guidance for step in steps]
     result = optimizer_step(engine, sequences, zero_worker.objective, token_budget=BUDGET, pad_id=PAD, lr=1e-3)
     meter = ranks.Meter()
     record_guidance(meter, guidance)

@@ -15,12 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from engine_builders import whole_weights_nowhere
 from processes import PATIENCE_S
 
-from sgpo.algorithm.objective import sgpo_objective
 from sgpo.engine import ranks
 from sgpo.engine.zero import ZeroEngine, init_distributed
 from sgpo.models import PolicyModel, load_causal_lm
 from sgpo.schema import TrainSequence
-from sgpo.steps import micro_batches, optimizer_step, score_contexts
+from sgpo.steps import micro_batches, objective_with, optimizer_step, score_contexts
 
 
 def make_sequences() -> list[TrainSequence]:
@@ -40,22 +39,7 @@ def make_sequences() -> list[TrainSequence]:
     return policy + distilled
 
 
-def objective(head, bias, hidden, teacher_hidden, micro):
-    return sgpo_objective(
-        head,
-        bias,
-        hidden,
-        teacher_hidden,
-        targets=micro.student.targets,
-        advantages=micro.advantages,
-        policy_weight=micro.policy_weight,
-        old_logprobs=micro.old_logprobs,
-        target_weight=micro.target_weight,
-        clip_low=0.2,
-        clip_high=0.28,
-        over_limit="scale",
-        max_token_kl=1.0,
-    )
+objective = objective_with(clip_low=0.2, clip_high=0.28, over_limit="scale", max_token_kl=1.0)
 
 
 def gradient(engine: ZeroEngine, stage: int) -> dict[str, list[float]]:
