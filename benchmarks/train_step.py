@@ -142,12 +142,7 @@ def config_of(folder: Path, state: str, tokens: int, **rollout: Any) -> Config:
             "model": {"path": str(folder), "dtype": "bfloat16", "gradient_checkpointing": True},
             "data": {"train": "builtin", "max_prompt_tokens": tokens // 4},
             "rollout": {"engine": "hf", "max_new_tokens": tokens - tokens // 4, **rollout},
-            "engine": {
-                "zero_stage": 2,
-                "optimizer_state": state,
-                "micro_batch_tokens": tokens,
-                "shared_target_pass": False,
-            },  # the step has one guided completion: there is no choice
+            "engine": {"zero_stage": 2, "optimizer_state": state, "micro_batch_tokens": tokens},
         }
     )
 

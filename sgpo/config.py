@@ -7,9 +7,9 @@ cannot work together are refused with one sentence before anything is loaded.
 from __future__ import annotations
 
 import importlib.util
-import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -17,8 +17,17 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+# Keys of earlier versions, and what a config that has one is told. The config.yaml of an old run may have them.
+GONE = {
+    "engine.shared_target_pass": "is gone: o+ is always chosen by a scoring pass before training; remove the line",
+}
+
+
 class Section(BaseModel):
+    """What every part of the settings is: frozen, without unknown keys, without infinite numbers."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    gone_keys: ClassVar[Mapping[str, str]] = GONE
 
 
 class RunConfig(Section):
@@ -284,12 +293,6 @@ class EngineConfig(Section):
     packing: Literal["padded", "packed"] = Field(
         default="padded", description="packed: several sequences behind one another in one row, no padding"
     )
-    shared_target_pass: bool = Field(
-        default=True,
-        description="a correct guided completion that fills more than half a micro-batch goes through the model once "
-        "for choosing o+ and for learning it; where model.gradient_checkpointing is on, and algorithm.mini_batches and "
-        "sequence_parallel_size are 1",
-    )
     loss_impl: Literal["auto", "triton", "torch"] = Field(default="auto", description="auto: Triton on CUDA")
     column_tolerance: float = Field(
         default=0.0,
@@ -426,20 +429,6 @@ class Config(Section):
     log: LogConfig = LogConfig()
     plan: PlanConfig = PlanConfig()
 
-    def contest_above_tokens(self) -> float:
-        """Of how many tokens on a guided completion goes through the model alone, once for its choice as o+ and for
-        learning it (engine.shared_target_pass). Shorter ones go in company, which is worth more than a pass.
-
-        Never without checkpoints, where two of them would hold all their activations (and DeepSpeed's ZeRO-3 all
-        weights until backward ends); with several mini-batches, whose weights are no longer those that chose; nor where
-        ranks share a pass and are in company by that.
-        """
-        engine, algorithm = self.engine, self.algorithm
-        chooses = algorithm.method == "sgpo" and algorithm.distillation != "none" and algorithm.target != "all"
-        alone = self.model.gradient_checkpointing and algorithm.mini_batches == engine.sequence_parallel_size == 1
-        contested = engine.shared_target_pass and chooses and alone and self.rollout.n_guided > 1
-        return engine.micro_batch_tokens / 2 if contested else math.inf
-
     @model_validator(mode="after")
     def _pairs(self) -> Config:
         method = self.algorithm.method
@@ -491,3 +480,14 @@ class Config(Section):
         if not cuda or self.rollout.placement != "inprocess":
             return 0
         return 1 if self.syncs_adapters(cuda=cuda) else 2
+
+
+def without_gone(raw: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier version has saved, without the keys of `GONE`."""
+    gone = {tuple(key.split(".")) for key in GONE}
+    return {
+        section: {key: value for key, value in values.items() if (section, key) not in gone}
+        if isinstance(values, dict)
+        else values
+        for section, values in raw.items()
+    }

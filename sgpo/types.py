@@ -137,16 +137,6 @@ class TrainSequence:
 
 
 @dataclass(frozen=True, slots=True)
-class Contest:
-    """Guided completions of one problem, each with its whole loss, of which only the most reachable one is learnt (the
-    first, where several are); the optimizer step finds out which. `score` as in `reachable_target`.
-    """
-
-    candidates: tuple[TrainSequence, ...]
-    score: Literal["sum", "mean"] = "sum"
-
-
-@dataclass(frozen=True, slots=True)
 class Verdict:
     """A reward and how it came about. `status` is "ok", "no_answer", "too_long", "timeout" or "error"."""
 

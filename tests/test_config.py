@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sgpo.config import Config
+from sgpo.config import GONE, Config
 from sgpo.types import SgpoError
 from sgpo.utils.config_file import describe, known_keys, load_settings
 
@@ -320,6 +320,14 @@ def test_a_run_folder_stays_below_the_output_folder(load, name):
 
 def test_betas_of_one_are_refused_here_and_not_by_the_optimizer(load):
     assert "optim.betas" in sentence_of(load, "--optim.betas=[0.9, 1.0]")
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+@pytest.mark.parametrize("key", GONE)
+def test_a_key_that_is_gone_is_refused_with_what_there_is_instead(load, key, value):
+    sentence = sentence_of(load, f"--{key}={value}")
+    assert re.search(rf"{key} is gone: .+; remove the line$", sentence)
+    assert key not in known_keys(Config)
 
 
 def test_the_run_folder(load):

@@ -10,8 +10,8 @@ import torch
 
 from sgpo.algorithm.advantages import group_advantages
 from sgpo.algorithm.grpo import weighted_sequences
-from sgpo.algorithm.method import Guidance, Scorer
-from sgpo.types import Rollout, ScoredGroup, TrainSequence
+from sgpo.algorithm.method import ProblemStep, Scorer
+from sgpo.types import Rollout, ScoredGroup
 
 
 def dapo_sequences(
@@ -23,19 +23,22 @@ def dapo_sequences(
     max_new_tokens: int,
     overlong_share: float = 0.2,
     normalize_std: bool = True,
-) -> tuple[list[TrainSequence], list[Guidance]]:
+) -> list[ProblemStep]:
     """Weight 1 / (tokens of all kept completions) for every token; A over rewards less the overlong penalty."""
     kept = [group for group in groups if is_informative(group)]
     tokens = total(float(sum(len(rollout.completion_ids) for group in kept for rollout in group.auto)))
-    sequences: list[TrainSequence] = []
-    for group in kept:
+
+    def learnt(group: ScoredGroup) -> ProblemStep:
+        if not is_informative(group):
+            return ProblemStep(group, [])
         rewards = [
             reward - overlong_penalty(rollout, max_new_tokens=max_new_tokens, share=overlong_share)
             for rollout, reward in zip(group.auto, group.auto_rewards, strict=True)
         ]
         advantages = group_advantages(torch.tensor(rewards), normalize_std=normalize_std).tolist()
-        sequences += weighted_sequences(group, advantages, lambda _: 1.0 / tokens)
-    return sequences, [Guidance()] * len(groups)
+        return ProblemStep(group, weighted_sequences(group, advantages, lambda _: 1.0 / tokens))
+
+    return [learnt(group) for group in groups]
 
 
 def is_informative(group: ScoredGroup) -> bool:

@@ -12,7 +12,7 @@ import torch
 
 from sgpo.algorithm.advantages import group_advantages
 from sgpo.algorithm.grpo import weighted_sequences
-from sgpo.algorithm.method import Guidance, Scorer
+from sgpo.algorithm.method import ProblemStep, Scorer
 from sgpo.algorithm.weights import target_token_weight
 from sgpo.types import ScoredGroup, TrainSequence
 
@@ -26,14 +26,15 @@ def hpt_sequences(
     max_new_tokens: int,
     gate: int = 0,
     normalize_std: bool = False,
-) -> tuple[list[TrainSequence], list[Guidance]]:
-    sequences: list[TrainSequence] = []
+) -> list[ProblemStep]:
+    steps = []
     for group in groups:
         if sum(reward > 0 for reward in group.auto_rewards) <= gate:
             weight = target_token_weight(alpha=1.0, problems=problems, targets=1, length=len(group.demo_ids))
-            sequences.append(TrainSequence(group.prompts.plain, group.demo_ids, target_weight=weight))
+            demo = TrainSequence(group.prompts.plain, group.demo_ids, target_weight=weight)
+            steps.append(ProblemStep(group, [demo]))
             continue
         weight = 1.0 / (problems * len(group.auto) * max_new_tokens)
         advantages = group_advantages(torch.tensor(group.auto_rewards), normalize_std=normalize_std).tolist()
-        sequences += weighted_sequences(group, advantages, lambda _, weight=weight: weight)
-    return sequences, [Guidance()] * len(groups)
+        steps.append(ProblemStep(group, weighted_sequences(group, advantages, lambda _, weight=weight: weight)))
+    return steps

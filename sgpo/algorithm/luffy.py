@@ -13,7 +13,7 @@ import torch
 
 from sgpo.algorithm.advantages import group_advantages
 from sgpo.algorithm.grpo import weighted_sequences
-from sgpo.algorithm.method import Guidance, Scorer
+from sgpo.algorithm.method import ProblemStep, Scorer
 from sgpo.types import ScoredGroup, TrainSequence
 
 
@@ -25,14 +25,15 @@ def luffy_sequences(
     total: Callable[[float], float],
     max_new_tokens: int,
     normalize_std: bool = False,
-) -> tuple[list[TrainSequence], list[Guidance]]:
+) -> list[ProblemStep]:
     """The demonstration's `target_weight` holds A x weight; nothing is learnt where all rollouts are correct too."""
-    sequences: list[TrainSequence] = []
+    steps = []
     for group in groups:
         weight = 1.0 / (problems * (len(group.auto) + 1) * max_new_tokens)
         rewards = torch.tensor([*group.auto_rewards, 1.0])
         *advantages, of_demo = group_advantages(rewards, normalize_std=normalize_std).tolist()
-        sequences += weighted_sequences(group, advantages, lambda _, weight=weight: weight)
+        sequences = weighted_sequences(group, advantages, lambda _, weight=weight: weight)
         if of_demo:
             sequences.append(TrainSequence(group.prompts.plain, group.demo_ids, target_weight=of_demo * weight))
-    return sequences, [Guidance()] * len(groups)
+        steps.append(ProblemStep(group, sequences))
+    return steps

@@ -1,4 +1,4 @@
-"""What every method gives the trainer: the training sequences of one optimizer step, and the guidance decided.
+"""What every method gives the trainer: for each problem of an optimizer step its training sequences and its guidance.
 
 A method is which rollouts, which advantage, which weight per token and which reduction; the loss of a micro-batch then
 only sums weight x row loss (`sgpo.algorithm.loss`).
@@ -7,10 +7,10 @@ only sums weight x row loss (`sgpo.algorithm.loss`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
-from sgpo.types import Contest, Rollout, ScoredGroup, TrainSequence
+from sgpo.types import Rollout, ScoredGroup, TrainSequence
 
 Context = tuple[tuple[int, ...], tuple[int, ...]]  # prompt ids, completion ids
 Scorer = Callable[[list[Context]], list[list[float]]]  # log-probs of each completion's tokens after its prompt
@@ -18,24 +18,30 @@ Scorer = Callable[[list[Context]], list[list[float]]]  # log-probs of each compl
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """What was decided for one problem. `targets` is empty where no guided rollout is correct or alpha is 0.
-
-    With a `contest` the optimizer step decides which of `targets` is o+; its candidates are in their order.
-    """
+    """What was decided for one problem. `targets` is empty where no guided rollout is correct or alpha is 0."""
 
     alpha: float = 0.0
     alpha_uncapped: float = 0.0
     targets: tuple[Rollout, ...] = ()
     target_score: float | None = None
-    contest: Contest | None = None
 
-    def decided(self, winner: int, score: float) -> Guidance:
-        """With the contest's outcome."""
-        return replace(self, targets=(self.targets[winner],), target_score=score, contest=None)
+
+@dataclass(frozen=True, slots=True)
+class ProblemStep:
+    """One problem in an optimizer step: its rollouts, what is learnt of them, and what was decided."""
+
+    group: ScoredGroup
+    sequences: list[TrainSequence]
+    guidance: Guidance = Guidance()
+
+
+def all_sequences(problems: Sequence[ProblemStep]) -> list[TrainSequence]:
+    """Problem by problem."""
+    return [sequence for problem in problems for sequence in problem.sequences]
 
 
 class Method(Protocol):
-    """The sequences of one optimizer step from this rank's groups, and the guidance of each group."""
+    """What each of this rank's groups gives one optimizer step, in their order."""
 
     def __call__(
         self,
@@ -44,7 +50,7 @@ class Method(Protocol):
         problems: int,
         score: Scorer,
         total: Callable[[float], float],
-    ) -> tuple[list[TrainSequence], list[Guidance]]:
+    ) -> list[ProblemStep]:
         """
         Args:
             problems: problems of the optimizer step over all ranks, the P of Eq. 7.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from sgpo.algorithm.method import Guidance, Scorer
+from sgpo.algorithm.method import ProblemStep, Scorer
 from sgpo.types import ScoredGroup, TrainSequence
 
 
@@ -16,8 +16,9 @@ def sft_sequences(demonstrations: Sequence[TrainSequence], *, total_tokens: floa
 
 def sft_step(
     groups: Sequence[ScoredGroup], *, problems: int, score: Scorer, total: Callable[[float], float]
-) -> tuple[list[TrainSequence], list[Guidance]]:
+) -> list[ProblemStep]:
     """The demonstrations of the step's problems as a method of the trainer: no rollout is used."""
     demos = [TrainSequence(group.prompts.plain, group.demo_ids) for group in groups]
     tokens = total(float(sum(len(demo.completion_ids) for demo in demos)))
-    return sft_sequences(demos, total_tokens=tokens), [Guidance()] * len(groups)
+    weighted = sft_sequences(demos, total_tokens=tokens)
+    return [ProblemStep(group, [demo]) for group, demo in zip(groups, weighted, strict=True)]

@@ -5,20 +5,18 @@ Every ablation of the paper is one field of `SgpoSettings`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from sgpo.algorithm.alpha import adaptive_alpha, group_advantage_alpha
 from sgpo.algorithm.grpo import policy_sequences
-from sgpo.algorithm.method import Guidance, Scorer
+from sgpo.algorithm.method import Guidance, ProblemStep, Scorer
 from sgpo.algorithm.targets import reachable_target, target_score
 from sgpo.algorithm.weights import target_token_weight
-from sgpo.types import Contest, Rollout, ScoredGroup, TrainSequence
+from sgpo.types import ScoredGroup, TrainSequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,57 +39,40 @@ def sgpo_sequences(
     problems: int,
     score: Scorer,
     total: Callable[[float], float] = float,
-    contest_above_tokens: float = math.inf,
-) -> tuple[list[TrainSequence], list[Guidance]]:
-    """The live training sequences of one optimizer step, and the guidance decided for each group.
+) -> list[ProblemStep]:
+    """The live training sequences of each group, and the guidance decided for it.
 
     Args:
         problems: number of problems of the optimizer step over all ranks, the P of Eq. 7.
         score: log-probs under the plain prompt; called exactly once, because under ZeRO-3 it is collective.
         total: not used here; see `sgpo.algorithm.method.Method`.
-        contest_above_tokens: where all correct guided rollouts of a group are longer, prompt included, they are not
-            scored here but become the `contest` of its guidance.
     """
-    guidance = choose_targets(groups, settings, score, contest_above_tokens)
-    sequences: list[TrainSequence] = []
-    for index, (group, chosen) in enumerate(zip(groups, guidance, strict=True)):
+    steps = []
+    for group, chosen in zip(groups, choose_targets(groups, settings, score), strict=True):
+        sequences = target_sequences(group, chosen, problems=problems, with_teacher=settings.distillation != "sft")
         if settings.autonomous_grpo:
-            sequences += policy_sequences(group, problems=problems, normalize_std=settings.normalize_std)
-        learnt = partial(target_sequences, group, problems=problems, with_teacher=settings.distillation != "sft")
-        if settings.target == "all" or len(chosen.targets) < 2:
-            sequences += learnt(chosen)
-        else:
-            candidates = [learnt(replace(chosen, targets=(rollout,)))[0] for rollout in chosen.targets]
-            guidance[index] = replace(chosen, contest=Contest(tuple(candidates), settings.target))
-    return sequences, guidance
+            policy = policy_sequences(group, problems=problems, normalize_std=settings.normalize_std)
+            sequences = policy + sequences
+        steps.append(ProblemStep(group, sequences, chosen))
+    return steps
 
 
-def choose_targets(
-    groups: Sequence[ScoredGroup], settings: SgpoSettings, score: Scorer, contest_above_tokens: float = math.inf
-) -> list[Guidance]:
-    """alpha(q) and o+ of every group; only groups with a choice between several correct rollouts are scored.
-
-    Those whose correct rollouts are all longer than `contest_above_tokens` keep all of them as targets.
-    """
+def choose_targets(groups: Sequence[ScoredGroup], settings: SgpoSettings, score: Scorer) -> list[Guidance]:
+    """alpha(q) and o+ of every group; only groups with a choice between several correct rollouts are scored."""
     alphas = [_alpha(group, settings) if settings.distillation != "none" else (0.0, 0.0) for group in groups]
     correct = [
         [r for r, reward in zip(g.guided, g.guided_rewards, strict=True) if reward > 0] if alpha > 0 else []
         for g, (alpha, _) in zip(groups, alphas, strict=True)
     ]
-    contested = [
-        rollouts
-        if len(rollouts) > 1 and settings.target != "all" and min(map(_tokens, rollouts)) <= contest_above_tokens
-        else []
-        for rollouts in correct
-    ]
+    candidates = [rollouts if len(rollouts) > 1 and settings.target != "all" else [] for rollouts in correct]
     contexts = [
         (group.prompts.plain, rollout.completion_ids)
-        for group, rollouts in zip(groups, contested, strict=True)
+        for group, rollouts in zip(groups, candidates, strict=True)
         for rollout in rollouts
     ]
     logprobs = iter(score(contexts))
     guidance = []
-    for (alpha, uncapped), rollouts, scored in zip(alphas, correct, contested, strict=True):
+    for (alpha, uncapped), rollouts, scored in zip(alphas, correct, candidates, strict=True):
         value = None
         if scored and settings.target != "all":
             values = [next(logprobs) for _ in scored]
@@ -138,10 +119,6 @@ def _alpha(group: ScoredGroup, settings: SgpoSettings) -> tuple[float, float]:
         gamma=settings.alpha_gamma,
         alpha_max=settings.alpha_max,
     )
-
-
-def _tokens(rollout: Rollout) -> int:
-    return len(rollout.request.prompt_ids) + len(rollout.completion_ids)
 
 
 def _pass_rate(rewards: Sequence[float]) -> float:

@@ -8,14 +8,14 @@ from typing import Any
 
 from sgpo.algorithm.dapo import dapo_sequences
 from sgpo.algorithm.hpt import hpt_sequences
-from sgpo.algorithm.loss import imitation_objective, sgpo_objective
+from sgpo.algorithm.loss import imitation_objective
 from sgpo.algorithm.luffy import luffy_sequences
 from sgpo.algorithm.method import Method
 from sgpo.algorithm.sft import sft_step
 from sgpo.algorithm.sgpo import SgpoSettings, sgpo_sequences
 from sgpo.config import WITH_DEMONSTRATIONS, Config
 from sgpo.engine.batching import MicroBatch
-from sgpo.engine.step import Objective
+from sgpo.engine.step import Objective, objective_with
 
 
 def sgpo_settings(config: Config) -> SgpoSettings:
@@ -31,9 +31,7 @@ def training_method(config: Config) -> Method:
     algorithm = config.algorithm
     centred = {"normalize_std": algorithm.normalize_std, "max_new_tokens": config.rollout.max_new_tokens}
     methods: dict[str, Any] = {
-        "sgpo": partial(
-            sgpo_sequences, settings=sgpo_settings(config), contest_above_tokens=config.contest_above_tokens()
-        ),
+        "sgpo": partial(sgpo_sequences, settings=sgpo_settings(config)),
         "grpo": partial(sgpo_sequences, settings=sgpo_settings(config)),
         "dapo": partial(dapo_sequences, overlong_share=algorithm.overlong_share, **centred),
         "luffy": partial(luffy_sequences, **centred),
@@ -47,33 +45,19 @@ def policy_objective(config: Config) -> Objective:
     """The loss of one micro-batch with the config's switches bound."""
     algorithm = config.algorithm
     over_limit = algorithm.over_limit
-    distillation = "sft" if algorithm.method in WITH_DEMONSTRATIONS else algorithm.distillation
-
-    def objective(head: Any, bias: Any, hidden: Any, teacher_hidden: Any, micro: MicroBatch) -> Any:
-        return sgpo_objective(
-            head,
-            bias,
-            hidden,
-            teacher_hidden,
-            targets=micro.student.targets,
-            advantages=micro.advantages,
-            policy_weight=micro.policy_weight,
-            old_logprobs=micro.old_logprobs,
-            target_weight=micro.target_weight,
-            clip_low=algorithm.clip_low,
-            clip_high=algorithm.clip_high,
-            dual_clip=algorithm.dual_clip,
-            entropy_coef=algorithm.entropy_coef,
-            distillation=distillation,
-            demo_shaping=algorithm.demo_shaping if algorithm.method == "luffy" else None,
-            max_token_kl=None if over_limit == "off" else algorithm.max_token_kl,
-            over_limit="mask" if over_limit == "off" else over_limit,
-            temperature=config.rollout.temperature,
-            column_tolerance=config.engine.column_tolerance,
-            impl=config.engine.loss_impl,
-        )
-
-    return objective
+    return objective_with(
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        dual_clip=algorithm.dual_clip,
+        entropy_coef=algorithm.entropy_coef,
+        distillation="sft" if algorithm.method in WITH_DEMONSTRATIONS else algorithm.distillation,
+        demo_shaping=algorithm.demo_shaping if algorithm.method == "luffy" else None,
+        max_token_kl=None if over_limit == "off" else algorithm.max_token_kl,
+        over_limit="mask" if over_limit == "off" else over_limit,
+        temperature=config.rollout.temperature,
+        column_tolerance=config.engine.column_tolerance,
+        impl=config.engine.loss_impl,
+    )
 
 
 def sft_objective() -> Objective:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from sgpo.config import Config
+from sgpo.config import Config, without_gone
 from sgpo.types import SgpoError
 from sgpo.utils.config_file import checked
 from sgpo.utils.distributed import on_rank_zero_first
@@ -59,6 +59,7 @@ def check_packages(config: Config) -> None:
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
+    old = without_gone(old)
     with suppress(SgpoError):  # a key that did not exist then had what is its default now
         old = checked(Config, old, str(path)).model_dump(mode="json")
     changed = [

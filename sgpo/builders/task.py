@@ -111,7 +111,7 @@ def load_demonstrations(config: Config, tokenizer: Any, eos_id: int) -> list[Tra
         if lacking := [p.id for p in problems if not p.solution]:
             raise SgpoError(f"{source}: {len(lacking)} problems lack a solution to learn from (first: {lacking[0]})")
         share = config.warmup.guided_share
-        rows = [(p, p.has_guidance and _lot(config, p.id) < share, p.solution or "") for p in problems]
+        rows = [(p, p.has_guidance and _seeded_share(config, p.id) < share, p.solution or "") for p in problems]
     pairs = builder.check_all([problem for problem, _, _ in rows])
     sequences = []
     for (problem, guided, completion), pair in zip(rows, pairs, strict=True):
@@ -144,5 +144,6 @@ def _load(config: Config, source: str, limit: int | None, split: str) -> list[Pr
     return problems
 
 
-def _lot(config: Config, problem_id: str) -> float:
+def _seeded_share(config: Config, problem_id: str) -> float:
+    """A number from 0 to 1 that the seed and the problem decide."""
     return seed_of(config.run.seed, "guided demonstration", problem_id) / 2**63

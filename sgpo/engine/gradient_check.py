@@ -33,8 +33,8 @@ def check_gradients(engine: ZeroEngine, *, dtype: str) -> float:
     devices = [engine.device] if engine.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         packed = engine.model.packed
-        norm, whole = engine.rehearse([_micro_batch(ids, packed)])
-        split_norm, split = engine.rehearse([_micro_batch(row, packed) for row in ids.split(1)])
+        norm, whole = engine.dry_step([_micro_batch(ids, packed)])
+        split_norm, split = engine.dry_step([_micro_batch(row, packed) for row in ids.split(1)])
     # Rounding of bf16 products and of 8-bit codes; losing one micro-batch of four is ten times as much.
     limit = 0.1 if is_8bit(engine.adam) else 0.05 if dtype == "bfloat16" else 1e-3
     total = distributed.gather((float((whole - split).square().sum()), float(whole.square().sum()), whole.numel()))

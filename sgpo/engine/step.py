@@ -6,18 +6,17 @@ of them have a teacher pass; a rank without work of its own joins in with an emp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sgpo_kernels import linear_logprob
 
-from sgpo.algorithm.targets import target_score
+from sgpo.algorithm.loss import sgpo_objective
 from sgpo.engine.batching import MicroBatch, TokenBatch, collate, collate_training, grouped
 from sgpo.engine.zero import ZeroEngine
-from sgpo.types import Contest, TrainSequence
+from sgpo.types import TrainSequence
 from sgpo.utils import distributed
 
 # (head, bias, hidden rows, teacher's hidden rows or None, micro-batch on the device) -> (loss, stats)
@@ -25,7 +24,7 @@ Objective = Callable[..., tuple[torch.Tensor, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class MicroBatchResult:
     """A micro-batch that went through: its sequences in row order, its statistics (on the device), its tokens."""
 
     sequences: list[TrainSequence]
@@ -34,22 +33,13 @@ class Pass:
     padding: int
 
 
-class Winner(NamedTuple):
-    """Which candidate of a contest was learnt, and its score."""
-
-    index: int
-    score: float
-
-
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`grad_norm` is None where no sequence of any rank was live and the optimizer was not stepped. A winner for each
-    contest."""
+    """`grad_norm` is None where no sequence of any rank was live and the optimizer was not stepped."""
 
-    passes: list[Pass]
+    passes: list[MicroBatchResult]
     loss: float
     grad_norm: float | None
-    winners: list[Winner] = field(default_factory=list)
 
 
 def optimizer_step(
@@ -60,60 +50,23 @@ def optimizer_step(
     token_budget: int,
     pad_id: int,
     lr: float,
-    contests: Sequence[Contest] = (),
-    temperature: float = 1.0,
 ) -> StepResult:
-    """Accumulates the gradient of all live sequences, micro-batch by micro-batch, and applies it once.
-
-    Every contest comes first, one candidate at a time; `temperature` is that of its score.
-    """
-    passes: list[Pass] = []
+    """Accumulates the gradient of all live sequences, micro-batch by micro-batch, and applies it once."""
+    passes: list[MicroBatchResult] = []
     losses: list[torch.Tensor] = []
-
-    def learn(chosen: list[TrainSequence], micro: MicroBatch, hidden: torch.Tensor | None = None) -> None:
-        loss, stats = engine.loss(bound_objective(objective, micro), micro.student, micro.teacher, hidden)
-        engine.backward(loss)
-        losses.append(loss.detach())
-        passes.append(Pass(chosen, stats, micro.tokens, micro.tokens - _real_tokens(chosen, micro)))
-
-    winners = _learn_winners(engine, contests, learn, pad_id=pad_id, temperature=temperature)
     live = [sequence for sequence in sequences if sequence.is_live]
     packed, shared_by = engine.model.packed, engine.model.shared_by
     for chosen, micro in micro_batches(
         live, token_budget=token_budget, pad_id=pad_id, packed=packed, shared_by=shared_by
     ):
-        learn(chosen, micro.to(engine.device))
+        micro = micro.to(engine.device)
+        loss, stats = engine.loss(bound_objective(objective, micro), micro.student, micro.teacher)
+        engine.backward(loss)
+        losses.append(loss.detach())
+        passes.append(MicroBatchResult(chosen, stats, micro.tokens, micro.tokens - _real_tokens(chosen, micro)))
     if not passes:
         return StepResult([], 0.0, None)
-    return StepResult(passes, float(torch.stack(losses).sum()), engine.step(lr), winners)
-
-
-def _learn_winners(
-    engine: ZeroEngine, contests: Sequence[Contest], learn: Callable[..., None], *, pad_id: int, temperature: float
-) -> list[Winner]:
-    """Calls `learn` with the best candidate of each contest and its hidden rows: o+ needs no forward pass of its own.
-
-    At most two candidates' graphs are alive. As many passes on every rank; one without a contest joins in with nothing.
-    """
-    shapes = distributed.gather([(len(c.candidates), any(map(_is_distilled, c.candidates))) for c in contests])
-    winners = []
-    for k in range(max(len(shape) for shape in shapes)):
-        rounds, with_teacher = (max(values) for values in zip(*(s[k] for s in shapes if k < len(s)), strict=True))
-        contest = contests[k] if k < len(contests) else Contest(())
-        best, chosen = Winner(0, -math.inf), None
-        for index in range(rounds):
-            sequences = list(contest.candidates[index : index + 1])
-            micro = collate_training(sequences, pad_id, with_teacher=bool(with_teacher), packed=engine.model.packed)
-            micro = micro.to(engine.device)
-            hidden, logprobs = engine.hidden_and(_logprobs(micro.student, temperature), micro.student)
-            score = target_score(logprobs.tolist(), score=contest.score) if sequences else -math.inf
-            if chosen is None or score > best.score:
-                best, chosen = Winner(index, score), (sequences, micro, hidden)
-            del hidden  # a loser's graph goes before the next one is made
-        if chosen is not None:
-            learn(*chosen)
-            winners += [best] if contest.candidates else []
-    return winners
+    return StepResult(passes, float(torch.stack(losses).sum()), engine.step(lr))
 
 
 def micro_batches(
@@ -172,6 +125,26 @@ def _logprobs(batch: TokenBatch, temperature: float) -> Callable[..., torch.Tens
         return linear_logprob(hidden, head, batch.targets, temperature=temperature, bias=bias)[0]
 
     return logprobs
+
+
+def objective_with(**settings: Any) -> Objective:
+    """`sgpo_objective` on the rows of a micro-batch; `settings` are its switches, all that is not a row's."""
+
+    def objective(head: Any, bias: Any, hidden: Any, teacher_hidden: Any, micro: MicroBatch) -> Any:
+        return sgpo_objective(
+            head,
+            bias,
+            hidden,
+            teacher_hidden,
+            targets=micro.student.targets,
+            advantages=micro.advantages,
+            policy_weight=micro.policy_weight,
+            old_logprobs=micro.old_logprobs,
+            target_weight=micro.target_weight,
+            **settings,
+        )
+
+    return objective
 
 
 def bound_objective(objective: Objective, micro: MicroBatch) -> Callable[..., tuple[torch.Tensor, Any]]:

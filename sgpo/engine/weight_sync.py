@@ -92,7 +92,7 @@ class SyncedRollouts:
         def sample() -> list[Rollout]:
             return self._rollouts.generate(requests, sampling, on_progress, on_rollout)
 
-        return self._surely(sample, sample, self.policy_version)
+        return self._with_retry(sample, sample, self.policy_version)
 
     def begin(
         self,
@@ -108,7 +108,7 @@ class SyncedRollouts:
         if self._ahead is None:
             raise RuntimeError("collect without begin")
         ahead, self._ahead = self._ahead, None
-        return self._surely(ahead.wait, ahead.sample, version)
+        return self._with_retry(ahead.wait, ahead.sample, version)
 
     def sleep(self) -> None:
         self._rollouts.sleep()
@@ -121,7 +121,7 @@ class SyncedRollouts:
     def close(self) -> None:
         self._rollouts.close()
 
-    def _surely(
+    def _with_retry(
         self, first: Callable[[], list[Rollout]], again: Callable[[], list[Rollout]], version: int | None
     ) -> list[Rollout]:
         if self.policy_version is None or version is None:

@@ -139,15 +139,9 @@ class ZeroEngine:
         forget(optimizer)
         self.adam = optimizer  # on this rank's share of the fp32 masters
 
-    def loss(
-        self,
-        function: Callable[..., tuple[torch.Tensor, Any]],
-        batch: Any,
-        teacher: Any = None,
-        hidden: torch.Tensor | None = None,
-    ) -> Any:
+    def loss(self, function: Callable[..., tuple[torch.Tensor, Any]], batch: Any, teacher: Any = None) -> Any:
         """(loss, stats) of one micro-batch: `function` gets the head and the hidden rows, see PolicyModel.forward."""
-        return self._engine(function, batch, teacher, hidden)
+        return self._engine(function, batch, teacher)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of `loss`, whose row weights already divide by the whole step's counts."""
@@ -163,7 +157,7 @@ class ZeroEngine:
             raise SgpoError(f"the gradient norm is {norm}; the last checkpoint is intact: lower the learning rate")
         return float(norm)
 
-    def rehearse(self, micro_batches: Iterable[tuple[Any, ...]]) -> tuple[float, torch.Tensor]:
+    def dry_step(self, micro_batches: Iterable[tuple[Any, ...]]) -> tuple[float, torch.Tensor]:
         """(gradient norm, sketch of this rank's share of the gradient) of a step that leaves everything as it was.
 
         A micro-batch is what `loss` takes. The way of a real step, reduction and offload included: Adam's first moment
@@ -182,18 +176,6 @@ class ZeroEngine:
     def evaluate(self, function: Callable[..., Any], batch: Any) -> Any:
         """function(head, bias, hidden rows, None) without gradient."""
         return self.model(function, batch)
-
-    def hidden_and(self, function: Callable[..., Any], batch: Any) -> tuple[torch.Tensor, Any]:
-        """(hidden rows [N, H], as `evaluate`): rows with a graph, which `loss` takes up in place of a forward pass.
-
-        As long as the rows are held, so is all that backward needs of the backbone.
-        """
-
-        def both(head: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor, _: None) -> Any:
-            with torch.no_grad():
-                return hidden, function(head, bias, hidden, None)
-
-        return self.model(both, batch)
 
     def named_weights(self, parts: Parts = "merged") -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full weight) of every parameter and saved buffer; under ZeRO-3 one bucket at a time.

@@ -97,20 +97,16 @@ class PolicyModel(nn.Module):
         pick, self._pick = self._pick, None
         return (pick(arguments[0]), *arguments[1:])
 
-    def forward(
-        self, function: Callable[..., Any], batch: Any, teacher: Any = None, hidden: torch.Tensor | None = None
-    ) -> Any:
+    def forward(self, function: Callable[..., Any], batch: Any, teacher: Any = None) -> Any:
         """function(head weight [V, H], head bias or None, hidden of the batch's rows, of the teacher's rows or None).
 
-        The teacher's rows carry no gradient. `hidden`: the batch's rows [N, H], where they are there already.
+        The teacher's rows carry no gradient.
         """
         teacher_hidden = None
         if teacher is not None:
             with torch.no_grad():
                 teacher_hidden = self.hidden(teacher.input_ids, teacher.rows, teacher.lengths)
-        if hidden is None:
-            hidden = self.hidden(batch.input_ids, batch.rows, batch.lengths)
-        return self.head(function, hidden, teacher_hidden)
+        return self.head(function, self.hidden(batch.input_ids, batch.rows, batch.lengths), teacher_hidden)
 
 
 def _selected(rows: torch.Tensor, states: torch.Tensor) -> torch.Tensor:

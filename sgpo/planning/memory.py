@@ -19,7 +19,6 @@ CUDA_CONTEXT, ASLEEP, PROCESS, REWARD_WORKER = 0.7 * GIB, 1.0 * GIB, 0.8 * GIB, 
 CARDS_GIB = {"24gb": 23.5, "80gb": 79.1, "141gb": 139.8}
 SYNC_BUCKET = 256 * 2**20
 HEADROOM = 0.97  # share of a GPU that may be planned: allocators fragment
-PHASES = ("load", "rollout", "score", "forward", "backward", "optimizer", "sync")
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +188,8 @@ class Planner(TrainingMemory):
     def _activations_on_host(self) -> Terms:
         if not (self.config.model.activation_offload and self.cuda):
             return {}
-        layers, count = self.sizes.layers, 1 + self.candidates_waiting()
-        return {"checkpoint boundaries": count * layers * self.pinned(self.boundaries() / layers)}
+        layers = self.sizes.layers
+        return {"checkpoint boundaries": layers * self.pinned(self.boundaries() / layers)}
 
     def _rollout(self) -> Phase:
         states, host = self._resident(), {}

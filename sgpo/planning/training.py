@@ -266,12 +266,7 @@ class TrainingMemory:
             "teacher's hidden states": self.s * states * self.teaches,
             "head": self.head(),
         }
-        best = self.candidates_waiting() * sum(self.activations().values())
-        return fullest(loss, self.activations() | self._layer_at_work() | {"best candidate's checkpoints": best})
-
-    def candidates_waiting(self) -> float:
-        """While o+ is chosen, the best candidate so far waits beside the next one: in micro-batches, 0 to 1."""
-        return self.sequence / self.T if self.sequence > self.config.contest_above_tokens() else 0.0
+        return fullest(loss, self.activations() | self._layer_at_work())
 
     def _layer_at_work(self) -> Terms:
         """A layer's forward pass beside what it keeps: in its MLP, three inner states beside input and residual."""

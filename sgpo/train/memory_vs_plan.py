@@ -1,10 +1,9 @@
-"""Was the plan right? Peak memory of every stage of a step, and the plan's number for it divided by the peak."""
+"""Was the plan right? The highest peak of memory in the steps of a run, and the plan's number for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,18 +12,10 @@ from sgpo.config import Config
 from sgpo.planning.architectures import find_architecture
 from sgpo.planning.memory import Phase, Planner
 from sgpo.planning.plan import find_place
-from sgpo.train.step_metrics import Clock
 from sgpo.types import SgpoError
-from sgpo.utils.distributed import Meter
+from sgpo.utils import distributed
 
-# Stage of the trainer's clock -> phases of the plan that it covers.
-_COVERS = {
-    "rollout": ("rollout",),
-    "target": ("score",),
-    "train": ("forward", "backward", "optimizer"),
-    "sync": ("sync",),
-    "worst_case": ("forward", "backward", "optimizer"),
-}
+_PHASES = ("rollout", "score", "forward", "backward", "optimizer", "sync")  # of a step
 # Terms that the measured side does not see: memory outside torch's allocator, other processes; and on a CPU the plan's
 # constant for a process, in place of which stands what this one held before.
 _UNSEEN = ("CUDA context", "reward workers", "processes")
@@ -37,49 +28,47 @@ class Gauge:
     The plan counts sequences of full length, which the worst-case step has; an ordinary one needs less.
 
     Args:
-        planned: bytes by stage; see `planned_peaks`.
+        planned: bytes; see `planned_peak`.
         asleep: bytes of a sleeping rollout engine that torch counts as allocated.
     """
 
-    def __init__(self, planned: Mapping[str, float], asleep: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, planned: float | None, asleep: Callable[[], int] = lambda: 0) -> None:
         self._planned, self._asleep = planned, asleep
-        self.summary: dict[str, dict[str, float]] = {}
-        reset_peak()
-
-    def clock(self, meter: Meter) -> Clock:
-        """Of a step that begins now, which reads the peaks of its stages into `meter`."""
-        reset_peak()
-        return Clock(meter, partial(self.read, meter))
-
-    def read(self, meter: Meter, stage: str) -> None:
-        """Adds peak_<stage>_mib, the peak since the last call. Nothing where the system does not tell."""
-        if (peak := peak_bytes()) is not None:
-            meter.max(f"peak_{stage}_mib", (peak - self._asleep()) / 2**20)
-        reset_peak()
+        self._highest: float | None = None
 
     @contextmanager
-    def reading(self, stage: str) -> Iterator[None]:
-        """A stage outside the steps, for the summary alone. Collective."""
-        meter = Meter()
+    def reading(self) -> Iterator[None]:
+        """The highest peak within counts."""
         reset_peak()
         yield
-        self.read(meter, stage)
-        self.compare(meter.reduce())
+        self.read()
 
-    def compare(self, values: dict[str, float | None]) -> None:
-        """Adds plan_ratio_<stage>, planned / measured on the fullest rank; keeps the highest peaks for the summary."""
-        for stage, planned in self._planned.items():
-            if not (peak := values.get(f"peak_{stage}_mib")):
-                continue
-            ratio = values[f"plan_ratio_{stage}"] = round(planned / 2**20 / peak, 4)
-            if peak > self.summary.get(stage, {}).get("measured_mib", 0.0):
-                self.summary[stage] = {
-                    "planned_mib": round(planned / 2**20, 1), "measured_mib": round(peak, 1), "ratio": ratio,
-                }  # fmt: skip
+    def read(self) -> float | None:
+        """The peak since the last call, which counts; None where the system does not tell.
+
+        To be called before the rollout engine falls asleep or wakes.
+        """
+        peak = peak_bytes()
+        reset_peak()
+        if peak is None:
+            return None
+        mib = (peak - self._asleep()) / 2**20
+        self._highest = max(mib, self._highest or 0.0)
+        return mib
+
+    def summary(self) -> dict[str, float | None]:
+        """Planned and measured MiB on the fullest rank, and planned / measured; None what is not known. Collective."""
+        planned = None if self._planned is None else self._planned / 2**20
+        measured = max((peak for peak in distributed.gather(self._highest) if peak is not None), default=None)
+        return {
+            "planned_mib": None if planned is None else round(planned, 1),
+            "measured_mib": None if measured is None else round(measured, 1),
+            "ratio": round(planned / measured, 4) if planned and measured else None,
+        }
 
 
-def planned_peaks(config: Config, model_folder: Path) -> dict[str, float]:
-    """Bytes by stage that the plan foresees for one process here; empty where the model's sizes cannot be read.
+def planned_peak(config: Config, model_folder: Path) -> float | None:
+    """Bytes that the plan foresees for one process in a step here; None where the model's sizes cannot be read.
 
     To be called before the model is loaded: on a CPU, what the process holds now stands for the plan's constant.
     """
@@ -87,7 +76,7 @@ def planned_peaks(config: Config, model_folder: Path) -> dict[str, float]:
     try:
         phases = Planner(config, find_architecture(str(model_folder)), place).plan().phases
     except SgpoError:
-        return {}
+        return None
     unseen = _UNSEEN + _ENGINE * (config.rollout.placement == "process")
     before = 0.0 if place.gpu_bytes is not None else _status("VmRSS")
 
@@ -95,7 +84,7 @@ def planned_peaks(config: Config, model_folder: Path) -> dict[str, float]:
         terms = phase.gpu or {name: size / place.per_host for name, size in phase.host.items()}
         return (before or 0.0) + sum(size for name, size in terms.items() if name not in unseen)
 
-    return {stage: max(seen(phases[name]) for name in names) for stage, names in _COVERS.items()}
+    return max(seen(phases[name]) for name in _PHASES)
 
 
 def peak_bytes() -> float | None:

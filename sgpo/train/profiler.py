@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from sgpo.engine.step import Pass
+from sgpo.engine.step import MicroBatchResult
 from sgpo.reporting.run_files import PROFILE_FILE
 from sgpo.types import SgpoError, TrainSequence
 from sgpo.utils import distributed
@@ -112,7 +112,7 @@ class Profiler:
             torch.cuda.memory._record_memory_history(max_entries=200_000)
         self._thread.start()
 
-    def record(self, meter: Meter, spans: Sequence[Span], passes: Sequence[Pass]) -> None:
+    def record(self, meter: Meter, spans: Sequence[Span], passes: Sequence[MicroBatchResult]) -> None:
         """Adds the step's operations (of all ranks) to `meter`, and takes the step's samples."""
         samples, self._samples = [*self._samples, self._now()], []
         meter.sum("train_flops", sum(self._flops.training(s) for done in passes for s in done.sequences))

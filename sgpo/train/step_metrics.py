@@ -10,15 +10,25 @@ from sgpo_kernels import DivergenceStats, PolicyStats
 
 from sgpo.algorithm.importance import gap_statistics
 from sgpo.algorithm.method import Guidance
-from sgpo.engine.step import Pass
+from sgpo.engine.step import MicroBatchResult
 from sgpo.types import Rollout, ScoredGroup
 from sgpo.utils.distributed import Meter
 
+# What `record_passes` logs. A step has all of it: 0 or None where it trained on nothing, or on nothing of that kind.
+_PASS_SUMS = (
+    "micro_batches", "train_tokens", "loss_policy", "loss_distill", "policy_rows", "distill_rows", "dropped_mass",
+)  # fmt: skip
+_PASS_MEANS = (
+    "padding_share", "entropy", "ratio_mean", "clip_share", "column_share", "sampler_gap_mean", "sampler_gap_k3",
+    "importance_mean", "kl_mean", "kl_kept_mean", "kl_masked_share",
+)  # fmt: skip
+_PASS_MAXIMA = ("sampler_gap_max", "kl_max")
+
 
 class Clock:
-    """Wall time of the stages of a step, in seconds; the slowest rank counts. `at_end` is told each stage that ends."""
+    """Wall time of the stages of a step, in seconds; the slowest rank counts. `at_end` is called as one ends."""
 
-    def __init__(self, meter: Meter, at_end: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, meter: Meter, at_end: Callable[[], None] = lambda: None) -> None:
         self._meter, self._at_end = meter, at_end
         self._spent: dict[str, float] = {}
         self._start = self._last = time.monotonic()
@@ -30,7 +40,7 @@ class Clock:
         self._spent[f"{name}_s"] = self._spent.get(f"{name}_s", 0.0) + now - self._last
         self.spans.append((name, self._last, now))
         self._last = now
-        self._at_end(name)
+        self._at_end()
 
     def finish(self) -> None:
         self._meter.maxima({**self._spent, "step_s": time.monotonic() - self._start})
@@ -43,8 +53,15 @@ def record_memory(meter: Meter) -> None:
         meter.max("cuda_reserved_mib", torch.cuda.memory_reserved() / 2**20)
 
 
+def record_peak(meter: Meter, mib: float | None) -> None:
+    """The highest peak of the step on the fullest GPU, without a rollout engine that sleeps."""
+    if torch.cuda.is_available() and mib is not None:
+        meter.max("cuda_peak_mib", mib)
+
+
 def record_groups(meter: Meter, groups: Sequence[ScoredGroup]) -> None:
     """Accuracy, lengths, truncation and verdicts of both kinds of rollout."""
+    meter.declare(means=["sampled_nll"])
     for group in groups:
         meter.sum("problems", 1)
         meter.means("accuracy_auto", [float(reward > 0) for reward in group.auto_rewards])
@@ -72,8 +89,9 @@ def record_guidance(meter: Meter, guidance: Sequence[Guidance]) -> None:
     meter.means("target_score_mean", [c.target_score for c in guidance if c.target_score is not None])
 
 
-def record_passes(meter: Meter, passes: Sequence[Pass]) -> None:
+def record_passes(meter: Meter, passes: Sequence[MicroBatchResult]) -> None:
     """Row statistics of the loss, over live rows. One transfer from the device per statistic and micro-batch."""
+    meter.declare(means=_PASS_MEANS, sums=_PASS_SUMS, maxima=_PASS_MAXIMA)
     for done in passes:
         meter.sum("micro_batches", 1)
         meter.sum("train_tokens", done.tokens)
@@ -100,7 +118,7 @@ def record_passes(meter: Meter, passes: Sequence[Pass]) -> None:
             meter.max("kl_max", float(divergence.divergence.max()))
 
 
-def record_sampler_gap(meter: Meter, done: Pass) -> None:
+def record_sampler_gap(meter: Meter, done: MicroBatchResult) -> None:
     """How far the sampler's log-probs are from the trainer's, on rows with a gradient.
 
     With top_p < 1 the sampler's are those of the nucleus, up to -log(top_p) above the trainer's.
@@ -128,7 +146,7 @@ def record_columns(meter: Meter, stats: PolicyStats | DivergenceStats) -> None:
     meter.mean("column_share", float(stats.column_share.sum()), int(stats.live.sum()))
 
 
-def distilled_trajectory(passes: Sequence[Pass]) -> tuple[tuple[int, ...], list[float], list[bool]] | None:
+def distilled_trajectory(passes: Sequence[MicroBatchResult]) -> tuple[tuple[int, ...], list[float], list[bool]] | None:
     """(completion ids, KL of each token, masked or not) of the first distilled completion, or None."""
     for done in passes:
         targets = [s for s in done.sequences if s.target_weight]

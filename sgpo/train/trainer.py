@@ -19,7 +19,7 @@ import torch
 
 from sgpo.algorithm.dapo import is_informative
 from sgpo.algorithm.importance import truncated_importance
-from sgpo.algorithm.method import Guidance
+from sgpo.algorithm.method import Guidance, ProblemStep, all_sequences
 from sgpo.builders.loss import policy_objective, training_method
 from sgpo.builders.model_engine import build_engine, resolve_model
 from sgpo.builders.rollouts import build_rewards, build_synced_rollouts
@@ -29,7 +29,7 @@ from sgpo.config import Config, RolloutConfig
 from sgpo.data.epochs import problems_of_step
 from sgpo.engine.checkpoint import Checkpoints
 from sgpo.engine.export import export_model
-from sgpo.engine.step import Pass, optimizer_step, score_contexts
+from sgpo.engine.step import MicroBatchResult, optimizer_step, score_contexts
 from sgpo.engine.weight_sync import SyncedRollouts
 from sgpo.engine.zero import ZeroEngine, init_distributed, lr_factor
 from sgpo.evaluation.held_out import evaluate
@@ -39,7 +39,7 @@ from sgpo.reporting.run_logs import MetricsLogger, RolloutTable
 from sgpo.reporting.run_report import write_report
 from sgpo.rewards.pool import RewardPool
 from sgpo.rewards.scoring import reward_item, score_rollouts
-from sgpo.train.memory_vs_plan import Gauge, planned_peaks
+from sgpo.train.memory_vs_plan import Gauge, planned_peak
 from sgpo.train.profiler import Profiler, peak_flops
 from sgpo.train.rollout_batch import build_requests, check_version, scored_groups
 from sgpo.train.sft import run_warmup
@@ -51,6 +51,7 @@ from sgpo.train.step_metrics import (
     record_guidance,
     record_memory,
     record_passes,
+    record_peak,
 )  # fmt: skip
 from sgpo.train.worst_case_step import wants_worst_case, worst_case_step
 from sgpo.types import (
@@ -111,7 +112,7 @@ class Session:
 
 def train(config: Config) -> dict[str, Any]:
     """Runs or resumes the training that `config` describes; returns what it also writes to summary.json."""
-    with _named_losses(config, lambda: "start or end of the run"):
+    with name_lost_process(config, lambda: "start or end of the run"):
         return _train(config)
 
 
@@ -122,7 +123,7 @@ def _train(config: Config) -> dict[str, Any]:
     model_folder = resolve_model(config)
     tokenizer = load_tokenizer(model_folder)
     task, held_out = load_run_tasks(config, model_folder, tokenizer)
-    planned = planned_peaks(config, model_folder)
+    planned = planned_peak(config, model_folder)
     with ExitStack() as stack:
         rewards = stack.enter_context(build_rewards(config))
         if config.warmup.enabled:
@@ -137,7 +138,7 @@ def _train(config: Config) -> dict[str, Any]:
         gauge = Gauge(planned, rollouts.asleep_bytes)
         if progress.step == 0 and wants_worst_case(config, device):
             rollouts.sleep()
-            with gauge.reading("worst_case"):
+            with gauge.reading():
                 worst_case_step(engine, config, task.prompts, tokenizer.pad_token_id)
             rollouts.sync(progress.step)
         profiler = _profiler(config, run_dir, engine, rollouts, stack) if config.log.profile else None
@@ -160,10 +161,11 @@ def _train(config: Config) -> dict[str, Any]:
             profiler=profiler,
             ahead=ahead,
         )  # fmt: skip
-        with _named_losses(config, lambda: session.display.where):
+        with name_lost_process(config, lambda: session.display.where):
             _loop(session, progress)
         export_model(engine, tokenizer, run_dir / "final")
-    summary = _summary(config, progress, progress.wall_s + time.monotonic() - started) | {"memory": gauge.summary}
+        memory = gauge.summary()
+    summary = _summary(config, progress, progress.wall_s + time.monotonic() - started) | {"memory": memory}
     if main:
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
         write_report(run_dir)
@@ -177,16 +179,18 @@ def _loop(s: Session, progress: Progress) -> None:
     step = progress.step
     while not _is_last(s, step, progress):
         meter = Meter()
-        clock = s.gauge.clock(meter)
+        clock = Clock(meter, at_end=lambda meter=meter: record_peak(meter, s.gauge.read()))
         sampled, groups = _sample_and_score(s, step, progress, clock)
         with_next = s.config.rollout.overlap and not _is_last(s, step + 1, progress)
         if with_next:
             _begin(s, step + 1)
         else:
             s.rollouts.sleep()
-        guidance, passes = _update(s, step, groups, meter, clock)
+        problems, passes = _update(s, step, groups, meter, clock)
         if with_next:
-            _collect(s, step + 1, clock)
+            _collect(s, step + 1)
+        if s.config.rollout.overlap:
+            clock.stage("overlap_wait")
         s.display.stage("sync")
         report = s.rollouts.sync(step + 1)
         clock.stage("sync")
@@ -197,7 +201,7 @@ def _loop(s: Session, progress: Progress) -> None:
             s.profiler.record(meter, clock.spans, passes)
         step = done = step + 1
         record_groups(meter, sampled)
-        _log(s, done, groups, guidance, passes, meter)
+        _log(s, done, problems, passes, meter)
         last = _is_last(s, done, progress)
         if last or _is_due(s.config.eval.every_steps, done):
             progress.after = _evaluate(s, done, with_guided=last)
@@ -216,7 +220,7 @@ def _profiler(
 
 
 @contextmanager
-def _named_losses(config: Config, where: Callable[[], str]) -> Iterator[None]:
+def name_lost_process(config: Config, where: Callable[[], str]) -> Iterator[None]:
     """Says at which stage another process was lost; gloo only knows that it was."""
     try:
         yield
@@ -276,10 +280,9 @@ def _begin(s: Session, step: int) -> None:
     s.rollouts.begin(requests, sampling, _early_verdicts(s))
 
 
-def _collect(s: Session, version: int, clock: Clock) -> None:
+def _collect(s: Session, version: int) -> None:
     s.display.stage("rollout")
     s.ahead.extend(s.rollouts.collect(version))
-    clock.stage("overlap_wait")
 
 
 def _requests(s: Session, number: int) -> tuple[list[int], list[RolloutRequest], SamplingParams]:
@@ -297,60 +300,41 @@ def _early_verdicts(s: Session) -> Callable[[Rollout], None]:
 
 def _update(
     s: Session, step: int, groups: Sequence[ScoredGroup], meter: Meter, clock: Clock
-) -> tuple[list[Guidance], list[Pass]]:
+) -> tuple[list[ProblemStep], list[MicroBatchResult]]:
     """Targets and weights of the whole step, then one optimizer step per mini-batch."""
-    config = s.config
-    batches = config.algorithm.mini_batches
-    budget, pad_id = config.engine.micro_batch_tokens, s.tokenizer.pad_token_id
-    score = partial(
-        score_contexts, s.engine, token_budget=budget, pad_id=pad_id, temperature=config.rollout.temperature
-    )
+    config, batches = s.config, s.config.algorithm.mini_batches
+    sizes: dict[str, Any] = {"token_budget": config.engine.micro_batch_tokens, "pad_id": s.tokenizer.pad_token_id}
+    score = partial(score_contexts, s.engine, **sizes, temperature=config.rollout.temperature)
     s.display.stage("target")
     method, objective = training_method(config), policy_objective(config)
-    problems = config.rollout.problems_per_step // batches
-    planned = [
+    mini_batches = [
         method(
             groups[len(groups) * i // batches : len(groups) * (i + 1) // batches],
-            problems=problems,
+            problems=config.rollout.problems_per_step // batches,
             score=score,
             total=lambda value: sum(distributed.gather(value)),
         )
         for i in range(batches)
     ]
-    guidance = [chosen for _, part in planned for chosen in part]
-    parts = [sequences for sequences, _ in planned]
+    learnt = [all_sequences(problems) for problems in mini_batches]
     if batches > 1 or config.rollout.importance_cap is not None:
-        parts = [_with_old_logprobs(sequences, score, config.rollout) for sequences in parts]
+        learnt = [_with_old_logprobs(sequences, score, config.rollout) for sequences in learnt]
     clock.stage("target")
 
     s.display.stage("train")
     lr = config.optim.lr * lr_factor(
         step, s.total_steps, warmup_ratio=config.optim.warmup_ratio, schedule=config.optim.schedule
     )
-    contests = [[chosen.contest for chosen in part if chosen.contest] for _, part in planned]
-    results = [
-        optimizer_step(
-            s.engine,
-            sequences,
-            objective,
-            token_budget=budget,
-            pad_id=pad_id,
-            lr=lr,
-            contests=contested,
-            temperature=config.rollout.temperature,
-        )
-        for sequences, contested in zip(parts, contests, strict=True)
-    ]
-    winners = iter([winner for result in results for winner in result.winners])
-    guidance = [chosen.decided(*next(winners)) if chosen.contest else chosen for chosen in guidance]
+    results = [optimizer_step(s.engine, sequences, objective, lr=lr, **sizes) for sequences in learnt]
     clock.stage("train")
-    passes = [done for result in results for done in result.passes]
     meter.sum("loss", sum(result.loss for result in results) / batches)
     meter.max("lr", lr)
+    meter.declare(maxima=["grad_norm"])
     for result in results:
         if result.grad_norm is not None:
             meter.max("grad_norm", result.grad_norm)
-    return guidance, passes
+    problems = [problem for mini_batch in mini_batches for problem in mini_batch]
+    return problems, [done for result in results for done in result.passes]
 
 
 def _with_old_logprobs(sequences: Sequence[TrainSequence], score: Any, rollout: RolloutConfig) -> list[TrainSequence]:
@@ -376,25 +360,23 @@ def _importance(sequence: TrainSequence, logprobs: Sequence[float], rollout: Rol
 def _log(
     s: Session,
     done: int,
-    groups: Sequence[ScoredGroup],
-    guidance: Sequence[Guidance],
-    passes: Sequence[Pass],
+    problems: Sequence[ProblemStep],
+    passes: Sequence[MicroBatchResult],
     meter: Meter,
 ) -> None:
-    record_guidance(meter, guidance)
+    record_guidance(meter, [problem.guidance for problem in problems])
     record_passes(meter, passes)
     values = meter.reduce()
-    s.gauge.compare(values)
     values["rollout_tokens_per_s"] = (values["rollout_tokens"] or 0.0) / max(values["rollout_s"] or 0.0, 1e-9)
     if s.profiler:
         s.profiler.write(done, values)
     s.logger.log("train", done, values)
     s.display.step(done, values)
-    for group, chosen in list(zip(groups, guidance, strict=True))[: s.config.log.rollouts_per_step]:
-        _log_samples(s, done, group, chosen)
+    for problem in problems[: s.config.log.rollouts_per_step]:
+        _log_samples(s, done, problem.group, problem.guidance)
     if (found := distilled_trajectory(passes)) is not None:
         ids, kl, masked = found
-        algorithm = s.config.algorithm
+        algorithm, groups = s.config.algorithm, [problem.group for problem in problems]
         s.table.add_trajectory(
             done,
             problem_id=next((g.problem.id for g in groups if any(r.completion_ids == ids for r in g.guided)), ""),

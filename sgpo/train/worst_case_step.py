@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from sgpo.builders.loss import policy_objective
 from sgpo.config import WITH_DEMONSTRATIONS, Config
-from sgpo.engine.batching import MicroBatch, collate_training
-from sgpo.engine.step import Objective, bound_objective
+from sgpo.engine.batching import collate_training
+from sgpo.engine.step import bound_objective
 from sgpo.engine.zero import ZeroEngine
 from sgpo.types import PromptPair, SgpoError, TrainSequence
 from sgpo.utils import distributed
@@ -34,34 +33,17 @@ def worst_case_step(engine: ZeroEngine, config: Config, prompts: Sequence[Prompt
     for owner in range(max(2, members)):  # of ranks that share a micro-batch, each has all of its rows once
         own = sequences if distributed.rank() % members == owner % members else []
         micros.append(collate_training(own, pad_id, with_teacher=with_teacher, packed=packed).to(engine.device))
-    rival, last = None, sequences[-1]
-    if last.target_weight > 0 and last.length > config.contest_above_tokens():
-        rival = collate_training([last], pad_id, with_teacher=with_teacher, packed=packed).to(engine.device)
+    objective = policy_objective(config)
     devices = [engine.device] if engine.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
-            engine.rehearse(_passes(engine, policy_objective(config), micros, rival))
+            engine.dry_step((bound_objective(objective, micro), micro.student, micro.teacher) for micro in micros)
     except torch.OutOfMemoryError as error:
         tokens = max(micro.tokens for micro in micros)
         raise SgpoError(
             f"the longest micro-batch ({tokens} tokens in both contexts) does not fit into the GPU's memory: "
             "lower engine.micro_batch_tokens or rollout.max_new_tokens, or see sgpo plan"
         ) from error
-
-
-def _passes(
-    engine: ZeroEngine, objective: Objective, micros: Sequence[MicroBatch], rival: MicroBatch | None
-) -> Iterator[tuple[Any, ...]]:
-    """What `engine.loss` takes, pass by pass. Before the others a contest of `rival` with itself: the best candidate so
-    far waits with its graph while the next one goes through."""
-    if rival is not None:
-        waiting = engine.hidden_and(lambda *_: None, rival.student)[0]
-        hidden = engine.hidden_and(lambda *_: None, rival.student)[0]
-        del waiting
-        yield bound_objective(objective, rival), rival.student, rival.teacher, hidden
-        del hidden
-    for micro in micros:
-        yield bound_objective(objective, micro), micro.student, micro.teacher
 
 
 def longest_micro_batch(config: Config, prompts: Sequence[PromptPair], pad_id: int) -> list[TrainSequence]:

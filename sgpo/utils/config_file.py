@@ -153,6 +153,9 @@ def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
 
 def _sentence(schema: type[BaseModel], place: str, item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
+    gone: dict[str, str] = getattr(schema, "gone_keys", {})
+    if key in gone:
+        return f"{place}: {key} {gone[key]}"
     if item["type"] == "extra_forbidden":
         sections = [".".join(known.split(".")[:-1]) for known in known_keys(schema)]
         close = difflib.get_close_matches(key, [*known_keys(schema), *sections], n=1, cutoff=0.5)

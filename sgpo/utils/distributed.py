@@ -72,6 +72,9 @@ def on_rank_zero_first(action: Callable[[], Any]) -> Any:
     return value
 
 
+_NOTHING = float("-inf")  # as a maximum
+
+
 class Meter:
     """Weighted means, sums and maxima of a step, over all that is added on all ranks."""
 
@@ -79,6 +82,14 @@ class Meter:
         self._means: dict[str, tuple[float, float]] = {}
         self._sums: dict[str, float] = {}
         self._maxima: dict[str, float] = {}
+
+    def declare(self, *, means: Iterable[str] = (), sums: Iterable[str] = (), maxima: Iterable[str] = ()) -> None:
+        """Names that the step has whether or not anything is added to them."""
+        for name in means:
+            self.mean(name, 0.0, 0.0)
+        for name in sums:
+            self.sum(name, 0.0)
+        self.maxima(dict.fromkeys(maxima, _NOTHING))
 
     def mean(self, name: str, total: float, weight: float) -> None:
         """Adds `weight` observations that sum to `total`."""
@@ -93,19 +104,20 @@ class Meter:
         self._sums[name] = self._sums.get(name, 0.0) + float(value)
 
     def max(self, name: str, value: float) -> None:
-        self._maxima[name] = max(self._maxima.get(name, float("-inf")), float(value))
+        self._maxima[name] = max(self._maxima.get(name, _NOTHING), float(value))
 
     def maxima(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.max(name, value)
 
     def reduce(self) -> dict[str, float | None]:
-        """One value per name over all ranks; a mean of nothing is None. Every rank must call it."""
+        """One value per name over all ranks; a mean or maximum of nothing is None. Every rank must call it."""
         merged = Meter()
         for other in gather((self._means, self._sums, self._maxima)):
             merged._merge(*other)
         means = {name: total / weight if weight else None for name, (total, weight) in merged._means.items()}
-        return {**means, **merged._sums, **merged._maxima}
+        maxima = {name: None if value == _NOTHING else value for name, value in merged._maxima.items()}
+        return {**means, **merged._sums, **maxima}
 
     def _merge(
         self, means: Mapping[str, tuple[float, float]], sums: Mapping[str, float], maxima: Mapping[str, float]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sgpo.algorithm.dapo import dapo_sequences, is_informative, overlong_penalty
+from sgpo.algorithm.method import all_sequences
 from sgpo.builders.loss import policy_objective, training_method
 from sgpo.config import Config
 from sgpo.data.builtin import make_model, vocabulary
@@ -134,10 +135,9 @@ def grpo(lm, groups):
 
 
 def step_of(config, groups, lm):
-    sequences, guidance = training_method(config)(
-        groups, problems=len(groups), score=lambda contexts: [], total=lambda value: value
-    )
-    assert len(guidance) == len(groups)
+    steps = training_method(config)(groups, problems=len(groups), score=lambda contexts: [], total=lambda value: value)
+    assert [step.group for step in steps] == list(groups)
+    sequences = all_sequences(steps)
     objective, total = policy_objective(config), 0.0
     for part in (sequences[::2], sequences[1::2]):
         micro = collate_training(part, 0, with_teacher=False)
@@ -164,7 +164,8 @@ def test_a_baseline_by_hand(lm, groups, method):
 def test_clips_hold_where_the_policy_has_moved(lm, groups):
     """DAPO's four regions: ratio above and below its clip, and the dual clip for a negative advantage."""
     objective = policy_objective(config_of("dapo", dual_clip=1.5))
-    (first, *_), _ = dapo_sequences(groups[:1], problems=1, score=None, total=float, max_new_tokens=LIMIT)
+    (step,) = dapo_sequences(groups[:1], problems=1, score=None, total=float, max_new_tokens=LIMIT)
+    first = step.sequences[0]
     for advantage, shift, value in ((1.0, 0.5, 1.28), (1.0, -0.5, None), (-1.0, -0.5, -0.8), (-1.0, 1.0, -1.5)):
         taken = logps(lm, first.prompt_ids, first.completion_ids).detach()
         old = tuple((taken - shift).tolist())
@@ -186,8 +187,8 @@ def test_the_overlong_penalty_rises_from_the_zone_to_the_limit():
 
 def test_dapo_drops_what_all_or_none_solve(groups):
     assert [is_informative(g) for g in groups] == [True, False, False, True]
-    sequences, _ = training_method(config_of("dapo"))(groups[1:3], problems=2, score=None, total=lambda value: value)
-    assert sequences == []
+    steps = training_method(config_of("dapo"))(groups[1:3], problems=2, score=None, total=lambda value: value)
+    assert [step.sequences for step in steps] == [[], []]
 
 
 def test_the_constants_of_a_method_are_defaults():

@@ -7,6 +7,7 @@ import torch
 
 from sgpo.algorithm.grpo import policy_sequences
 from sgpo.algorithm.loss import sgpo_objective
+from sgpo.algorithm.method import all_sequences
 from sgpo.algorithm.sft import sft_sequences
 from sgpo.algorithm.sgpo import SgpoSettings, sgpo_sequences
 from sgpo.data.builtin import make_model, vocabulary
@@ -47,9 +48,16 @@ class FakeScorer:
         return [[self.logprobs[completion[0]]] * len(completion) for _, completion in contexts]
 
 
+def step_of(groups, settings, **options):
+    """All sequences, and the guidance of each group."""
+    steps = sgpo_sequences(groups, settings, **options)
+    assert [step.group for step in steps] == list(groups)
+    return all_sequences(steps), [step.guidance for step in steps]
+
+
 def sequences_of(groups, scorer=None, problems=1, **settings):
     scorer = scorer or FakeScorer({30: -1.0, 31: -1.0, 32: -1.0, 33: -1.0})
-    found, guidance = sgpo_sequences(groups, SgpoSettings(**settings), problems=problems, score=scorer)
+    found, guidance = step_of(groups, SgpoSettings(**settings), problems=problems, score=scorer)
     return [s for s in found if s.policy_weight], [s for s in found if s.target_weight], guidance, scorer
 
 
@@ -141,45 +149,16 @@ def test_scores_return_to_their_own_group():
         calls.append(contexts)
         return [[-9.0] * 1, [-1.0] * 2, [-7.0] * 1, [-8.0] * 2, [-0.5] * 3]
 
-    found, guidance = sgpo_sequences(groups, SgpoSettings(), problems=4, score=score)
+    found, guidance = step_of(groups, SgpoSettings(), problems=4, score=score)
     assert [s.completion_ids for s in found] == [(31, 31), (31, 31), (32, 32, 32)]
     assert [g.target_score for g in guidance] == [-2.0, None, None, -1.5]
     assert len(calls[0]) == 5
 
 
-@pytest.mark.parametrize("target", ["sum", "mean"])
-def test_long_candidates_become_a_contest_that_the_step_decides(target):
-    """Guided contexts of 3 + 5 and 3 + 6 tokens; of 3 + 4 and 3 + 6; one correct; none."""
-    groups = [
-        group([0, 0, 0, 1], [1, 1, 0], lengths=[5, 6, 1]), group([0, 1], [1, 1], lengths=[4, 6]),
-        group([0, 0], [0, 1], lengths=[9, 9]), group([0, 0], [0]),
-    ]  # fmt: skip
-    scorer, settings = FakeScorer({30: -1.0, 31: -1.0}), SgpoSettings(target=target)
-    found, guidance = sgpo_sequences(groups, settings, problems=4, score=scorer, contest_above_tokens=7)
-    assert scorer.calls == [[(PLAIN, (30,) * 4), (PLAIN, (31,) * 6)]]
-    assert [s.completion_ids for s in found if s.target_weight] == [(30,) * 4, (31,) * 9]
-    assert [g.contest is None for g in guidance] == [False, True, True, True]
-    contest = guidance[0].contest
-    assert contest.score == target
-    # Each candidate as if it were o+: the sequence that the other way gives it, with all of alpha.
-    alpha = 0.5 * (2 / 3 - 0.25 + 0.1) / 0.35
-    assert [c.target_weight for c in contest.candidates] == pytest.approx([alpha / (4 * 5), alpha / (4 * 6)])
-    one_correct = [group([0, 0, 0, 1], rewards, lengths=[5, 6, 1]) for rewards in ([1, 0, 0], [0, 1, 0])]
-    alone = sequences_of(one_correct, problems=4)[1]
-    assert [(c.prompt_ids, c.teacher_prompt_ids, c.completion_ids) for c in contest.candidates] == [
-        (s.prompt_ids, s.teacher_prompt_ids, s.completion_ids) for s in alone
-    ]
-    outcome = guidance[0].decided(1, -2.5)
-    assert (outcome.targets, outcome.target_score, outcome.contest) == ((groups[0].guided[1],), -2.5, None)
-    assert (outcome.alpha, outcome.alpha_uncapped) == (guidance[0].alpha, guidance[0].alpha_uncapped)
-
-
-def test_all_correct_ones_are_learnt_without_a_contest_in_equation_2():
+def test_all_correct_ones_are_learnt_in_equation_2():
     groups = [group([0, 1], [1, 1], lengths=[5, 6])]
-    found, (chosen,) = sgpo_sequences(
-        groups, SgpoSettings(target="all"), problems=1, score=FakeScorer(), contest_above_tokens=0
-    )
-    assert chosen.contest is None
+    found, (chosen,) = step_of(groups, SgpoSettings(target="all"), problems=1, score=FakeScorer())
+    assert len(chosen.targets) == 2
     assert len([s for s in found if s.target_weight]) == 2
 
 
@@ -275,7 +254,7 @@ def test_alpha_counts_passes_and_not_reward_sums():
 
 def test_every_sequence_is_live():
     groups = [group([0, 1], [1, 1]), group([1, 1], [1, 0]), group([0, 0], [0, 0]), group([0.0, 0.5, 1.0])]
-    found, _ = sgpo_sequences(groups, SgpoSettings(), problems=4, score=FakeScorer({30: -1.0, 31: -2.0}))
+    found, _ = step_of(groups, SgpoSettings(), problems=4, score=FakeScorer({30: -1.0, 31: -2.0}))
     assert found
     assert all(s.is_live for s in found)
 
@@ -382,7 +361,7 @@ def test_equation_7_equals_the_sum_over_the_sequences(lm, micro_batches):
         with torch.no_grad():
             return [taken(lm, prompt, completion).tolist() for prompt, completion in contexts]
 
-    sequences, guidance = sgpo_sequences(groups, SgpoSettings(), problems=len(groups), score=score)
+    sequences, guidance = step_of(groups, SgpoSettings(), problems=len(groups), score=score)
     assert len(sequences) == 6 + 2  # two mixed groups of three; of three problems with a target one has alpha 0
     assert [bool(g.targets) for g in guidance] == [True, False, False, True]
     expected, kept, masked = total_by_hand(lm, groups)

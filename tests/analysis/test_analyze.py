@@ -9,12 +9,12 @@ import math
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from processes import wait_until
 from transformers import AutoModelForCausalLM
 
 from sgpo.cli import main
@@ -248,11 +248,12 @@ def test_after_a_kill_it_goes_on_and_ends_as_if_undisturbed(config):
     command = [sys.executable, "-m", "sgpo.cli", "strategies", "analyze", str(config), *slow]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     file = config.parent / "out" / "samples.jsonl"
-    deadline = time.monotonic() + 120
-    while not file.exists() or file.read_bytes().count(b"\n") < 20:
+
+    def under_way():
         assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+        return file.exists() and file.read_bytes().count(b"\n") >= 20
+
+    wait_until(under_way, "twenty samples")
     process.kill()
     process.wait()
     left = samples_whole(file)

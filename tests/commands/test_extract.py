@@ -13,7 +13,7 @@ import pytest
 import yaml
 from chat_server import ChatServer
 from engine_builders import NO_VLLM
-from processes import start_ranks
+from processes import PATIENCE_S, start_ranks, wait_until
 
 from sgpo.cli import main
 from sgpo.data.problems import load_problems
@@ -107,7 +107,7 @@ def report_of(path):
 
 def test_a_run_against_a_server_that_misbehaves(folder, capsys):
     prices = {"endpoint.price_prompt": 0, "endpoint.price_completion": 2.5}
-    with ChatServer(scripted, faults=0.3, slow_s=1.8) as server:
+    with ChatServer(scripted, faults=0.3, slow_s=30.0) as server:
         assert main(arguments(server, **prices)) == 0
         outcomes = server.outcomes()
     rows, report = rows_of("out.jsonl"), report_of("out.jsonl")
@@ -169,23 +169,25 @@ def cached_numbers(path):
 def test_killed_and_started_again(folder, how, kill_at):
     with ChatServer(scripted) as server:
         assert main(arguments(server, "straight.jsonl")) == 0
-    with ChatServer(scripted, faults=0.2, delay_s=0.02, slow_s=1.8) as server:
+    with ChatServer(scripted, faults=0.2, delay_s=0.02, slow_s=30.0) as server:
         command = ["-m", "sgpo.cli", *arguments(server)]
         # A shell's background job, a CI run for one, ignores SIGINT and hands that down.
         [process] = start_ranks(command, folder=folder, preexec=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-        deadline = time.monotonic() + 60
-        while len(cached_numbers("out.jsonl.cache.jsonl")) < kill_at and time.monotonic() < deadline:
+
+        def under_way():
             assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.005)
+            return len(cached_numbers("out.jsonl.cache.jsonl")) >= kill_at
+
+        wait_until(under_way, f"{kill_at} answers")
         os.kill(process.pid, signal.Signals[how])
-        output = process.communicate(timeout=30)[0]
+        output = process.communicate(timeout=PATIENCE_S)[0]
         assert process.returncode == (130 if how == "SIGINT" else -signal.SIGKILL), output
         assert not Path("out.jsonl").exists()
         time.sleep(0.1)  # requests that were under way reach the log
         kept, asked_before = cached_numbers("out.jsonl.cache.jsonl"), len(server.log)
         assert len(kept) >= kill_at
         [process] = start_ranks(command, folder=folder)
-        output = process.communicate(timeout=120)[0]
+        output = process.communicate(timeout=PATIENCE_S)[0]
         assert process.returncode == 0, output
         asked_again = {number for number, _ in server.log[asked_before:]}
         assert asked_again
@@ -282,7 +284,7 @@ def test_a_response_that_never_stops_thinking_is_reported(folder):
 
 @pytest.mark.skipif(not TRACES.is_file(), reason="needs ../shared/data")
 def test_the_ten_real_responses(folder):
-    with ChatServer(scripted, faults=0.3, slow_s=1.8) as server:
+    with ChatServer(scripted, faults=0.3, slow_s=30.0) as server:
         assert main(arguments(server, input=TRACES)) == 0
         assert not any("<think>" in body["messages"][-1]["content"] for body in server.bodies)
     rows, report = rows_of("out.jsonl"), report_of("out.jsonl")

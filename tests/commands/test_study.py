@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import PATIENCE_S
 
 from sgpo.commands.study import Study, report_study
 from sgpo.reporting.study_report import markdown, paired, table_rows, unequal_budgets, write_study_report
@@ -43,7 +44,11 @@ def write(folder: Path, **changes) -> Path:
 
 def command(folder: Path, *words: str, expect: int = 0) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "sgpo.cli", "study", *words], cwd=folder, text=True, capture_output=True, timeout=300
+        [sys.executable, "-m", "sgpo.cli", "study", *words],
+        cwd=folder,
+        text=True,
+        capture_output=True,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout + done.stderr

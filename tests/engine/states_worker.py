@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from engine_builders import whole_weights_nowhere
+from processes import PATIENCE_S
 
 from sgpo.engine.gradient_check import check_gradients
 from sgpo.engine.step import optimizer_step
@@ -100,7 +101,7 @@ def run_slowly(case: str, folder: str, device: torch.device) -> dict:
 
 def main() -> None:
     out, folder, *cases = sys.argv[1:]
-    device = init_distributed(300)
+    device = init_distributed(PATIENCE_S)
     whole_weights_nowhere()
     results = {}
     for k, case in enumerate(cases):

@@ -3,6 +3,7 @@
 import deepspeed.utils.groups
 import pytest
 import torch
+from processes import PATIENCE_S
 
 from sgpo.engine import zero
 from sgpo.engine.gradient_check import check_gradients
@@ -19,7 +20,7 @@ def engine(builtin_folder):
             patch.delenv(name)
         # DeepSpeed keeps its copy of a process group that another test of this process has destroyed.
         patch.setattr(deepspeed.utils.groups, "_WORLD_GROUP", None)
-        device = zero.init_distributed(60)
+        device = zero.init_distributed(PATIENCE_S)
         engine = zero.ZeroEngine(
             PolicyModel(load_causal_lm(builtin_folder, dtype="float32")),
             device=device,

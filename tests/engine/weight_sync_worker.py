@@ -23,6 +23,7 @@ from sgpo.utils import distributed
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from engine_builders import make_hf, make_vllm, whole_weights_nowhere, with_adapters
+from processes import PATIENCE_S
 
 EOS = vocabulary().index(END)
 PROBE = tuple(range(5, 60))
@@ -153,7 +154,7 @@ def run_case(case, folder, device):
 
 
 def main(out, folder, *cases):
-    device = init_distributed(120)
+    device = init_distributed(PATIENCE_S)
     whole_weights_nowhere()
     done = {case: run_case(case, Path(folder), device) for case in cases}
     if distributed.is_main():

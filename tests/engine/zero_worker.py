@@ -1,7 +1,7 @@
 """One rank of the engine tests: runs every case of the command line in one process and writes what came out.
 
-python zero_worker.py OUT.json MODEL_FOLDER CASE ...    STAGE:DTYPE:TOKEN_BUDGET[:OPTION...], or contest:CASE
-(contest_cases.py)
+python zero_worker.py OUT.json MODEL_FOLDER CASE ...    STAGE:DTYPE:TOKEN_BUDGET[:OPTION...], or step:CASE
+(step_cases.py)
 """
 
 import json
@@ -13,9 +13,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from engine_builders import whole_weights_nowhere
+from processes import PATIENCE_S
 
-from sgpo.algorithm.loss import sgpo_objective
-from sgpo.engine.step import micro_batches, optimizer_step, score_contexts
+from sgpo.engine.step import micro_batches, objective_with, optimizer_step, score_contexts
 from sgpo.engine.zero import ZeroEngine, init_distributed
 from sgpo.model.loading import load_causal_lm
 from sgpo.model.policy import PolicyModel
@@ -40,22 +40,7 @@ def make_sequences() -> list[TrainSequence]:
     return policy + distilled
 
 
-def objective(head, bias, hidden, teacher_hidden, micro):
-    return sgpo_objective(
-        head,
-        bias,
-        hidden,
-        teacher_hidden,
-        targets=micro.student.targets,
-        advantages=micro.advantages,
-        policy_weight=micro.policy_weight,
-        old_logprobs=micro.old_logprobs,
-        target_weight=micro.target_weight,
-        clip_low=0.2,
-        clip_high=0.28,
-        over_limit="scale",
-        max_token_kl=1.0,
-    )
+objective = objective_with(clip_low=0.2, clip_high=0.28, over_limit="scale", max_token_kl=1.0)
 
 
 def gradient(engine: ZeroEngine, stage: int) -> dict[str, list[float]]:
@@ -120,14 +105,14 @@ def run_case(case: str, folder: str, device: torch.device) -> dict:
 
 def main() -> None:
     out, folder, *cases = sys.argv[1:]
-    device = init_distributed(300)
+    device = init_distributed(PATIENCE_S)
     whole_weights_nowhere()
     results = {}
     for case in cases:
-        if case.startswith("contest:"):
-            import contest_cases
+        if case.startswith("step:"):
+            import step_cases
 
-            results[case] = contest_cases.run_case(case.removeprefix("contest:"), folder, device)
+            results[case] = step_cases.run_case(case.removeprefix("step:"), folder, device)
         else:
             results[case] = run_case(case, folder, device)
     if distributed.is_main():

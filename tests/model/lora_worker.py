@@ -17,6 +17,7 @@ from sgpo.utils.lora_names import is_adapter
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from engine_builders import whole_weights_nowhere, with_adapters
+from processes import PATIENCE_S
 
 spec = importlib.util.spec_from_file_location("zero_worker", Path(__file__).parents[1] / "engine" / "zero_worker.py")
 zero_worker = importlib.util.module_from_spec(spec)
@@ -94,7 +95,7 @@ def run_case(case: str, folder: str, device: torch.device, scratch: Path) -> dic
 
 def main() -> None:
     out, folder, scratch, *cases = sys.argv[1:]
-    device = init_distributed(300)
+    device = init_distributed(PATIENCE_S)
     whole_weights_nowhere()
     torch.save({case: run_case(case, folder, device, Path(scratch) / str(k)) for k, case in enumerate(cases)}, out)
 

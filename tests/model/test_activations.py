@@ -8,8 +8,8 @@ from sgpo_kernels import launch
 from sgpo_kernels.testing import cpu_peak
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from sgpo.algorithm.loss import sgpo_objective
 from sgpo.engine.batching import collate_training
+from sgpo.engine.step import bound_objective, objective_with
 from sgpo.model.activations import use_liger
 from sgpo.model.policy import PolicyModel
 from sgpo.types import SgpoError, TrainSequence
@@ -47,14 +47,8 @@ def sequences(scale: int = 1) -> list[TrainSequence]:
 
 
 def loss_of(model: PolicyModel, micro):
-    def objective(head, bias, hidden, teacher_hidden):
-        return sgpo_objective(
-            head, bias, hidden, teacher_hidden, targets=micro.student.targets, advantages=micro.advantages,
-            policy_weight=micro.policy_weight, old_logprobs=None, target_weight=micro.target_weight,
-            clip_low=0.2, clip_high=0.28, max_token_kl=None,
-        )  # fmt: skip
-
-    return model(objective, micro.student, micro.teacher)[0]
+    objective = objective_with(clip_low=0.2, clip_high=0.28, max_token_kl=None)
+    return model(bound_objective(objective, micro), micro.student, micro.teacher)[0]
 
 
 def gradients(lm, made: list[TrainSequence], **options) -> dict[str, torch.Tensor]:

@@ -161,24 +161,9 @@ def test_activation_offload_moves_the_checkpoints_to_the_host():
     assert "checkpoint boundaries" not in moved.phases["backward"].gpu
     one = 2 * 3584 * 18432
     assert kept.phases["backward"].gpu_bytes - moved.phases["backward"].gpu_bytes == boundaries - one
-    # Twice: of the best candidate so far, and of the next one (engine.shared_target_pass).
-    assert moved.phases["backward"].host["checkpoint boundaries"] == 2 * 28 * 2 ** math.ceil(math.log2(one))
+    assert moved.phases["backward"].host["checkpoint boundaries"] == 28 * 2 ** math.ceil(math.log2(one))
     on_cpu = planner(Place(None, 256 * GIB), model=model | {"activation_offload": True}).plan()
     assert on_cpu.phases["backward"].host["checkpoint boundaries"] == boundaries
-
-
-def test_the_best_candidate_so_far_waits_beside_the_next():
-    model = {"path": "x", "gradient_checkpointing": True}
-
-    def best(**engine) -> float:
-        return planner(model=model, engine=engine).forward().get("best candidate's checkpoints", 0.0)
-
-    assert best() == 28 * 2 * 3584 * 18432
-    assert best(micro_batch_tokens=30_000) == pytest.approx(best())  # of one sequence, not of a micro-batch
-    assert best(micro_batch_tokens=36_864) == 0.0  # two fit into one: they are scored together
-    assert best(shared_target_pass=False) == 0.0
-    for sections in ({"algorithm": {"target": "all"}}, {"rollout": {"engine": "hf", "n_guided": 1}}):  # no choice
-        assert not planner(model=model, **sections).candidates_waiting()
 
 
 def test_packed_rows_keep_one_more_attention_output_and_padding_counts_as_tokens():

@@ -14,6 +14,7 @@ pytest.importorskip("pebble")
 pytest.importorskip("math_verify")
 
 import hostile_answers
+from processes import PATIENCE_S, PROMPT_S, wait_until
 
 from sgpo.rewards.pool import RewardItem, RewardPool
 from sgpo.types import SgpoError, Verdict
@@ -21,7 +22,7 @@ from sgpo.types import SgpoError, Verdict
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and process death are tested on Linux")
 
 REPO = Path(__file__).parents[2]
-TIMEOUT_S = 1.0
+TIMEOUT_S = 3.0  # of a verdict; good ones must be there by then on a busy machine too
 MAX_CHARS = 1_100_000
 
 PLUGIN = """
@@ -135,13 +136,8 @@ def process_runs(pid):
         return False
 
 
-def all_gone(pids, within_s):
-    end = time.monotonic() + within_s
-    while time.monotonic() < end:
-        if not any(map(process_runs, pids)):
-            return True
-        time.sleep(0.05)
-    return False
+def wait_for_end(*pids):
+    wait_until(lambda: not any(map(process_runs, pids)), f"end of {pids}")
 
 
 def test_verdicts_come_in_order_and_are_counted_with_duplicates(pool):
@@ -158,9 +154,9 @@ def test_hostile_completions_cost_a_timeout_at_most_and_leave_a_working_pool(poo
     start = time.monotonic()
     verdicts = dict(zip(HOSTILE, pool.score(items), strict=True))
     elapsed_s = time.monotonic() - start
-    # Two workers; a kill and a new worker take well below a second even on a busy machine.
+    # Two workers; a kill and a new worker take well below a second.
     killed = sum(verdict.status in ("timeout", "error") for verdict in verdicts.values())
-    assert elapsed_s < 10 + killed / 2 * (TIMEOUT_S + 2) + 0.5 * len(items)
+    assert elapsed_s < PROMPT_S + killed / 2 * (TIMEOUT_S + 2) + 0.5 * len(items)
     assert [name for name, verdict in verdicts.items() if verdict.reward != 0] == []
     assert verdicts["tower"].status == "timeout"
     assert verdicts["too long"].status == "too_long"
@@ -179,7 +175,7 @@ def test_generated_hostile_strings_end_in_a_verdict_within_bounded_memory():
     assert sum(found["statuses"].values()) == count
     assert found["statuses"].keys() <= {"ok", "no_answer", "too_long", "timeout", "error"}
     assert found["statuses"]["ok"] > count / 4
-    assert found["seconds"] < 10 + count * (TIMEOUT_S / 2 + 1)
+    assert found["seconds"] < PROMPT_S + count * (TIMEOUT_S / 2 + 1)
     assert [row for row in found["rewarded"] if row[0] not in hostile_answers.MAY_BE_RIGHT] == []
     assert not found["trap_sprung"]
     assert found["works_afterwards"]
@@ -196,10 +192,10 @@ def test_good_answers_between_bombs_are_scored(pool):
 
 
 def test_same_answer_to_the_same_gold_is_verified_once(pool):
-    start = time.monotonic()
+    before = pool._finished_tasks
     verdicts = pool.score([RewardItem(f"way {i}: {BOMB}", "5") for i in range(20)])
     assert verdicts == [Verdict(0.0, "timeout")] * 20
-    assert time.monotonic() - start < 5 * TIMEOUT_S
+    assert pool._finished_tasks - before == 1
 
 
 def test_what_was_begun_early_is_scored_once(plugin_pool):
@@ -225,7 +221,7 @@ def test_what_was_begun_on_workers_that_died_is_scored_on_new_ones(plugin_pool):
 
 def test_submit_gives_futures(pool):
     futures = [pool.submit(RewardItem(text, "5")) for text in ("\\boxed{5}", BOMB, "\\boxed{6}", "x" * (MAX_CHARS + 1))]
-    done, _ = wait(futures, timeout=30)
+    done, _ = wait(futures, timeout=PATIENCE_S)
     assert len(done) == 4
     statuses = [future.result().status for future in futures]
     assert statuses == ["ok", "timeout", "ok", "too_long"]
@@ -247,8 +243,8 @@ def test_a_reward_of_ones_own_sees_the_whole_completion_and_the_problem(plugin_p
 @pytest.mark.parametrize(
     ("completion", "status", "cause"),
     [
-        ("spin", "timeout", "no verdict within 1.0 s"),
-        ("sleep", "timeout", "no verdict within 1.0 s"),
+        ("spin", "timeout", f"no verdict within {TIMEOUT_S} s"),
+        ("sleep", "timeout", f"no verdict within {TIMEOUT_S} s"),
         ("exit", "error", "died with exit code 3"),
         ("segfault", "error", "died with exit code -11"),
         ("memory", "error", "MemoryError"),
@@ -279,7 +275,7 @@ def test_workers_do_not_import_the_training_stack(plugin_pool):
 def test_a_worker_killed_from_outside_is_replaced(plugin_pool):
     pid = int(plugin_pool.score([RewardItem("pid", "")])[0].reward)
     os.kill(pid, signal.SIGKILL)
-    assert all_gone([pid], within_s=5)
+    wait_for_end(pid)
     time.sleep(0.3)  # pebble notices, and gives the whole pool up: its idle workers should never end
     assert plugin_pool.score([RewardItem("ab", ""), RewardItem("abc", "")]) == [Verdict(2.0), Verdict(3.0)]
 
@@ -287,27 +283,27 @@ def test_a_worker_killed_from_outside_is_replaced(plugin_pool):
 def test_workers_that_stop_answering_are_replaced(monkeypatch, tmp_path):
     (tmp_path / "plugin_to_stop.py").write_text(PLUGIN)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sgpo.rewards.pool._STALL_S", 0.5)
+    monkeypatch.setattr("sgpo.rewards.pool._STALL_S", 5.0)
     with RewardPool("plugin_to_stop:reward", workers=1, timeout_s=TIMEOUT_S) as pool:
         pid = int(pool.score([RewardItem("pid", "")])[0].reward)
         os.kill(pid, signal.SIGSTOP)  # as good as a lock that a dead process holds: no task is ever taken
         assert pool.score([RewardItem("ab", ""), RewardItem("abc", "")]) == [Verdict(2.0), Verdict(3.0)]
-    assert all_gone([pid], within_s=5)
+    wait_for_end(pid)
 
 
 def test_close_kills_busy_workers_and_settles_what_is_pending(tmp_path, monkeypatch):
     (tmp_path / "plugin_to_close.py").write_text(PLUGIN)
     monkeypatch.chdir(tmp_path)
-    pool = RewardPool("plugin_to_close:reward", workers=1, timeout_s=100)
-    pid = int(pool.submit(RewardItem("pid", "")).result(timeout=30).reward)
+    pool = RewardPool("plugin_to_close:reward", workers=1, timeout_s=PATIENCE_S)
+    pid = int(pool.submit(RewardItem("pid", "")).result(timeout=PATIENCE_S).reward)
     pending = [pool.submit(RewardItem(text, "")) for text in ["spin", *(f"{i}" * 100_000 for i in range(30))]]
     time.sleep(0.3)
     start = time.monotonic()
     pool.close()
     pool.close()
-    assert time.monotonic() - start < 5
-    assert all_gone([pid], within_s=5)
-    assert [future.result(timeout=1) for future in pending] == [Verdict(0.0, "error")] * 31
+    assert time.monotonic() - start < PROMPT_S
+    wait_for_end(pid)
+    assert [future.result(timeout=PROMPT_S) for future in pending] == [Verdict(0.0, "error")] * 31
     with pytest.raises(SgpoError, match="reward pool is closed"):
         pool.score([RewardItem("a", "")])
 
@@ -365,5 +361,5 @@ def test_a_killed_trainer_leaves_no_workers_and_its_script_runs_once(tmp_path):
     finally:
         trainer.kill()
         trainer.wait()
-    assert all_gone(pids, within_s=10)
+    wait_for_end(*pids)
     assert (tmp_path / "started").read_text() == "x"

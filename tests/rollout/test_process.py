@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from engine_builders import NO_VLLM, make_failing, make_hanging, make_hf, make_vllm, with_adapters
+from processes import PATIENCE_S, PROMPT_S, wait_until
 
 from sgpo.data.builtin import END, make_model, vocabulary
 from sgpo.model.loading import load_causal_lm
@@ -40,7 +41,7 @@ def start(builtin_folder):
     """Starts engines in processes; ends them all."""
     started = []
 
-    def start(make=make_hf, *arguments, stall_s=30.0, **options):
+    def start(make=make_hf, *arguments, stall_s=PATIENCE_S, **options):
         arguments = arguments or (builtin_folder, [EOS], 100)
         started.append(EngineProcess(partial(make, *arguments, **options), stall_s=stall_s))
         return started[-1]
@@ -110,7 +111,7 @@ def test_a_killed_engine_is_noticed_at_once_and_started_anew_by_the_next_sync(st
     began = time.monotonic()
     with pytest.raises(EngineFailure, match=f"rollout: .*{blow.name}"):
         engine.generate(REQUESTS, FREE, None, lambda rollout: os.kill(engine.pid, blow) if engine.pid else None)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < PROMPT_S
     with pytest.raises(EngineFailure, match="gone"):
         engine.generate(REQUESTS, FREE)
     engine.load_weights(weights().items(), 1)
@@ -158,30 +159,31 @@ def test_an_engine_killed_within_a_sync_is_noticed(start):
 
 
 def test_a_frozen_process_is_killed_after_the_limit(start):
-    engine = start(stall_s=2.0)
+    engine = start()
+    engine._stall_s = 2.0  # not before it has started, which may take longer
     pid = engine.pid
     os.kill(pid, signal.SIGSTOP)
     began = time.monotonic()
     with pytest.raises(EngineFailure, match=r"rollout: .*no sign of life for 2 s"):
         engine.generate(REQUESTS, FREE)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < PROMPT_S
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 
 
 def test_a_generation_that_hangs_is_cut_though_its_process_still_beats(start, builtin_folder):
-    engine = start(make_hanging, builtin_folder, [EOS], 100, stall_s=2.0)
+    engine = start(make_hanging, builtin_folder, [EOS], 100)
     began = time.monotonic()
     with pytest.raises(EngineFailure, match=r"rollout: .*exit code 3"):
         engine.generate(REQUESTS, FREE)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < PROMPT_S
 
 
 def test_an_engine_that_cannot_start_says_why(builtin_folder):
     with pytest.raises(EngineFailure, match=r"(?s)start of the rollout engine: .*ZeroDivisionError"):
-        EngineProcess(partial(make_failing, ZeroDivisionError), stall_s=10)
+        EngineProcess(partial(make_failing, ZeroDivisionError), stall_s=PATIENCE_S)
     with pytest.raises(SgpoError, match="no such folder"):
-        EngineProcess(partial(make_failing, SgpoError, "no such folder"), stall_s=10)
+        EngineProcess(partial(make_failing, SgpoError, "no such folder"), stall_s=PATIENCE_S)
 
 
 def test_a_killed_trainer_leaves_no_engine_behind(builtin_folder):
@@ -191,21 +193,22 @@ from functools import partial
 from engine_builders import make_hf
 from sgpo.rollout.process import EngineProcess
 if __name__ == "__main__":
-    engine = EngineProcess(partial(make_hf, {str(builtin_folder)!r}, [{EOS}], 100), stall_s=10)
+    engine = EngineProcess(partial(make_hf, {str(builtin_folder)!r}, [{EOS}], 100), stall_s={PATIENCE_S})
     print(engine.pid, flush=True)
     os.kill(os.getpid(), 9)
 """
     path = os.pathsep.join(sys.path)
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True)
     pid = int(done.stdout.split()[0])
-    for _ in range(100):
+
+    def gone():
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
-            return
-        time.sleep(0.1)
-    os.kill(pid, signal.SIGKILL)
-    pytest.fail("the engine outlived its trainer")
+            return True
+        return False
+
+    wait_until(gone, "the engine outlives its trainer")
 
 
 def test_shared_memory_carries_every_dtype_and_shape():

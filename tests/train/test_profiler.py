@@ -23,8 +23,6 @@ def profiled(tmp_path_factory):
 
 def test_every_step_has_its_numbers(profiled):
     for row in rows(profiled):
-        for stage in ("rollout", "score", "target", "train", "sync"):
-            assert row[f"peak_{stage}_mib"] > 50.0
         assert 0.0 < row["mfu"] < 1.0
         assert row["live_row_share"] == (row["policy_rows"] + row["distill_rows"]) / row["rollout_tokens"]
         assert row["padding_share"] in (0.0, None)  # packed

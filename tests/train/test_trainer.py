@@ -4,6 +4,7 @@ import json
 import math
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -11,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny_runs import BASE, WARMUP, digest, finish, finish_all, rows, start
 
-from sgpo.builders.loss import training_method
-from sgpo.config import Config, RolloutConfig
+from sgpo.config import GONE, RolloutConfig
 from sgpo.train import trainer
 from sgpo.types import TrainSequence
 
@@ -135,22 +136,6 @@ def test_two_processes_give_the_loss_curve_of_one(plain_run, tmp_path, overrides
             assert both[key] == pytest.approx(alone[key], rel=1e-3, abs=1e-6), key
 
 
-@pytest.mark.parametrize(
-    ("checkpointed", "mini_batches", "asked", "tokens"),
-    [(True, 1, True, 128), (False, 1, True, math.inf), (True, 2, True, math.inf), (True, 1, False, math.inf)],
-)
-def test_when_a_long_target_goes_through_the_model_once(checkpointed, mini_batches, asked, tokens):
-    config = Config.model_validate(
-        {
-            **BASE,
-            "model": {**BASE["model"], "gradient_checkpointing": checkpointed},
-            "algorithm": {"mini_batches": mini_batches},
-            "engine": {**BASE["engine"], "shared_target_pass": asked},
-        }
-    )
-    assert training_method(config).keywords["contest_above_tokens"] == tokens
-
-
 def test_old_logprobs_are_computed_of_policy_sequences_alone():
     """A target needs none: it does not go through the model for them."""
     asked = []
@@ -171,15 +156,15 @@ def test_old_logprobs_are_computed_of_policy_sequences_alone():
     assert [replace(s, old_logprobs=None, importance=None) for s in fixed] == made
 
 
-def test_one_pass_of_long_targets_gives_the_loss_curve_of_two(plain_run, tmp_path):
+def test_checkpoints_and_small_micro_batches_give_the_same_loss_curve(plain_run, tmp_path):
     """Every guided prompt has 39 tokens, more than half of the 64 of a micro-batch."""
     finish(
         tmp_path, "--model.gradient_checkpointing=true", "--engine.micro_batch_tokens=64", "--plan.worst_case_step=true"
     )
     found = rows(tmp_path / "runs" / "tiny")
-    for two, one in zip(rows(plain_run), found, strict=True):
+    for plain, lean in zip(rows(plain_run), found, strict=True):
         for key in ("loss", "alpha_mean", "grad_norm", "target_share", "target_score_mean", "kl_mean"):
-            assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-6), key
+            assert lean[key] == pytest.approx(plain[key], rel=1e-3, abs=1e-6), key
     assert any(row["target_score_mean"] is not None for row in found)
 
 
@@ -213,12 +198,54 @@ def test_every_switch_runs_end_to_end(switched, overrides):
     assert all(row["loss"] is not None for row in found)
     assert any((row["grad_norm"] or 0) > 0 for row in found)
     text = " ".join(overrides)
-    assert ("column_tolerance" in text) == any(row["column_share"] < 1 for row in found)
+    assert ("column_tolerance" in text) == any(row["column_share"] not in (None, 1) for row in found)
     distils = not any(word in text for word in ("sft", "none", "method=grpo"))
     if "autonomous_grpo=false" in text:
         assert all(row["policy_rows"] == 0 for row in found)
         distils = True
     assert any(row.get("distill_rows") for row in found) == distils
+
+
+METHODS = {
+    "sgpo": ["--algorithm.method=sgpo"],
+    "sgpo-none": ["--algorithm.distillation=none"],
+    "sgpo-sft": ["--algorithm.distillation=sft"],
+    "sgpo-alone": ["--algorithm.autonomous_grpo=false"],
+    "sgpo-ahead": ["--rollout.overlap=true", "--rollout.placement=process", "--rollout.importance_cap=2.0",
+                   "--train.max_steps=2"],
+    **{method: [f"--algorithm.method={method}", "--rollout.n_guided=0"] for method in ("grpo", "luffy", "hpt")},
+    "dapo": ["--algorithm.method=dapo", "--rollout.n_guided=0", "--algorithm.refill_rounds=1"],
+    "sft": ["--algorithm.method=sft", "--rollout.n_guided=0", "--rollout.n_auto=0"],
+}  # fmt: skip
+REWARDS = ("even", "right", "wrong")  # the last two: no variance, all or none of the guided ones correct
+
+
+@pytest.fixture(scope="module")
+def by_method(tmp_path_factory):
+    """A step or two of every method with every reward."""
+    folder = tmp_path_factory.mktemp("methods")
+    common = ["--train.max_steps=1", "--data.eval=null", "--rollout.max_new_tokens=20"]
+    runs = {
+        f"{name}-{reward}": [*common, f"--reward.kind=plugin:{reward}", *words]
+        for name, words in METHODS.items()
+        for reward in REWARDS
+    }
+    finish_all(folder, runs)
+    return {name: rows(folder / "runs" / name) for name in runs}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_step_logs_the_same_keys_whatever_it_held(by_method, method):
+    found = [row for reward in REWARDS for row in by_method[f"{method}-{reward}"]]
+    wanted = by_method["sgpo-even"][0].keys() | ({"overlap_wait_s"} if method == "sgpo-ahead" else set())
+    for row in found:
+        assert row.keys() == wanted
+    empty = {row["micro_batches"] == 0 for row in found}
+    assert empty == ({False} if method == "sft" else {False, True})
+    for row in found:
+        if row["micro_batches"] == 0:
+            assert row["grad_norm"] is row["column_share"] is row["kl_max"] is row["sampler_gap_max"] is None
+            assert row["policy_rows"] == row["distill_rows"] == row["dropped_mass"] == 0
 
 
 @pytest.mark.parametrize("method", ["luffy", "sft"])
@@ -278,6 +305,23 @@ def test_a_full_disk_stops_cleanly_and_the_run_goes_on_afterwards(plain_run, tmp
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-00000001", "step-00000002"]
     finish(tmp_path)
     assert digest(run) == digest(plain_run)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_run_of_a_version_with_keys_that_are_gone_goes_on(plain_run, tmp_path, value):
+    finish(tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    for step in (3, 4):
+        shutil.rmtree(run / "checkpoints" / f"step-{step:08d}", ignore_errors=True)
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    for key in GONE:
+        section, name = key.split(".")
+        saved[section][name] = value
+    (run / "config.yaml").write_text(yaml.safe_dump(saved))
+    finish(tmp_path)
+    assert digest(run) == digest(plain_run)
+    now = yaml.safe_load((run / "config.yaml").read_text())
+    assert not [key for key in GONE if key.split(".")[1] in now[key.split(".")[0]]]
 
 
 def test_resume_never_sets_the_old_run_aside(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from engine_builders import NO_VLLM
+from processes import PATIENCE_S
 from tiny_runs import BASE, REWARD, digest, finish, rows, start
 
 STEP_WORKER = str(Path(__file__).with_name("rollout_step_worker.py"))
@@ -105,7 +106,7 @@ def test_a_run_outlives_the_death_of_its_engine_and_ends_the_same(tmp_path):
     engine = engine_of(process.pid)
     assert engine is not None
     os.kill(engine, signal.SIGKILL)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output[-3000:]
     assert "started anew and synced" in output
     assert digest(wounded / "runs" / "tiny") == digest(straight / "runs" / "tiny")
@@ -120,22 +121,23 @@ def test_an_engine_that_keeps_dying_ends_the_run_with_one_sentence(tmp_path):
             os.kill(engine, signal.SIGKILL)
             killed += 1
         time.sleep(0.01)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 2, output[-3000:]
     assert "the rollout process is gone" in output
     assert "the last checkpoint is whole" in output
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_process_ends_the_others_with_the_stage_named(tmp_path, blow):
-    running = start(tmp_path, "--train.max_steps=40", "--run.timeout_s=20", processes=2)
+# A process that is gone is noticed at once, one that stands still after the time limit, which must let the start pass.
+@pytest.mark.parametrize(("blow", "limit_s"), [(signal.SIGKILL, PATIENCE_S), (signal.SIGSTOP, 60)])
+def test_a_lost_process_ends_the_others_with_the_stage_named(tmp_path, blow, limit_s):
+    running = start(tmp_path, "--train.max_steps=40", f"--run.timeout_s={limit_s}", processes=2)
     metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
     while running[0].poll() is None and not (metrics.exists() and '"step": 2' in metrics.read_text()):
         time.sleep(0.01)
     running[1].send_signal(blow)
     try:
-        output, _ = running[0].communicate(timeout=120)
+        output, _ = running[0].communicate(timeout=PATIENCE_S)
     finally:
         running[1].kill()
         running[1].communicate()

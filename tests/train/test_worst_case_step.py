@@ -42,36 +42,11 @@ def test_a_sequence_longer_than_the_budget_still_goes_alone():
     assert len(longest_micro_batch(config_of(tokens=5), PROMPTS, pad_id=0)) == 1
 
 
-@pytest.mark.parametrize(
-    ("tokens", "checkpointed", "contest"), [(24, True, True), (100, True, False), (24, False, False)]
-)
-def test_two_long_candidates_meet_before_the_longest_micro_batch(tokens, checkpointed, contest):
-    """A guided sequence has 16 tokens: above half of 24 two of them are chosen from one at a time."""
-
-    class Listener:
-        device = torch.device("cpu")
-        heard = ()
-
-        def hidden_and(self, function, batch):
-            self.heard += ("candidate",)
-            return torch.zeros(len(batch.rows), 1), None
-
-        def rehearse(self, passes):
-            for _, student, _, *hidden in passes:
-                assert len(hidden) == 0 or len(hidden[0]) == len(student.rows)
-                self.heard += ("winner" if hidden else "micro-batch",)
-
-    engine, config = Listener(), config_of(tokens)
-    model = config.model.model_copy(update={"gradient_checkpointing": checkpointed})
-    worst_case_step(engine, config.model_copy(update={"model": model}), PROMPTS, pad_id=0)
-    assert engine.heard == ("candidate", "candidate", "winner") * contest + ("micro-batch",) * 2
-
-
 def test_where_it_does_not_fit_the_knobs_are_named():
     class Full:
         device = torch.device("cpu")
 
-        def rehearse(self, micro_batches):
+        def dry_step(self, micro_batches):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(SgpoError, match=r"longest micro-batch .*lower engine\.micro_batch_tokens"):

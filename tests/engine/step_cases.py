@@ -1,15 +1,12 @@
-"""SGPO steps whose contests the step itself decides, or a scoring pass before it: cases of zero_worker.py.
+"""Whole SGPO steps with their choice of o+: cases of zero_worker.py. A case is STAGE:CHECKPOINTED:PACKED, in fp32."""
 
-A case is STAGE:CHECKPOINTED:PACKED:SHARED, in fp32.
-"""
-
-import math
 import random
 from functools import partial
 
 import torch
 import zero_worker
 
+from sgpo.algorithm.method import all_sequences
 from sgpo.algorithm.sgpo import SgpoSettings, sgpo_sequences
 from sgpo.engine.step import optimizer_step, score_contexts
 from sgpo.engine.zero import ZeroEngine
@@ -21,7 +18,7 @@ from sgpo.utils import distributed
 
 BUDGET, PAD, TEMPERATURE = 60, 0, 0.7
 # Rewards of the autonomous and the guided rollouts. Every second group is one rank's where there are two: that rank has
-# contests of 4 and 3 candidates and a lone o+, the other a contest of 2 that is a tie.
+# to choose from 4 and from 3 candidates and has a lone o+, the other to choose from 2 that are a tie.
 REWARDS = [
     ((1, 0, 0, 1), (1, 1, 1, 1)),
     ((0, 0, 0, 0), (1, 0, 1, 0)),
@@ -69,23 +66,11 @@ def watch(lm) -> tuple[list, list]:
     return inputs, rows
 
 
-def one_step(engine: ZeroEngine, groups: list[ScoredGroup], *, shared: bool) -> dict:
-    guess = partial(score_contexts, engine, token_budget=BUDGET, pad_id=PAD, temperature=TEMPERATURE)
-    sequences, guidance = sgpo_sequences(
-        groups, SgpoSettings(), problems=len(REWARDS), score=guess, contest_above_tokens=0 if shared else math.inf
-    )
-    result = optimizer_step(
-        engine,
-        sequences,
-        zero_worker.objective,
-        token_budget=BUDGET,
-        pad_id=PAD,
-        lr=1e-3,
-        contests=[chosen.contest for chosen in guidance if chosen.contest],
-        temperature=TEMPERATURE,
-    )
-    winners = iter(result.winners)
-    guidance = [chosen.decided(*next(winners)) if chosen.contest else chosen for chosen in guidance]
+def one_step(engine: ZeroEngine, groups: list[ScoredGroup]) -> dict:
+    score = partial(score_contexts, engine, token_budget=BUDGET, pad_id=PAD, temperature=TEMPERATURE)
+    steps = sgpo_sequences(groups, SgpoSettings(), problems=len(REWARDS), score=score)
+    sequences, guidance = all_sequences(steps), [step.guidance for step in steps]
+    result = optimizer_step(engine, sequences, zero_worker.objective, token_budget=BUDGET, pad_id=PAD, lr=1e-3)
     meter = distributed.Meter()
     record_guidance(meter, guidance)
     record_passes(meter, result.passes)
@@ -99,16 +84,16 @@ def one_step(engine: ZeroEngine, groups: list[ScoredGroup], *, shared: bool) -> 
 
 
 def run_case(case: str, folder: str, device: torch.device) -> dict:
-    stage, checkpointed, packed, shared = (int(part) for part in case.split(":"))
+    stage, checkpointed, packed = (int(part) for part in case.split(":"))
     lm = load_causal_lm(folder, dtype="float32")
     model = PolicyModel(lm, packed=bool(packed), gradient_checkpointing=bool(checkpointed))
     engine = zero_worker.engine_of(model, device, stage, "float32")
     groups = make_groups()[distributed.rank() :: distributed.world_size()]
     inputs, rows = watch(lm)
-    first = one_step(engine, groups, shared=bool(shared))
+    first = one_step(engine, groups)
     first |= {"inputs": distributed.gather(list(inputs)), "norm_rows": distributed.gather(sum(rows))}
     gradient = zero_worker.gradient(engine, stage)
-    later = [one_step(engine, groups, shared=bool(shared))]
+    later = [one_step(engine, groups)]
     weights = {name: tensor.double().sum().item() for name, tensor in engine.named_weights()}
     engine.close()
     return {"first": first, "gradient": gradient, "later": later, "weights": weights}
