@@ -68,6 +68,30 @@ def lr_factor(step: int, total_steps: int, *, warmup_ratio: float, schedule: str
     return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def _deepspeed_config(
+    zero_stage: int, dtype: str, *, clip: float, elements: int, offloaded_from: torch.device | None
+) -> dict[str, Any]:
+    """DeepSpeed's own settings; `offloaded_from` is the device whose optimizer states wait on the host."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": clip,
+        "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": bucket_elements(elements)},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW needs no compiler on the machine
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 10**9,
+    }
+    if offloaded_from is not None:
+        config["zero_optimization"]["offload_optimizer"] = {
+            "device": "cpu",
+            "pin_memory": offloaded_from.type == "cuda",
+        }
+    if dtype == "bfloat16" and zero_stage > 0:  # DeepSpeed has no fp32 accumulation at stage 0, only fp32 masters
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
 class ZeroEngine:
     """A PolicyModel under DeepSpeed: `loss` and `backward` for each micro-batch, then one `step`."""
 
@@ -103,23 +127,13 @@ class ZeroEngine:
         self._bare = zero_stage == 0 and dtype == "float32"
         if self._bare:
             optimizer.register_step_pre_hook(self._clip)
-        config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,
-            "managed_gradient_accumulation": False,
-            "gradient_clipping": 0.0 if self._bare else max_grad_norm,
-            "zero_optimization": {
-                "stage": zero_stage,
-                "reduce_bucket_size": bucket_elements(sum(p.numel() for p in parameters)),
-            },
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW needs no compiler on the machine
-            "bf16": {"enabled": dtype == "bfloat16"},
-            "steps_per_print": 10**9,
-        }
-        if optimizer_state == "cpu_offload":
-            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
-        if dtype == "bfloat16" and zero_stage > 0:  # DeepSpeed has no fp32 accumulation at stage 0, only fp32 masters
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config = _deepspeed_config(
+            zero_stage,
+            dtype,
+            clip=0.0 if self._bare else max_grad_norm,
+            elements=sum(p.numel() for p in parameters),
+            offloaded_from=device if optimizer_state == "cpu_offload" else None,
+        )
         if zero_stage == 3:
             for mlp in tiled_mlps(model):  # gathered once per pass: ranks may have different numbers of tiles
                 deepspeed.utils.set_z3_leaf_module(mlp, True)

@@ -37,7 +37,7 @@ def run_warmup(config: Config, model_folder: Path, tokenizer: Any, device: torch
     total_steps = math.ceil(settings.epochs * per_epoch)
 
     engine = build_engine(config, model_folder, settings.optim, device)
-    checkpoints = Checkpoints(folder / "checkpoints", keep_last=config.checkpoint.keep_last)
+    objective, checkpoints = sft_objective(), Checkpoints(folder / "checkpoints", keep_last=config.checkpoint.keep_last)
     first, best = 0, float("inf")
     if (found := checkpoints.latest()) is not None:
         engine.load(found[0])
@@ -49,20 +49,13 @@ def run_warmup(config: Config, model_folder: Path, tokenizer: Any, device: torch
     ):
         display.stage("warmup", total_steps)
         for step in range(first, total_steps):
-            epoch, position = divmod(step, per_epoch)
-            order = epoch_order(len(train), seed=config.run.seed, epoch=epoch)
-            chosen = order[position * settings.batch_size : (position + 1) * settings.batch_size]
-            batch = [train[i] for i in chosen]
             lr = settings.optim.lr * lr_factor(
                 step, total_steps, warmup_ratio=settings.optim.warmup_ratio, schedule=settings.optim.schedule
             )
             result = optimizer_step(
                 engine,
-                sft_sequences(
-                    batch[distributed.rank() :: distributed.world_size()],
-                    total_tokens=sum(len(s.completion_ids) for s in batch),
-                ),
-                sft_objective(),
+                _sequences_of_step(train, step, per_epoch, config),
+                objective,
                 token_budget=config.engine.micro_batch_tokens,
                 pad_id=tokenizer.pad_token_id,
                 lr=lr,
@@ -90,6 +83,15 @@ def run_warmup(config: Config, model_folder: Path, tokenizer: Any, device: torch
         finished.touch()
     distributed.barrier()
     return best_folder
+
+
+def _sequences_of_step(train: list[TrainSequence], step: int, per_epoch: int, config: Config) -> list[TrainSequence]:
+    """This rank's demonstrations of a step, weighted by the tokens of all ranks; a new order each epoch."""
+    epoch, position = divmod(step, per_epoch)
+    order, size = epoch_order(len(train), seed=config.run.seed, epoch=epoch), config.warmup.batch_size
+    batch = [train[i] for i in order[position * size : (position + 1) * size]]
+    tokens = sum(len(sequence.completion_ids) for sequence in batch)
+    return sft_sequences(batch[distributed.rank() :: distributed.world_size()], total_tokens=tokens)
 
 
 def validation_loss(engine: ZeroEngine, sequences: list[TrainSequence], config: Config, pad_id: int) -> float:

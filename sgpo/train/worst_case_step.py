@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from sgpo.builders.loss import policy_objective
 from sgpo.config import WITH_DEMONSTRATIONS, Config
 from sgpo.engine.batching import collate_training
-from sgpo.engine.step import bound_objective
+from sgpo.engine.step import Objective, bound_objective
 from sgpo.engine.zero import ZeroEngine
 from sgpo.types import PromptPair, SgpoError, TrainSequence
 from sgpo.utils import distributed
@@ -21,7 +20,9 @@ def wants_worst_case(config: Config, device: torch.device) -> bool:
     return device.type == "cuda" if asked is None else asked
 
 
-def worst_case_step(engine: ZeroEngine, config: Config, prompts: Sequence[PromptPair], pad_id: int) -> None:
+def worst_case_step(
+    engine: ZeroEngine, objective: Objective, config: Config, prompts: Sequence[PromptPair], pad_id: int
+) -> None:
     """A step over full-length sequences in both contexts; weights, optimizer and random states stay as they were.
 
     For an engine that has made no step yet. Collective. Raises SgpoError where it does not fit.
@@ -33,7 +34,6 @@ def worst_case_step(engine: ZeroEngine, config: Config, prompts: Sequence[Prompt
     for owner in range(max(2, members)):  # of ranks that share a micro-batch, each has all of its rows once
         own = sequences if distributed.rank() % members == owner % members else []
         micros.append(collate_training(own, pad_id, with_teacher=with_teacher, packed=packed).to(engine.device))
-    objective = policy_objective(config)
     devices = [engine.device] if engine.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
 
 from sgpo.types import SgpoError
+
+# What gloo and NCCL say when another process is gone.
+_LOST_PROCESS = ("Timed out", "timed out", "Connection closed by peer", "Connection reset by peer", "pair closure")
 
 
 def rank() -> int:
@@ -70,6 +74,21 @@ def on_rank_zero_first(action: Callable[[], Any]) -> Any:
     if problem is not None:
         raise SgpoError(problem)
     return value
+
+
+@contextmanager
+def name_lost_process(timeout_s: float, where: Callable[[], str]) -> Iterator[None]:
+    """Says at which stage another process was lost; gloo only knows that it was."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = next((words for words in _LOST_PROCESS if words in str(error)), None)
+        if lost is None:
+            raise
+        raise SgpoError(
+            f"{where()}: another process of the run died or gave no answer within run.timeout_s = "
+            f"{timeout_s:.0f} s (its own output says why); the last checkpoint is whole"
+        ) from error
 
 
 _NOTHING = float("-inf")  # as a maximum

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sgpo.builders.loss import policy_objective
 from sgpo.config import Config
 from sgpo.train.worst_case_step import longest_micro_batch, wants_worst_case, worst_case_step
 from sgpo.types import PromptPair, SgpoError
@@ -50,7 +51,7 @@ def test_where_it_does_not_fit_the_knobs_are_named():
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(SgpoError, match=r"longest micro-batch .*lower engine\.micro_batch_tokens"):
-        worst_case_step(Full(), config_of(), PROMPTS, pad_id=0)
+        worst_case_step(Full(), policy_objective(config_of()), config_of(), PROMPTS, pad_id=0)
 
 
 def test_by_default_it_runs_on_a_gpu_alone():
