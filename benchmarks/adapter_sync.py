@@ -16,7 +16,7 @@ import torch
 
 from sgpo.builders.rollouts import rollout_engine
 from sgpo.config import Config
-from sgpo.engine.weight_sync import SyncedRollouts
+from sgpo.engine.weight_sync import PolicySampler
 from sgpo.engine.zero import ZeroEngine, init_distributed
 from sgpo.model.loading import load_causal_lm
 from sgpo.model.lora import add_adapters
@@ -40,7 +40,7 @@ def config_of(options: argparse.Namespace, sync: str) -> Config:
 def trainer_of(config: Config, device: torch.device) -> ZeroEngine:
     lora = config.model.lora
     lm = load_causal_lm(config.model.path, dtype=config.model.dtype)
-    add_adapters(lm, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dora=lora.dora, seed=config.run.seed)
+    add_adapters(lm, rank=lora.rank, alpha=lora.alpha, modules=lora.modules, dora=lora.dora, seed=config.run.seed)
     torch.manual_seed(0)
     for name, parameter in lm.named_parameters():
         if "lora_B" in name:
@@ -67,7 +67,7 @@ def main() -> None:
     for kind in ("merged", "adapters"):
         config = config_of(options, kind)
         rollouts = rollout_engine(config, options.folder, from_scratch=True)
-        bound[kind] = SyncedRollouts(
+        bound[kind] = PolicySampler(
             trainer, rollouts, probe_ids=PROBE, tolerance=1.0, token_budget=4096, pad_id=0, adapters=kind == "adapters"
         )
         print(kind, "first:", bound[kind].sync(0))

@@ -25,10 +25,10 @@ from benchmarks import measure
 from benchmarks.train_step import config_of, make_model, training_step
 from sgpo.builders.model_engine import engine_on
 from sgpo.builders.rollouts import vllm_options
-from sgpo.engine.weight_sync import SyncedRollouts
+from sgpo.engine.weight_sync import PolicySampler
 from sgpo.engine.zero import init_distributed
 from sgpo.rollout.vllm_engine import VllmEngine
-from sgpo.train.memory_vs_plan import Gauge, planned_peak
+from sgpo.train.memory_vs_plan import MemoryTracker, planned_peak
 from sgpo.train.rollout_batch import check_version
 from sgpo.train.step_metrics import Clock
 from sgpo.types import RolloutRequest, SamplingParams, SgpoError
@@ -80,10 +80,10 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         folder, eos_ids=[_EOS], dtype="bfloat16", options=vllm_options(config, folder, from_scratch=True)
     )
     probe = tuple(range(3, 67))
-    synced = SyncedRollouts(engine, sampler, probe_ids=probe, tolerance=0.1, token_budget=tokens, pad_id=0)
+    synced = PolicySampler(engine, sampler, probe_ids=probe, tolerance=0.1, token_budget=tokens, pad_id=0)
     requests = [RolloutRequest(i, "auto", 0, (3, 4 + i, 5), seed=i) for i in range(options.rollouts)]
     sampling = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=tokens // 4)
-    gauge, peaks = Gauge(planned, synced.asleep_bytes), Meter()
+    gauge, peaks = MemoryTracker(planned, synced.asleep_bytes), Meter()
     clocks, reports, sampled, norms = [], [], 0, []
 
     def stage(name: str) -> None:

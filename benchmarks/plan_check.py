@@ -119,10 +119,9 @@ def measure(name: str) -> dict[str, Any]:
     """In this process: the peak of each phase above the base, in bytes."""
     import torch
 
-    from sgpo.builders.loss import policy_objective
+    from sgpo.builders.loss import training_loss
     from sgpo.builders.model_engine import build_engine
     from sgpo.engine.batching import collate_training
-    from sgpo.engine.step import bound_objective
     from sgpo.engine.zero import init_distributed
     from sgpo.types import TrainSequence
 
@@ -143,13 +142,13 @@ def measure(name: str) -> dict[str, Any]:
 
     def step(config: Any, engine: Any, case: Case) -> dict[str, float]:
         prompt, new = (3,) * 32, (4,) * (case.sequence - 32)
-        one = TrainSequence(prompt, new, target_weight=1e-3, teacher_prompt_ids=prompt)
+        one = TrainSequence(prompt, new, distill_weight=1e-3, teacher_prompt_ids=prompt)
         packed = config.engine.packing == "packed"
-        objective, peaks = policy_objective(config), {}
+        objective, peaks = training_loss(config), {}
         for count in (1, case.tokens // case.sequence):  # the gradients of the first are there beside the second
             micro = collate_training([one] * count, 0, with_teacher=True, packed=packed)
             _reset()
-            loss, _ = engine.loss(bound_objective(objective, micro), micro.student, micro.teacher)
+            loss, _ = engine.loss(objective, micro)
             peaks["forward"] = _peak()
             _reset()
             engine.backward(loss)

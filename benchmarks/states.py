@@ -329,7 +329,7 @@ def _two_contexts(
     for prompt in (prompts.plain, prompts.guided or ()):
         batch = collate([prompt], [completion], tokenizer.pad_token_id).to(torch.device(device))
         states.append(policy.hidden(batch.input_ids, batch.rows))
-        targets = batch.targets
+        targets = batch.labels
     return states[0], states[1], targets
 
 

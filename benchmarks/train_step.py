@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from sgpo.builders.loss import policy_objective
+from sgpo.builders.loss import training_loss
 from sgpo.builders.model_engine import engine_on
 from sgpo.config import Config
 from sgpo.engine.step import micro_batches
@@ -159,14 +159,14 @@ def make_sequences(tokens: int, vocabulary: int) -> list[TrainSequence]:
     policy = [TrainSequence(ids(prompt), ids(tokens - prompt), advantage=a, policy_weight=weight) for a in (1.0, -1.0)]
     # The guided prompt fills `tokens`; the plain one lacks the strategy.
     distilled = TrainSequence(
-        ids(prompt // 2), ids(tokens - prompt), target_weight=weight, teacher_prompt_ids=ids(prompt)
+        ids(prompt // 2), ids(tokens - prompt), distill_weight=weight, teacher_prompt_ids=ids(prompt)
     )
     return [*policy, distilled]
 
 
 def training_step(engine: ZeroEngine, config: Config, tokens: int) -> tuple[dict[str, Any], float, float]:
     """(phases, loss, gradient norm) of `optimizer_step`, with a clock and a memory meter between its parts."""
-    objective, device = policy_objective(config), engine.device
+    objective, device = training_loss(config), engine.device
     sequences = make_sequences(tokens, engine.model.lm.config.vocab_size)
     phases: dict[str, Any] = {}
     total = 0.0
@@ -174,12 +174,7 @@ def training_step(engine: ZeroEngine, config: Config, tokens: int) -> tuple[dict
         micro = micro.to(device)
         part = "teacher_and_forward" if micro.teacher is not None else "forward"
 
-        def function(head: Any, bias: Any, hidden: Any, teacher: Any, micro: Any = micro) -> Any:
-            return objective(head, bias, hidden, teacher, micro)
-
-        (loss, _stats), cost = _measured(
-            lambda micro=micro, function=function: engine.loss(function, micro.student, micro.teacher), device
-        )
+        (loss, _stats), cost = _measured(lambda micro=micro: engine.loss(objective, micro), device)
         _add(phases, part, cost)
         _, cost = _measured(lambda loss=loss: engine.backward(loss), device)
         _add(phases, "backward", cost)

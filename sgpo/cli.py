@@ -61,7 +61,7 @@ def _dispatch(words: list[str]) -> int:
     if "torch" in sys.modules:
         from sgpo.utils import distributed
 
-        distributed.settle()
+        distributed.wait_for_gloo()
     return code
 
 

@@ -6,8 +6,9 @@ cannot work together are refused with one sentence before anything is loaded.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -18,8 +19,10 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 # Keys of earlier versions, and what a config that has one is told. The config.yaml of an old run may have them.
+RENAMED = {"algorithm.target": "algorithm.selection", "model.lora.targets": "model.lora.modules"}
 GONE = {
     "engine.shared_target_pass": "is gone: o+ is always chosen by a scoring pass before training; remove the line",
+    **{old: f"has another name now: write {new}" for old, new in RENAMED.items()},
 }
 
 
@@ -49,7 +52,7 @@ class LoraConfig(Section):
         default=0, ge=0, description="0: all weights are trained; above: adapters of this rank (needs sgpo[lora])"
     )
     alpha: float = Field(default=32.0, gt=0, description="the update is scaled by alpha / rank")
-    targets: tuple[str, ...] = Field(
+    modules: tuple[str, ...] = Field(
         default=("all-linear",), min_length=1, description='names of the linear layers, or "all-linear" (not the head)'
     )
     dora: bool = Field(default=False, description="DoRA: the length of each row is learned apart from its direction")
@@ -187,9 +190,9 @@ class RewardConfig(Section):
     )
     workers: int = Field(default=2, ge=1)
     timeout_s: float = Field(
-        default=10.0, gt=0, description="a verdict that takes longer is killed, counted and worth 0"
+        default=10.0, gt=0, description="a result that takes longer is killed, counted and worth 0"
     )
-    memory_mib: int = Field(default=1024, ge=64, description="memory that one verdict may take")
+    memory_mib: int = Field(default=1024, ge=64, description="memory that one result may take")
     max_chars: int = Field(default=200_000, ge=1, description="longer completions are not parsed, counted and worth 0")
 
 
@@ -226,20 +229,34 @@ class AlgorithmConfig(Section):
         default=0, ge=0, description="hpt: a problem with at most so many correct rollouts learns its demonstration"
     )
     mini_batches: int = Field(default=1, ge=1, description="optimizer steps per batch of rollouts")
-    distillation: Literal["forward_kl", "reverse_kl", "js", "sft", "none"] = "forward_kl"
-    target: Literal["sum", "mean", "all"] = Field(
+    distillation: Literal["forward_kl", "reverse_kl", "js", "sft"] | None = Field(
+        default="forward_kl", description="of o+ from the guided context; sft: o+ is imitated; null (or none): off"
+    )
+    selection: Literal["sum", "mean", "all"] = Field(
         default="sum", description="o+: highest sum (Eq. 4) or mean of log-probs; all: every correct guided one (Eq. 2)"
     )
-    over_limit: Literal["mask", "clamp", "scale", "off"] = Field(
+    over_limit: Literal["mask", "clamp", "scale"] = Field(
         default="mask",
         description="a token whose KL exceeds max_token_kl: dropped (Eq. 5), held at the limit, or scaled to it",
     )
-    max_token_kl: float = Field(default=1.0, gt=0, description="delta")
+    max_token_kl: float | None = Field(default=1.0, gt=0, description="delta; null: no limit")
     alpha: Literal["adaptive", "fixed", "group_advantage"] = "adaptive"
     alpha_0: float = Field(default=0.5, ge=0)
     alpha_gamma: float = Field(default=0.1, gt=0)
     alpha_max: float = Field(default=0.8, ge=0)
     alpha_fixed: float = Field(default=1.0, ge=0)
+
+    @field_validator("distillation", mode="before")
+    @classmethod
+    def _none(cls, distillation: Any) -> Any:
+        return None if distillation == "none" else distillation
+
+    @field_validator("over_limit", mode="before")
+    @classmethod
+    def _limited(cls, over_limit: Any) -> Any:
+        if over_limit == "off":
+            raise ValueError("a loss without a limit is written max_token_kl: null now")
+        return over_limit
 
     @model_validator(mode="before")
     @classmethod
@@ -252,8 +269,8 @@ class AlgorithmConfig(Section):
     def _pairs(self) -> AlgorithmConfig:
         if self.alpha_max < self.alpha_0:
             raise ValueError(f"alpha_max = {self.alpha_max} is below alpha_0 = {self.alpha_0}; raise it")
-        if self.distillation == "none" and not self.autonomous_grpo:
-            raise ValueError("distillation: none and autonomous_grpo: false leave no loss; switch one of them on")
+        if self.distillation is None and not self.autonomous_grpo:
+            raise ValueError("distillation: null and autonomous_grpo: false leave no loss; switch one of them on")
         return self
 
 
@@ -443,7 +460,7 @@ class Config(Section):
         batch = self.rollout.problems_per_step * (self.rollout.n_auto + self.rollout.n_guided)
         if self.train.max_rollouts is not None and not 0 < batch <= self.train.max_rollouts:
             raise ValueError(f"train.max_rollouts must hold at least one batch of rollouts ({batch})")
-        needs_guided = method == "sgpo" and self.algorithm.distillation != "none"
+        needs_guided = method == "sgpo" and self.algorithm.distillation is not None
         if needs_guided and self.rollout.n_guided == 0:
             raise ValueError("rollout.n_guided = 0 leaves SGPO nothing to distil; raise it or use method: grpo")
         if self.rollout.problems_per_step % self.algorithm.mini_batches:
@@ -482,12 +499,26 @@ class Config(Section):
         return 1 if self.syncs_adapters(cuda=cuda) else 2
 
 
-def without_gone(raw: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier version has saved, without the keys of `GONE`."""
-    gone = {tuple(key.split(".")) for key in GONE}
-    return {
-        section: {key: value for key, value in values.items() if (section, key) not in gone}
-        if isinstance(values, dict)
-        else values
-        for section, values in raw.items()
-    }
+def from_earlier_version(raw: dict[str, Any]) -> dict[str, Any]:
+    """An old run's config.yaml in today's words: renamed keys moved, those that are gone left out."""
+    found = copy.deepcopy(raw)
+    for key in GONE:
+        *path, leaf = key.split(".")
+        section = _section(found, path)
+        if leaf in section:
+            value = section.pop(leaf)
+            if key in RENAMED:
+                section[RENAMED[key].rsplit(".", 1)[1]] = value
+    algorithm = _section(found, ["algorithm"])
+    if algorithm.get("over_limit") == "off":
+        algorithm.update(over_limit="mask", max_token_kl=None)
+    return found
+
+
+def _section(raw: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """The mapping at `path`; an empty one where there is none."""
+    for name in path:
+        raw = raw.get(name) or {}
+        if not isinstance(raw, dict):
+            return {}
+    return raw

@@ -110,7 +110,7 @@ def rollout_from_json(row: dict[str, Any]) -> Rollout:
 class TrainSequence:
     """One completion with all that its loss needs; every weight is per completion token and final (no later division).
 
-    `policy_weight` and `advantage` drive the clipped policy loss, `target_weight` the distillation (or imitation) of
+    `policy_weight` and `advantage` drive the clipped policy loss, `distill_weight` the distillation (or imitation) of
     this completion. The teacher of a distilled completion is the same completion after `teacher_prompt_ids`.
     `old_logprobs` None means that the policy has not moved since the rollout (ratio exactly 1). `rollout_logprobs` are
     the sampler's; `importance` multiplies the policy weight of each token (None: 1).
@@ -120,7 +120,7 @@ class TrainSequence:
     completion_ids: tuple[int, ...]
     advantage: float = 0.0
     policy_weight: float = 0.0
-    target_weight: float = 0.0
+    distill_weight: float = 0.0
     teacher_prompt_ids: tuple[int, ...] | None = None
     old_logprobs: tuple[float, ...] | None = None
     rollout_logprobs: tuple[float, ...] | None = None
@@ -128,7 +128,7 @@ class TrainSequence:
 
     @property
     def is_live(self) -> bool:
-        return self.target_weight != 0.0 or (self.policy_weight != 0.0 and self.advantage != 0.0)
+        return self.distill_weight != 0.0 or (self.policy_weight != 0.0 and self.advantage != 0.0)
 
     @property
     def length(self) -> int:
@@ -137,8 +137,11 @@ class TrainSequence:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """A reward and how it came about. `status` is "ok", "no_answer", "too_long", "timeout" or "error"."""
+class RewardResult:
+    """The reward of one completion, and how it came about.
+
+    `status` is "ok", "no_answer", "too_long", "timeout" or "error".
+    """
 
     reward: float
     status: str = "ok"
@@ -155,17 +158,17 @@ class ScoredGroup:
     prompts: PromptPair
     auto: tuple[Rollout, ...]
     guided: tuple[Rollout, ...]
-    auto_verdicts: tuple[Verdict, ...]
-    guided_verdicts: tuple[Verdict, ...]
+    auto_results: tuple[RewardResult, ...]
+    guided_results: tuple[RewardResult, ...]
     demo_ids: tuple[int, ...] = ()
 
     @property
     def auto_rewards(self) -> list[float]:
-        return [verdict.reward for verdict in self.auto_verdicts]
+        return [result.reward for result in self.auto_results]
 
     @property
     def guided_rewards(self) -> list[float]:
-        return [verdict.reward for verdict in self.guided_verdicts]
+        return [result.reward for result in self.guided_results]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ def with_adapters(lm, dora=False):
     """As the trainer and its rollout engine both do it."""
     from sgpo.model.lora import add_adapters
 
-    add_adapters(lm, **ADAPTERS, targets=["all-linear"], dora=dora, seed=1)
+    add_adapters(lm, **ADAPTERS, modules=["all-linear"], dora=dora, seed=1)
     return lm
 
 

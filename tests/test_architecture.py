@@ -39,7 +39,6 @@ ADAPTERS = ("sgpo.data", "sgpo.rewards", "sgpo.rollout", "sgpo.model", "sgpo.rep
 PLAN = ["plan", "configs/qwen2.5-7b-1x80gb.yaml", "--plan.architecture", "qwen2.5-7b", "--rollout.engine", "hf"]
 # Functions of more than 60 lines, most of them arguments and what these mean. Whoever shortens one takes it out.
 LONG = {
-    "sgpo.algorithm.loss.sgpo_objective",
     "sgpo_kernels.divergence.linear_divergence",
     "sgpo_kernels.fused.run_losses",
     "sgpo_kernels.policy.linear_policy_loss",

@@ -13,7 +13,7 @@ import torch
 from sgpo.algorithm.advantages import group_advantages
 from sgpo.algorithm.grpo import weighted_sequences
 from sgpo.algorithm.method import ProblemStep, Scorer
-from sgpo.algorithm.weights import target_token_weight
+from sgpo.algorithm.weights import distill_token_weight
 from sgpo.types import ScoredGroup, TrainSequence
 
 
@@ -30,8 +30,8 @@ def hpt_sequences(
     steps = []
     for group in groups:
         if sum(reward > 0 for reward in group.auto_rewards) <= gate:
-            weight = target_token_weight(alpha=1.0, problems=problems, targets=1, length=len(group.demo_ids))
-            demo = TrainSequence(group.prompts.plain, group.demo_ids, target_weight=weight)
+            weight = distill_token_weight(alpha=1.0, problems=problems, completions=1, length=len(group.demo_ids))
+            demo = TrainSequence(group.prompts.plain, group.demo_ids, distill_weight=weight)
             steps.append(ProblemStep(group, [demo]))
             continue
         weight = 1.0 / (problems * len(group.auto) * max_new_tokens)

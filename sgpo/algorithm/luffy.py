@@ -26,7 +26,7 @@ def luffy_sequences(
     max_new_tokens: int,
     normalize_std: bool = False,
 ) -> list[ProblemStep]:
-    """The demonstration's `target_weight` holds A x weight; nothing is learnt where all rollouts are correct too."""
+    """The demonstration's `distill_weight` holds A x weight; nothing is learnt where all rollouts are correct too."""
     steps = []
     for group in groups:
         weight = 1.0 / (problems * (len(group.auto) + 1) * max_new_tokens)
@@ -34,6 +34,6 @@ def luffy_sequences(
         *advantages, of_demo = group_advantages(rewards, normalize_std=normalize_std).tolist()
         sequences = weighted_sequences(group, advantages, lambda _, weight=weight: weight)
         if of_demo:
-            sequences.append(TrainSequence(group.prompts.plain, group.demo_ids, target_weight=of_demo * weight))
+            sequences.append(TrainSequence(group.prompts.plain, group.demo_ids, distill_weight=of_demo * weight))
         steps.append(ProblemStep(group, sequences))
     return steps

@@ -18,12 +18,16 @@ Scorer = Callable[[list[Context]], list[list[float]]]  # log-probs of each compl
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """What was decided for one problem. `targets` is empty where no guided rollout is correct or alpha is 0."""
+    """What was decided for one problem.
+
+    `teacher_completions` holds o+ (or all correct guided rollouts); it is empty where none is correct or alpha is 0.
+    `selection_score` is what o+ was chosen by.
+    """
 
     alpha: float = 0.0
     alpha_uncapped: float = 0.0
-    targets: tuple[Rollout, ...] = ()
-    target_score: float | None = None
+    teacher_completions: tuple[Rollout, ...] = ()
+    selection_score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

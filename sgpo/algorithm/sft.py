@@ -11,7 +11,7 @@ from sgpo.types import ScoredGroup, TrainSequence
 
 def sft_sequences(demonstrations: Sequence[TrainSequence], *, total_tokens: float) -> list[TrainSequence]:
     """Gives every completion token the weight 1 / total_tokens, the completion tokens of the batch on all ranks."""
-    return [replace(sequence, target_weight=1.0 / total_tokens) for sequence in demonstrations]
+    return [replace(sequence, distill_weight=1.0 / total_tokens) for sequence in demonstrations]
 
 
 def sft_step(

@@ -14,8 +14,8 @@ import torch
 from sgpo.algorithm.alpha import adaptive_alpha, group_advantage_alpha
 from sgpo.algorithm.grpo import policy_sequences
 from sgpo.algorithm.method import Guidance, ProblemStep, Scorer
-from sgpo.algorithm.targets import reachable_target, target_score
-from sgpo.algorithm.weights import target_token_weight
+from sgpo.algorithm.selection import most_reachable, selection_score
+from sgpo.algorithm.weights import distill_token_weight
 from sgpo.types import ScoredGroup, TrainSequence
 
 
@@ -23,8 +23,8 @@ from sgpo.types import ScoredGroup, TrainSequence
 class SgpoSettings:
     autonomous_grpo: bool = True
     normalize_std: bool = True
-    distillation: Literal["forward_kl", "reverse_kl", "js", "sft", "none"] = "forward_kl"
-    target: Literal["sum", "mean", "all"] = "sum"
+    distillation: Literal["forward_kl", "reverse_kl", "js", "sft"] | None = "forward_kl"
+    selection: Literal["sum", "mean", "all"] = "sum"
     alpha: Literal["adaptive", "fixed", "group_advantage"] = "adaptive"
     alpha_0: float = 0.5
     alpha_gamma: float = 0.1
@@ -48,8 +48,8 @@ def sgpo_sequences(
         total: not used here; see `sgpo.algorithm.method.Method`.
     """
     steps = []
-    for group, chosen in zip(groups, choose_targets(groups, settings, score), strict=True):
-        sequences = target_sequences(group, chosen, problems=problems, with_teacher=settings.distillation != "sft")
+    for group, chosen in zip(groups, choose_teacher_completions(groups, settings, score), strict=True):
+        sequences = distill_sequences(group, chosen, problems=problems, with_teacher=settings.distillation != "sft")
         if settings.autonomous_grpo:
             policy = policy_sequences(group, problems=problems, normalize_std=settings.normalize_std)
             sequences = policy + sequences
@@ -57,14 +57,14 @@ def sgpo_sequences(
     return steps
 
 
-def choose_targets(groups: Sequence[ScoredGroup], settings: SgpoSettings, score: Scorer) -> list[Guidance]:
+def choose_teacher_completions(groups: Sequence[ScoredGroup], settings: SgpoSettings, score: Scorer) -> list[Guidance]:
     """alpha(q) and o+ of every group; only groups with a choice between several correct rollouts are scored."""
-    alphas = [_alpha(group, settings) if settings.distillation != "none" else (0.0, 0.0) for group in groups]
+    alphas = [_alpha(group, settings) if settings.distillation is not None else (0.0, 0.0) for group in groups]
     correct = [
         [r for r, reward in zip(g.guided, g.guided_rewards, strict=True) if reward > 0] if alpha > 0 else []
         for g, (alpha, _) in zip(groups, alphas, strict=True)
     ]
-    candidates = [rollouts if len(rollouts) > 1 and settings.target != "all" else [] for rollouts in correct]
+    candidates = [rollouts if len(rollouts) > 1 and settings.selection != "all" else [] for rollouts in correct]
     contexts = [
         (group.prompts.plain, rollout.completion_ids)
         for group, rollouts in zip(groups, candidates, strict=True)
@@ -74,15 +74,15 @@ def choose_targets(groups: Sequence[ScoredGroup], settings: SgpoSettings, score:
     guidance = []
     for (alpha, uncapped), rollouts, scored in zip(alphas, correct, candidates, strict=True):
         value = None
-        if scored and settings.target != "all":
+        if scored and settings.selection != "all":
             values = [next(logprobs) for _ in scored]
-            best = reachable_target(values, score=settings.target)
-            rollouts, value = [scored[best]], target_score(values[best], score=settings.target)
+            best = most_reachable(values, score=settings.selection)
+            rollouts, value = [scored[best]], selection_score(values[best], score=settings.selection)
         guidance.append(Guidance(alpha if rollouts else 0.0, uncapped, tuple(rollouts), value))
     return guidance
 
 
-def target_sequences(
+def distill_sequences(
     group: ScoredGroup, guidance: Guidance, *, problems: int, with_teacher: bool = True
 ) -> list[TrainSequence]:
     """o+ (or all correct guided completions, Eq. 2) after the plain prompt, with the guided prompt as the teacher's."""
@@ -90,15 +90,15 @@ def target_sequences(
         TrainSequence(
             prompt_ids=group.prompts.plain,
             completion_ids=rollout.completion_ids,
-            target_weight=target_token_weight(
+            distill_weight=distill_token_weight(
                 alpha=guidance.alpha,
                 problems=problems,
-                targets=len(guidance.targets),
+                completions=len(guidance.teacher_completions),
                 length=len(rollout.completion_ids),
             ),
             teacher_prompt_ids=rollout.request.prompt_ids if with_teacher else None,
         )
-        for rollout in guidance.targets
+        for rollout in guidance.teacher_completions
     ]
 
 

@@ -1,6 +1,6 @@
 """`sgpo strategies analyze`: are strategies reusable? Samples every arm, measures, writes numbers, plots and raw rows.
 
-Files in the output folder: `samples.jsonl` (every completion with its verdict; append-only, so that nothing is sampled
+Files in the output folder: `samples.jsonl` (every completion with its result; append-only, so that nothing is sampled
 twice), `problems.jsonl` (one row per problem), `token_kl.jsonl` (token by token, of correct guided rollouts),
 `analysis.json` (all numbers) and `report.html` with its plots.
 """
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sgpo_kernels import linear_divergence
@@ -24,7 +24,7 @@ from sgpo.analysis.samples import Row, collect
 from sgpo.analysis.token_kl import TokenKl, summarize, token_pieces
 from sgpo.analysis.transfer import Draw
 from sgpo.builders.model_engine import resolve_model
-from sgpo.engine.batching import collate, length_sorted
+from sgpo.engine.batching import Contexts, collate, length_sorted
 from sgpo.model.loading import load_tokenizer
 from sgpo.strategies.settings import AnalyzeConfig
 from sgpo.types import SgpoError
@@ -97,6 +97,33 @@ def measure_token_kl(
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class _Divergence:
+    """KL(guided || plain) of every row; called where the model holds its head, as SgpoLoss is."""
+
+    temperature: float
+    impl: Literal["auto", "triton", "torch"]
+
+    def __call__(
+        self,
+        head: torch.Tensor,
+        bias: torch.Tensor | None,
+        hidden: torch.Tensor,
+        guided_hidden: torch.Tensor,
+        rows: Contexts,
+    ) -> torch.Tensor:
+        _, stats = linear_divergence(
+            hidden,
+            guided_hidden,
+            head,
+            token_weight=torch.ones(len(hidden), device=hidden.device),
+            temperature=self.temperature,
+            bias=bias,
+            impl=self.impl,
+        )
+        return stats.divergence
+
+
 @torch.no_grad()
 def _divergences(
     config: AnalyzeConfig,
@@ -109,18 +136,7 @@ def _divergences(
     """KL(guided || plain) of every token of every completion, from hidden states; no logits are kept."""
     policy, device = load_policy(config, folder)
 
-    def divergence(head: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor, guided_hidden: torch.Tensor):
-        _, stats = linear_divergence(
-            hidden,
-            guided_hidden,
-            head,
-            token_weight=torch.ones(len(hidden), device=hidden.device),
-            temperature=config.rollout.temperature,
-            bias=bias,
-            impl=config.engine.loss_impl,
-        )
-        return stats.divergence
-
+    divergence = _Divergence(config.rollout.temperature, config.engine.loss_impl)
     found: dict[int, list[float]] = {}
     lengths = [max(len(p), len(g)) + len(c) for p, g, c in zip(plain, guided, completions, strict=True)]
     for group in length_sorted(lengths, config.engine.micro_batch_tokens):
@@ -128,7 +144,7 @@ def _divergences(
             collate([prompts[i] for i in group], [completions[i] for i in group], pad_id).to(device)
             for prompts in (plain, guided)
         )
-        values = policy(divergence, after_plain, after_guided)
+        values = policy(divergence, Contexts(after_plain, after_guided))
         parts = values.split([len(completions[i]) for i in group])
         found.update(zip(group, (part.tolist() for part in parts), strict=True))
     return [found[i] for i in range(len(completions))]

@@ -236,7 +236,7 @@ def _setting(result: Json) -> str:
 def _arms_table(result: Json) -> str:
     header = (
         "strategy", "pass rate", "95 % interval", "problems", "without partner", "same text as own", "prompt tokens",
-        "tokens", "truncated", "no answer", "failed verdicts",
+        "tokens", "truncated", "no answer", "failed to score",
     )  # fmt: skip
     rows = [
         (

@@ -17,12 +17,12 @@ from sgpo.builders.rollouts import build_rewards, build_rollouts
 from sgpo.rewards.pool import RewardItem, RewardPool
 from sgpo.strategies.display import ExtractDisplay
 from sgpo.strategies.settings import AnalyzeConfig
-from sgpo.types import Problem, Rollout, RolloutRequest, SamplingParams, SgpoError, Verdict
+from sgpo.types import Problem, RewardResult, Rollout, RolloutRequest, SamplingParams, SgpoError
 from sgpo.utils.append_log import KeyedLines
 from sgpo.utils.seeds import seed_of
 
 _CHUNK = 4096  # requests of one call of the engine
-_FAILED = ("timeout", "error")  # a verdict of the machine rather than of the answer: the next run asks for it again
+_FAILED = ("timeout", "error")  # a result of the machine rather than of the answer: the next run asks for it again
 
 Row = dict[str, Any]
 
@@ -43,9 +43,9 @@ def collect(
 ) -> dict[Draw, Row]:
     """The sampled and judged row of every draw; takes from the file at `path` what it holds, and adds the rest.
 
-    A completion from before is judged again where the reward is another one now, or where its verdict failed.
+    A completion from before is judged again where the reward is another one now, or where its result failed.
 
-    Raises SgpoError where every verdict fails with an error of the reward itself.
+    Raises SgpoError where every result fails with an error of the reward itself.
     """
     identity = {
         "model": str(folder.resolve()),
@@ -102,21 +102,21 @@ class _Judging:
 
     def __init__(self, rewards: RewardPool, store: KeyedLines[Row], advance: Callable[[], None]) -> None:
         self._rewards, self._store, self._advance = rewards, store, advance
-        self._pending: dict[Future[Verdict], tuple[str, Row]] = {}
+        self._pending: dict[Future[RewardResult], tuple[str, Row]] = {}
 
     def begin(self, key: str, row: Row, problem: Problem) -> None:
         item = RewardItem(completion=row["text"], gold=problem.answer, problem=problem.problem)
         self._pending[self._rewards.submit(item)] = key, row
-        self._settle([future for future in self._pending if future.done()])
+        self._write_results([future for future in self._pending if future.done()])
 
     def finish(self) -> None:
-        self._settle(list(self._pending))
+        self._write_results(list(self._pending))
 
-    def _settle(self, futures: Sequence[Future[Verdict]]) -> None:
+    def _write_results(self, futures: Sequence[Future[RewardResult]]) -> None:
         for future in futures:
-            verdict = future.result()
+            result = future.result()
             key, row = self._pending.pop(future)
-            self._store.put(key, {**row, "reward": verdict.reward, "status": verdict.status})
+            self._store.put(key, {**row, "reward": result.reward, "status": result.status})
             self._advance()
 
 

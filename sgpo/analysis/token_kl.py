@@ -74,10 +74,11 @@ def step_of_tokens(pieces: Sequence[str], pattern: str) -> list[int]:
     return steps
 
 
-def summarize(rows: Sequence[TokenKl], *, limit: float, pattern: str) -> dict[str, Any]:
-    """All numbers of the KL section; `limit` is max_token_kl. Needs at least one token."""
+def summarize(rows: Sequence[TokenKl], *, limit: float | None, pattern: str) -> dict[str, Any]:
+    """All numbers of the KL section; `limit` is max_token_kl, None: off. Needs at least one token."""
     every = torch.tensor([value for row in rows for value in row.kl], dtype=torch.float64)
-    kept = torch.where(every > limit, 0.0, every)
+    above = torch.zeros_like(every, dtype=torch.bool) if limit is None else every > limit
+    kept = torch.where(above, 0.0, every)
     in_order = every.sort().values
     median, p90, p99 = (float(in_order[int(share * (len(every) - 1))]) for share in (0.5, 0.9, 0.99))
     deciles = [[min(t * DECILES // len(row.kl), DECILES - 1) for t in range(len(row.kl))] for row in rows]
@@ -90,7 +91,7 @@ def summarize(rows: Sequence[TokenKl], *, limit: float, pattern: str) -> dict[st
         "mean": float(every.mean()),
         "mean_after_mask": float(kept.mean()),
         "mean_per_problem": estimate(_per_problem(rows, [sum(row.kl) / len(row.kl) for row in rows])),
-        "above_share": float((every > limit).double().mean()),
+        "above_share": float(above.double().mean()),
         "median": median,
         "p90": p90,
         "p99": p99,
@@ -123,7 +124,7 @@ def _has(parts: Sequence[Sequence[int]], k: int) -> bool:
     return any(k in row for row in parts)
 
 
-def _part(rows: Sequence[TokenKl], parts: Sequence[Sequence[int]], k: int, name: str, limit: float) -> Part:
+def _part(rows: Sequence[TokenKl], parts: Sequence[Sequence[int]], k: int, name: str, limit: float | None) -> Part:
     """The tokens of part k: averaged within a completion, then over those of a problem, then over problems."""
     chosen, values = [], []
     for row, part in zip(rows, parts, strict=True):
@@ -132,7 +133,7 @@ def _part(rows: Sequence[TokenKl], parts: Sequence[Sequence[int]], k: int, name:
             values.append(mine)
     tokens = sum(map(len, values))
     means = [sum(mine) / len(mine) for mine in values]
-    above = sum(value > limit for mine in values for value in mine)
+    above = sum(limit is not None and value > limit for mine in values for value in mine)
     return Part(name, tokens, estimate(_per_problem(chosen, means)), above / tokens)
 
 

@@ -8,21 +8,19 @@ from typing import Any
 
 from sgpo.algorithm.dapo import dapo_sequences
 from sgpo.algorithm.hpt import hpt_sequences
-from sgpo.algorithm.loss import imitation_objective
+from sgpo.algorithm.loss import LossSettings, SgpoLoss
 from sgpo.algorithm.luffy import luffy_sequences
 from sgpo.algorithm.method import Method
 from sgpo.algorithm.sft import sft_step
 from sgpo.algorithm.sgpo import SgpoSettings, sgpo_sequences
 from sgpo.config import WITH_DEMONSTRATIONS, Config
-from sgpo.engine.batching import MicroBatch
-from sgpo.engine.step import Objective, objective_with
 
 
 def sgpo_settings(config: Config) -> SgpoSettings:
     """The switches of SGPO in the config; GRPO is SGPO without distillation."""
     chosen = {f.name: getattr(config.algorithm, f.name) for f in dataclasses.fields(SgpoSettings)}
     if config.algorithm.method == "grpo":
-        chosen["distillation"] = "none"
+        chosen["distillation"] = None
     return SgpoSettings(**chosen)
 
 
@@ -41,29 +39,24 @@ def training_method(config: Config) -> Method:
     return methods[algorithm.method]
 
 
-def policy_objective(config: Config) -> Objective:
-    """The loss of one micro-batch with the config's switches bound."""
+def loss_settings(config: Config) -> LossSettings:
+    """The loss that the config describes. Zero is no entropy bonus; a method with demonstrations imitates them."""
     algorithm = config.algorithm
-    over_limit = algorithm.over_limit
-    return objective_with(
+    return LossSettings(
         clip_low=algorithm.clip_low,
         clip_high=algorithm.clip_high,
         dual_clip=algorithm.dual_clip,
-        entropy_coef=algorithm.entropy_coef,
+        entropy_coef=algorithm.entropy_coef or None,
         distillation="sft" if algorithm.method in WITH_DEMONSTRATIONS else algorithm.distillation,
+        max_token_kl=algorithm.max_token_kl,
+        over_limit=algorithm.over_limit,
         demo_shaping=algorithm.demo_shaping if algorithm.method == "luffy" else None,
-        max_token_kl=None if over_limit == "off" else algorithm.max_token_kl,
-        over_limit="mask" if over_limit == "off" else over_limit,
         temperature=config.rollout.temperature,
         column_tolerance=config.engine.column_tolerance,
         impl=config.engine.loss_impl,
     )
 
 
-def sft_objective() -> Objective:
-    """The loss of the warm-up: weighted negative log-likelihood."""
-
-    def objective(head: Any, bias: Any, hidden: Any, _: Any, micro: MicroBatch) -> Any:
-        return imitation_objective(head, bias, hidden, micro.student.targets, micro.target_weight)
-
-    return objective
+def training_loss(config: Config) -> SgpoLoss:
+    """The loss of one micro-batch, as an object: `print` it to see every number."""
+    return SgpoLoss(loss_settings(config))

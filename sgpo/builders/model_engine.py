@@ -72,5 +72,5 @@ def engine_on(config: Config, lm: Any, optim: OptimConfig, device: torch.device)
 def with_adapters(config: Config, lm: Any) -> Any:
     """`lm` with the adapters that model.lora describes."""
     lora = config.model.lora
-    add_adapters(lm, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dora=lora.dora, seed=config.run.seed)
+    add_adapters(lm, rank=lora.rank, alpha=lora.alpha, modules=lora.modules, dora=lora.dora, seed=config.run.seed)
     return lm

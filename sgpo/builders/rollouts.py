@@ -11,7 +11,7 @@ import torch
 from sgpo.builders.model_engine import with_adapters
 from sgpo.config import Config
 from sgpo.data.prompts import eos_token_ids
-from sgpo.engine.weight_sync import SyncedRollouts
+from sgpo.engine.weight_sync import PolicySampler
 from sgpo.engine.zero import ZeroEngine
 from sgpo.model.loading import eos_ids_of_folder, load_causal_lm, load_tokenizer, positions_of
 from sgpo.rewards.pool import RewardPool
@@ -89,17 +89,17 @@ def vllm_options(config: Config, model_folder: Path, from_scratch: bool) -> Any:
         stall_s=rollout.stall_s,
         lora_rank=lora.rank if has_adapters else 0,
         lora_alpha=lora.alpha,
-        lora_targets=None if "all-linear" in lora.targets else tuple(t.rsplit(".")[-1] for t in lora.targets),
+        lora_modules=None if "all-linear" in lora.modules else tuple(t.rsplit(".")[-1] for t in lora.modules),
     )
 
 
-def build_synced_rollouts(
+def build_policy_sampler(
     config: Config, engine: ZeroEngine, model_folder: Path, task: TaskData, tokenizer: Any
-) -> SyncedRollouts:
-    """A rollout engine bound to the trainer, without weights before the first sync; the probe on which both must agree
+) -> PolicySampler:
+    """The sampler of the run, without weights before the first sync; the probe on which it must agree with the trainer
     is the first problem's longer prompt."""
     probe = task.prompts[0].guided or task.prompts[0].plain
-    return SyncedRollouts(
+    return PolicySampler(
         engine,
         build_rollouts(config, model_folder, from_scratch=True),
         probe_ids=probe[:_PROBE_TOKENS],

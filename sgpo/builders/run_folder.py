@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from sgpo.config import Config, without_gone
+from sgpo.config import Config, from_earlier_version
 from sgpo.types import SgpoError
 from sgpo.utils.config_file import checked
 from sgpo.utils.distributed import on_rank_zero_first
@@ -39,7 +39,7 @@ def prepare_run_folder(config: Config) -> Path:
         spare = next(p for n in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.old-{n}")).exists())
         folder.rename(spare)
         print(f"{folder} is set aside as {spare}")
-    if written.exists() and (folder / "metrics.jsonl").exists():  # a start that was refused binds nobody
+    if written.exists() and (folder / "metrics.jsonl").exists():  # it has made a step
         _check_same(yaml.safe_load(written.read_text(encoding="utf-8")), resolved, written)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def check_packages(config: Config) -> None:
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
-    old = without_gone(old)
+    old = from_earlier_version(old)
     with suppress(SgpoError):  # a key that did not exist then had what is its default now
         old = checked(Config, old, str(path)).model_dump(mode="json")
     changed = [

@@ -2,7 +2,7 @@
 
 Task. A problem shows a place, four digits and a thing: "farm : 3 8 2 5 . how many boxes ?". The answer takes four
 moves, each one of two: pick the first or the second digit, pick the third or the fourth, take their sum or their gap,
-double or triple it. The place settles the first two moves and the thing the last two, which gives sixteen families with
+double or triple it. The place fixes the first two moves and the thing the last two, which gives sixteen families with
 a procedure of their own. The surface does not say so; the strategy text names the moves, with no digit and no result. A
 family's procedure alone reaches the answer: digits for which any other of the sixteen gives the same number are left
 out, so a guess is right 1 time in 16.

@@ -19,34 +19,48 @@ from sgpo.types import TrainSequence
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """input_ids [B, T] int64; rows [N] int64 into the flattened [B * T] positions; targets [N] int64.
+    """input_ids [B, T] int64; rows [N] int64 into the flattened [B * T] positions; labels [N] int64.
 
-    `lengths` of the sequences in a packed row [1, T], which sum to T; None where the batch is padded.
+    A row's label is the id that it predicts. `lengths`: of the sequences in a packed row [1, T], which sum to T; None
+    where the batch is padded.
     """
 
     input_ids: torch.Tensor
     rows: torch.Tensor
-    targets: torch.Tensor
+    labels: torch.Tensor
     lengths: tuple[int, ...] | None = None
 
     def to(self, device: torch.device) -> TokenBatch:
-        return TokenBatch(self.input_ids.to(device), self.rows.to(device), self.targets.to(device), self.lengths)
+        return TokenBatch(self.input_ids.to(device), self.rows.to(device), self.labels.to(device), self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class Contexts:
+    """What goes forward without being learnt: completions after one prompt each, or two (`teacher`: the other)."""
+
+    student: TokenBatch
+    teacher: TokenBatch | None = None
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """The token that each of the student's rows predicts, int64 [N]."""
+        return self.student.labels
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """One forward and backward over some sequences.
 
-    `student.rows` lists the N_p rows of the policy loss, then the N_t rows of the target loss. advantages,
-    policy_weight and old_logprobs [N_p] fp32; target_weight [N_t] fp32. `teacher` holds the distilled completions after
-    their guided prompts, its rows in the order of the target rows; None where nothing is distilled.
+    `student.rows` lists the N_p rows of the policy loss, then the N_t rows that are distilled or imitated. advantages,
+    policy_weight and old_logprobs [N_p] fp32; distill_weight [N_t] fp32. `teacher` holds the distilled completions
+    after their guided prompts, its rows in the order of the distilled rows; None where nothing is distilled.
     """
 
     student: TokenBatch
     advantages: torch.Tensor
     policy_weight: torch.Tensor
     old_logprobs: torch.Tensor | None
-    target_weight: torch.Tensor
+    distill_weight: torch.Tensor
     teacher: TokenBatch | None
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -55,12 +69,18 @@ class MicroBatch:
             self.advantages.to(device),
             self.policy_weight.to(device),
             None if self.old_logprobs is None else self.old_logprobs.to(device),
-            self.target_weight.to(device),
+            self.distill_weight.to(device),
             None if self.teacher is None else self.teacher.to(device),
         )
 
     @property
+    def labels(self) -> torch.Tensor:
+        """The token that each of the student's rows predicts, int64 [N_p + N_t]."""
+        return self.student.labels
+
+    @property
     def tokens(self) -> int:
+        """Tokens of the forward passes of both contexts, padding included."""
         return self.student.input_ids.numel() + (self.teacher.input_ids.numel() if self.teacher else 0)
 
 
@@ -118,12 +138,12 @@ def collate(
     else:
         input_ids = pad_sequence(joined, batch_first=True, padding_value=pad_id)
         starts = [index * max(lengths) for index in range(len(lengths))]
-    rows, targets = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
+    rows, labels = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
     for start, ids, prompt, completion in zip(starts, joined, prompts, completions, strict=False):
         first = start + len(prompt) - 1
         rows.append(torch.arange(first, first + len(completion)))
-        targets.append(ids[len(prompt) :])
-    return TokenBatch(input_ids, torch.cat(rows), torch.cat(targets), lengths if packed else None)
+        labels.append(ids[len(prompt) :])
+    return TokenBatch(input_ids, torch.cat(rows), torch.cat(labels), lengths if packed else None)
 
 
 def collate_training(
@@ -142,8 +162,8 @@ def collate_training(
 
     advantages = per_row([s.advantage for s in sequences])
     policy_weight = per_row([s.policy_weight for s in sequences])
-    target_weight = per_row([s.target_weight for s in sequences])
-    policy, target = (policy_weight * advantages) != 0, target_weight != 0
+    distill_weight = per_row([s.distill_weight for s in sequences])
+    policy, distilled = (policy_weight * advantages) != 0, distill_weight != 0
     if any(s.importance for s in sequences):
         importance = [s.importance or (1.0,) * len(s.completion_ids) for s in sequences]
         policy_weight = policy_weight * torch.tensor([x for row in importance for x in row], dtype=torch.float32)
@@ -155,21 +175,21 @@ def collate_training(
         old_logprobs = torch.tensor([x for row in old for x in row], dtype=torch.float32)[policy]
     teacher = None
     if with_teacher:
-        distilled = [s for s in sequences if s.target_weight]
-        prompts = [s.teacher_prompt_ids or () for s in distilled]
+        taught = [s for s in sequences if s.distill_weight]
+        prompts = [s.teacher_prompt_ids or () for s in taught]
         if not all(prompts):
             raise ValueError("a distilled sequence has no teacher_prompt_ids")
-        teacher = collate(prompts, [s.completion_ids for s in distilled], pad_id, packed=packed)
+        teacher = collate(prompts, [s.completion_ids for s in taught], pad_id, packed=packed)
     return MicroBatch(
         student=TokenBatch(
             student.input_ids,
-            torch.cat([student.rows[policy], student.rows[target]]),
-            torch.cat([student.targets[policy], student.targets[target]]),
+            torch.cat([student.rows[policy], student.rows[distilled]]),
+            torch.cat([student.labels[policy], student.labels[distilled]]),
             student.lengths,
         ),
         advantages=advantages[policy],
         policy_weight=policy_weight[policy],
         old_logprobs=old_logprobs,
-        target_weight=target_weight[target],
+        distill_weight=distill_weight[distilled],
         teacher=teacher,
     )

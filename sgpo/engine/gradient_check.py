@@ -7,13 +7,11 @@ must give the same gradient, whatever lies between: reduction, fp32 accumulation
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import torch
-from sgpo_kernels import linear_logprob
 
+from sgpo.algorithm.loss import ImitationLoss
 from sgpo.engine.optimizer import is_8bit
 from sgpo.engine.zero import ZeroEngine
 from sgpo.types import SgpoError
@@ -33,8 +31,8 @@ def check_gradients(engine: ZeroEngine, *, dtype: str) -> float:
     devices = [engine.device] if engine.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         packed = engine.model.packed
-        norm, whole = engine.dry_step([_micro_batch(ids, packed)])
-        split_norm, split = engine.dry_step([_micro_batch(row, packed) for row in ids.split(1)])
+        norm, whole = engine.dry_step(ImitationLoss(), [_micro_batch(ids, packed)])
+        split_norm, split = engine.dry_step(ImitationLoss(), [_micro_batch(row, packed) for row in ids.split(1)])
     # Rounding of bf16 products and of 8-bit codes; losing one micro-batch of four is ten times as much.
     limit = 0.1 if is_8bit(engine.adam) else 0.05 if dtype == "bfloat16" else 1e-3
     total = distributed.gather((float((whole - split).square().sum()), float(whole.square().sum()), whole.numel()))
@@ -50,18 +48,13 @@ def check_gradients(engine: ZeroEngine, *, dtype: str) -> float:
     return relative
 
 
-def _micro_batch(ids: torch.Tensor, packed: bool) -> tuple[Callable[..., Any], Any]:
-    """The mean log-likelihood loss of all next tokens of `ids` [B, T], weighted by the count of the whole test."""
+def _micro_batch(ids: torch.Tensor, packed: bool) -> SimpleNamespace:
+    """All next tokens of `ids` [B, T], each with its share of the mean over the whole test."""
     positions = torch.arange(ids.numel(), device=ids.device).view_as(ids)
-    batch = SimpleNamespace(
+    student = SimpleNamespace(
         input_ids=ids.view(1, -1) if packed else ids,
         rows=positions[:, :-1].flatten(),
         lengths=[_TOKENS] * len(ids) if packed else None,
     )
-    targets = ids[:, 1:].flatten()
     weight = 1.0 / (_SEQUENCES * (_TOKENS - 1) * distributed.world_size())
-
-    def loss(head: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor, _: None) -> tuple[torch.Tensor, None]:
-        return -weight * linear_logprob(hidden, head, targets, bias=bias)[0].sum(), None
-
-    return loss, batch
+    return SimpleNamespace(student=student, teacher=None, labels=ids[:, 1:].flatten(), distill_weight=weight)

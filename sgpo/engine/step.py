@@ -6,21 +6,17 @@ of them have a teacher pass; a rank without work of its own joins in with an emp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sgpo_kernels import linear_logprob
 
-from sgpo.algorithm.loss import sgpo_objective
-from sgpo.engine.batching import MicroBatch, TokenBatch, collate, collate_training, grouped
-from sgpo.engine.zero import ZeroEngine
+from sgpo.algorithm.loss import LabelLogprobs
+from sgpo.engine.batching import Contexts, MicroBatch, collate, collate_training, grouped
+from sgpo.engine.zero import MicroBatchLoss, ZeroEngine
 from sgpo.types import TrainSequence
 from sgpo.utils import distributed
-
-# (head, bias, hidden rows, teacher's hidden rows or None, micro-batch on the device) -> (loss, stats)
-Objective = Callable[..., tuple[torch.Tensor, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +41,7 @@ class StepResult:
 def optimizer_step(
     engine: ZeroEngine,
     sequences: Sequence[TrainSequence],
-    objective: Objective,
+    loss: MicroBatchLoss,
     *,
     token_budget: int,
     pad_id: int,
@@ -60,9 +56,9 @@ def optimizer_step(
         live, token_budget=token_budget, pad_id=pad_id, packed=packed, shared_by=shared_by
     ):
         micro = micro.to(engine.device)
-        loss, stats = engine.loss(bound_objective(objective, micro), micro.student, micro.teacher)
-        engine.backward(loss)
-        losses.append(loss.detach())
+        value, stats = engine.loss(loss, micro)
+        engine.backward(value)
+        losses.append(value.detach())
         passes.append(MicroBatchResult(chosen, stats, micro.tokens, micro.tokens - _real_tokens(chosen, micro)))
     if not passes:
         return StepResult([], 0.0, None)
@@ -79,10 +75,10 @@ def micro_batches(
     lengths = [s.length for s in sequences]
     own = _own_groups(lengths, token_budget, packed=packed, shared_by=shared_by)
     groups = [[sequences[i] for i in group] for group in own]
-    plans = distributed.gather([any(_is_distilled(s) for s in group) for group in groups])
-    for k in range(max(len(plan) for plan in plans)):
+    teacher_passes = distributed.gather([any(_is_distilled(s) for s in group) for group in groups])
+    for k in range(max(len(passes) for passes in teacher_passes)):
         chosen = groups[k] if k < len(groups) else []
-        with_teacher = any(k < len(plan) and plan[k] for plan in plans)
+        with_teacher = any(k < len(passes) and passes[k] for passes in teacher_passes)
         yield chosen, collate_training(chosen, pad_id, with_teacher=with_teacher, packed=packed)
 
 
@@ -109,51 +105,19 @@ def score_contexts(
     packed = engine.model.packed
     lengths = [len(prompt) + len(completion) for prompt, completion in contexts]
     groups = _own_groups(lengths, token_budget, packed=packed, shared_by=engine.model.shared_by)
-    scores: dict[int, list[float]] = {}
+    score, scores = LabelLogprobs(temperature), dict[int, list[float]]()
     for k in range(max(distributed.gather(len(groups)))):
         group = groups[k] if k < len(groups) else []
         prompts, completions = [contexts[i][0] for i in group], [contexts[i][1] for i in group]
         batch = collate(prompts, completions, pad_id, packed=packed).to(engine.device)
-        logprobs = engine.evaluate(_logprobs(batch, temperature), batch)
+        logprobs = engine.evaluate(score, Contexts(batch))
         counts = [len(contexts[i][1]) for i in group]
         scores.update(zip(group, (part.tolist() for part in logprobs.split(counts)), strict=True))
     return [scores[i] for i in range(len(contexts))]
 
 
-def _logprobs(batch: TokenBatch, temperature: float) -> Callable[..., torch.Tensor]:
-    def logprobs(head: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor, _: None) -> torch.Tensor:
-        return linear_logprob(hidden, head, batch.targets, temperature=temperature, bias=bias)[0]
-
-    return logprobs
-
-
-def objective_with(**settings: Any) -> Objective:
-    """`sgpo_objective` on the rows of a micro-batch; `settings` are its switches, all that is not a row's."""
-
-    def objective(head: Any, bias: Any, hidden: Any, teacher_hidden: Any, micro: MicroBatch) -> Any:
-        return sgpo_objective(
-            head,
-            bias,
-            hidden,
-            teacher_hidden,
-            targets=micro.student.targets,
-            advantages=micro.advantages,
-            policy_weight=micro.policy_weight,
-            old_logprobs=micro.old_logprobs,
-            target_weight=micro.target_weight,
-            **settings,
-        )
-
-    return objective
-
-
-def bound_objective(objective: Objective, micro: MicroBatch) -> Callable[..., tuple[torch.Tensor, Any]]:
-    """`objective` of `micro` as ZeroEngine.loss takes it."""
-    return lambda head, bias, hidden, teacher_hidden: objective(head, bias, hidden, teacher_hidden, micro)
-
-
 def _is_distilled(sequence: TrainSequence) -> bool:
-    return sequence.target_weight != 0.0 and sequence.teacher_prompt_ids is not None
+    return sequence.distill_weight != 0.0 and sequence.teacher_prompt_ids is not None
 
 
 def _real_tokens(sequences: Sequence[TrainSequence], micro: MicroBatch) -> int:

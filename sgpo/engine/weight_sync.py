@@ -1,4 +1,4 @@
-"""Rollouts of the current policy: every weight sync is proved, a dead engine is replaced, stale weights are refused."""
+"""The sampler bound to the trainer's weights: every sync is proved, a dead sampler replaced, stale weights refused."""
 
 from __future__ import annotations
 
@@ -17,27 +17,31 @@ from sgpo.utils.checksums import checksum
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """Bytes that went over, and the gap between engine and trainer on the probe: |log-prob difference| in nats."""
+    """Bytes that went over, and the gap between sampler and trainer on the probe: |log-prob difference| in nats."""
 
     sync_bytes: int
     sync_gap_mean: float
     sync_gap_max: float
 
 
-class SyncedRollouts:
-    """A rollout engine bound to the trainer's weights. Every method is collective: all ranks call it, in one order.
+class PolicySampler:
+    """A sampler of the current policy: it has the trainer engine's weights, proved at every sync.
+
+    Every method is collective: all ranks call it, in one order.
 
     Args:
-        probe_ids: the fixed text on which engine and trainer must agree after every sync.
+        trainer_engine: whose weights they are.
+        sampler: what samples, in this process or in one of its own.
+        probe_ids: the fixed text on which both must agree after every sync.
         tolerance: largest mean |log-prob gap| on it, in nats.
-        adapters: the rollout engine has adapters of its own, and a sync sends these alone. The first sync sends the
-            frozen weights as well, and so does one after which an engine was lost: they are proved as all others are.
+        adapters: the sampler has adapters of its own, and a sync sends these alone. The first sync sends the
+            frozen weights as well, and so does one after which a sampler was lost: they are proved as all others are.
     """
 
     def __init__(
         self,
-        engine: ZeroEngine,
-        rollouts: RolloutEngine,
+        trainer_engine: ZeroEngine,
+        sampler: RolloutEngine,
         *,
         probe_ids: Sequence[int],
         tolerance: float,
@@ -45,8 +49,8 @@ class SyncedRollouts:
         pad_id: int,
         adapters: bool = False,
     ) -> None:
-        self._engine = engine
-        self._rollouts = rollouts
+        self._trainer_engine = trainer_engine
+        self._sampler = sampler
         self._probe_ids = tuple(probe_ids)
         self._tolerance = tolerance
         self._adapters = adapters
@@ -55,22 +59,22 @@ class SyncedRollouts:
         self.policy_version: int | None = None
 
     def sync(self, version: int) -> SyncReport:
-        """Hands the trainer's weights to the engine and proves that it has them, before anything is sampled.
+        """Hands the trainer's weights to the sampler and proves that it has them, before anything is sampled.
 
         Raises SgpoError on every rank if on any a tensor was lost or changed on its way, or the log-probs disagree.
         """
         self.policy_version = None
-        wanted = score_contexts(self._engine, [(self._probe_ids[:1], self._probe_ids[1:])], **self._batching)[0]
-        self._engine.offload_states()  # the rollout engine is about to wake
+        wanted = score_contexts(self._trainer_engine, [(self._probe_ids[:1], self._probe_ids[1:])], **self._batching)[0]
+        self._trainer_engine.offload_states()  # the sampler is about to wake
         sent: dict[str, int] = {}
         size = [0]
         parts = self._parts()
         named = self._recorded(parts, sent, size)
         gaps, problem = [0.0], None
         try:
-            receipt = self._rollouts.load_weights(named, version, self._probe_ids)
+            receipt = self._sampler.load_weights(named, version, self._probe_ids)
             gaps = [abs(a - b) for a, b in zip(receipt.probe_logprobs, wanted, strict=True)] or [0.0]
-            problem = _mismatch(sent, receipt, self._engine.weight_names(parts), gaps, self._tolerance)
+            problem = _mismatch(sent, receipt, self._trainer_engine.weight_names(parts), gaps, self._tolerance)
         except SgpoError as error:
             problem = str(error)
             for _ in named:  # other ranks wait for this one in the gathers of ZeRO-3
@@ -87,10 +91,10 @@ class SyncedRollouts:
         on_progress: Callable[[int, int], None] | None = None,
         on_rollout: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
-        """As RolloutEngine.generate; an engine that dies is started anew, synced and asked once more."""
+        """As RolloutEngine.generate; a sampler that dies is started anew, synced and asked once more."""
 
         def sample() -> list[Rollout]:
-            return self._rollouts.generate(requests, sampling, on_progress, on_rollout)
+            return self._sampler.generate(requests, sampling, on_progress, on_rollout)
 
         return self._with_retry(sample, sample, self.policy_version)
 
@@ -100,26 +104,26 @@ class SyncedRollouts:
         sampling: SamplingParams,
         on_rollout: Callable[[Rollout], None] | None = None,
     ) -> None:
-        """Starts to sample in the background; `collect` waits for it. The engine can do nothing else meanwhile."""
-        self._ahead = _Ahead(lambda: self._rollouts.generate(requests, sampling, None, on_rollout))
+        """Starts to sample in the background; `collect` waits for it. The sampler can do nothing else meanwhile."""
+        self._ahead = _Ahead(lambda: self._sampler.generate(requests, sampling, None, on_rollout))
 
     def collect(self, version: int) -> list[Rollout]:
-        """What `begin` asked for. `version` is that of the trainer's weights now, which a new engine would get."""
+        """What `begin` asked for. `version` is that of the trainer's weights now, which a new sampler would get."""
         if self._ahead is None:
             raise RuntimeError("collect without begin")
         ahead, self._ahead = self._ahead, None
         return self._with_retry(ahead.wait, ahead.sample, version)
 
     def sleep(self) -> None:
-        self._rollouts.sleep()
-        self._engine.reload_states()
+        self._sampler.sleep()
+        self._trainer_engine.reload_states()
 
     def asleep_bytes(self) -> int:
-        """GPU memory that a sleeping engine in this process has given back, which torch still counts as allocated."""
-        return getattr(self._rollouts, "asleep_bytes", 0)
+        """GPU memory that a sleeping sampler in this process has given back, which torch still counts as allocated."""
+        return getattr(self._sampler, "asleep_bytes", 0)
 
     def close(self) -> None:
-        self._rollouts.close()
+        self._sampler.close()
 
     def _with_retry(
         self, first: Callable[[], list[Rollout]], again: Callable[[], list[Rollout]], version: int | None
@@ -146,14 +150,14 @@ class SyncedRollouts:
     def _parts(self) -> Parts:
         """What is to be sent; the same on every rank, for ZeRO-3 gathers it."""
         held = distributed.gather(
-            self._rollouts.holds_base()
-        )  # asked in any case: it finds a dead engine, which is started anew
+            self._sampler.holds_base()
+        )  # asked in any case: it finds a dead sampler, which is started anew
         if not self._adapters:
             return "merged"
         return "adapters" if all(held) else "apart"
 
     def _recorded(self, parts: Parts, sent: dict[str, int], size: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._engine.named_weights(parts):
+        for name, tensor in self._trainer_engine.named_weights(parts):
             sent[name] = checksum(tensor)
             size[0] += tensor.nbytes
             yield name, tensor

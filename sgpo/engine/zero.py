@@ -31,6 +31,9 @@ from sgpo.utils.lora_names import is_adapter, plain_name
 
 _BUCKET_BYTES = 256 * 2**20
 
+# (head, bias, hidden rows, teacher's hidden rows or None, micro-batch on the device) -> (loss, stats)
+MicroBatchLoss = Callable[..., tuple[torch.Tensor, Any]]
+
 # What is asked for of a model with adapters: a plain model; frozen weights, then adapters; adapters alone.
 Parts = Literal["merged", "apart", "adapters"]
 
@@ -141,6 +144,8 @@ class ZeroEngine:
         self._engine: Any
         self._optimizer: Any
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        # (loss, stats) = engine.loss(loss_object, micro_batch): PolicyModel.forward under DeepSpeed, no frame between.
+        self.loss: Callable[[MicroBatchLoss, Any], tuple[torch.Tensor, Any]] = self._engine
         masters = [p for group in optimizer.param_groups for p in group["params"]]
         if zero_stage == 3:  # it lends the optimizer its masters for the moment of a step only
             masters = self._optimizer.fp32_partitioned_groups_flat
@@ -152,10 +157,6 @@ class ZeroEngine:
         # counted, it would shift Adam's bias correction of every later step.
         forget(optimizer)
         self.adam = optimizer  # on this rank's share of the fp32 masters
-
-    def loss(self, function: Callable[..., tuple[torch.Tensor, Any]], batch: Any, teacher: Any = None) -> Any:
-        """(loss, stats) of one micro-batch: `function` gets the head and the hidden rows, see PolicyModel.forward."""
-        return self._engine(function, batch, teacher)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of `loss`, whose row weights already divide by the whole step's counts."""
@@ -171,15 +172,15 @@ class ZeroEngine:
             raise SgpoError(f"the gradient norm is {norm}; the last checkpoint is intact: lower the learning rate")
         return float(norm)
 
-    def dry_step(self, micro_batches: Iterable[tuple[Any, ...]]) -> tuple[float, torch.Tensor]:
+    def dry_step(self, loss: MicroBatchLoss, micro_batches: Iterable[Any]) -> tuple[float, torch.Tensor]:
         """(gradient norm, sketch of this rank's share of the gradient) of a step that leaves everything as it was.
 
-        A micro-batch is what `loss` takes. The way of a real step, reduction and offload included: Adam's first moment
+        The way of a real step, reduction and offload included: Adam's first moment
         after a step with learning rate 0 is the gradient. Only for an engine that has made no step yet. Collective.
         """
         counters = {name: getattr(self._engine, name) for name in ("global_steps", "global_samples", "micro_steps")}
         for micro_batch in micro_batches:
-            self.backward(self.loss(*micro_batch)[0])
+            self.backward(self.loss(loss, micro_batch)[0])
         norm, found = self.step(lr=0.0), sketch_of_first_moments(self.adam)
         forget(self.adam)
         for name, value in counters.items():
@@ -187,9 +188,9 @@ class ZeroEngine:
         return norm, found
 
     @torch.no_grad()
-    def evaluate(self, function: Callable[..., Any], batch: Any) -> Any:
-        """function(head, bias, hidden rows, None) without gradient."""
-        return self.model(function, batch)
+    def evaluate(self, score: Callable[..., Any], batch: Any) -> Any:
+        """score(head, bias, hidden rows, None, batch) without gradient."""
+        return self.model(score, batch)
 
     def named_weights(self, parts: Parts = "merged") -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full weight) of every parameter and saved buffer; under ZeRO-3 one bucket at a time.
@@ -263,7 +264,7 @@ class ZeroEngine:
 
     def close(self) -> None:
         self._engine.destroy()
-        del self._engine, self._optimizer, self.model
+        del self._engine, self._optimizer, self.model, self.loss
         gc.collect()
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -21,7 +21,7 @@ from sgpo.evaluation.contamination import Match, find_contamination
 from sgpo.evaluation.sample_log import SampleLog, Samples, missing
 from sgpo.evaluation.scores import Score, score
 from sgpo.rewards.pool import RewardItem, RewardPool
-from sgpo.types import Problem, PromptPair, Rollout, RolloutRequest, Sampler, SamplingParams, SgpoError, Verdict
+from sgpo.types import Problem, PromptPair, RewardResult, Rollout, RolloutRequest, Sampler, SamplingParams, SgpoError
 from sgpo.utils.files import write_whole
 from sgpo.utils.provenance import commit, versions
 from sgpo.utils.seeds import seed_of
@@ -128,7 +128,7 @@ class BenchmarkRun:
                     part.task.name, self._report,
                 )  # fmt: skip
         finally:
-            for log in self._logs:  # verdicts that only come because the pool is closed are not written
+            for log in self._logs:  # results that only come because the pool is closed are not written
                 log.finish()
 
     def finish(self) -> list[BenchmarkResult]:
@@ -241,16 +241,16 @@ def sample_into(
     name: str,
     report: Callable[[str], None],
 ) -> None:
-    """One line in `log` per request, as soon as its verdict is there."""
-    written: list[Future[Verdict]] = []
+    """One line in `log` per request, as soon as its result is there."""
+    written: list[Future[RewardResult]] = []
 
     def on_rollout(rollout: Rollout) -> None:
         problem = problems[rollout.request.problem_index]
         text = tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
-        in_file: Future[Verdict] = Future()
+        in_file: Future[RewardResult] = Future()
         written.append(in_file)
 
-        def write(future: Future[Verdict]) -> None:
+        def write(future: Future[RewardResult]) -> None:
             log.append(_row(problem, rollout, text, future.result()))
             in_file.set_result(future.result())
 
@@ -262,12 +262,12 @@ def sample_into(
     log.check()
     if written and all(future.result().status == "error" for future in written):
         raise SgpoError(
-            f"{name}: no verdict on any of the {len(written)} new samples (last cause: {rewards.last_cause}); mend "
+            f"{name}: no result on any of the {len(written)} new samples (last cause: {rewards.last_cause}); mend "
             f"the reward and remove {log.samples.path}"
         )
 
 
-def _row(problem: Problem, rollout: Rollout, text: str, verdict: Verdict) -> dict[str, Any]:
+def _row(problem: Problem, rollout: Rollout, text: str, result: RewardResult) -> dict[str, Any]:
     prompt = hashlib.sha256(json.dumps(rollout.request.prompt_ids).encode()).hexdigest()
     return {
         "id": problem.id,
@@ -277,8 +277,8 @@ def _row(problem: Problem, rollout: Rollout, text: str, verdict: Verdict) -> dic
         "tokens": len(rollout.completion_ids),
         "truncated": rollout.truncated,
         "finish": "length" if rollout.truncated else "stop",
-        "reward": verdict.reward,
-        "status": verdict.status,
+        "reward": result.reward,
+        "status": result.status,
         "answer": problem.answer,
         "text": text,
     }

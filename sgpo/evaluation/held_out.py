@@ -67,19 +67,19 @@ def evaluate(
     sampled = rollouts.generate(
         requests, sampling, on_progress, lambda rollout: rewards.begin(reward_item(tokenizer, task, rollout))
     )
-    verdicts = score_rollouts(rewards, tokenizer, task, sampled)
+    results = score_rollouts(rewards, tokenizer, task, sampled)
     rows = [
         {
             "problem_id": task.problems[rollout.request.problem_index].id,
             "sample": rollout.request.sample_index,
             "kind": kind,
-            "reward": verdict.reward,
-            "status": verdict.status,
+            "reward": result.reward,
+            "status": result.status,
             "tokens": len(rollout.completion_ids),
             "truncated": rollout.truncated,
             "text": tokenizer.decode(rollout.completion_ids, skip_special_tokens=True),
         }
-        for rollout, verdict in zip(sampled, verdicts, strict=True)
+        for rollout, result in zip(sampled, results, strict=True)
     ]
     return _summary([row for part in distributed.gather(rows) for row in part], samples, seed)
 

@@ -29,7 +29,7 @@ class Score:
     """`accuracy` is avg@samples: the mean over problems of the share of correct samples.
 
     interval: 95 %, bootstrap over problems. nested_interval: over problems and, within each, samples.
-    pass_at: for k = 1, 2, 4, ... and k = samples. length: mean tokens. statuses: samples by status of their verdict.
+    pass_at: for k = 1, 2, 4, ... and k = samples. length: mean tokens. statuses: samples by status of their result.
     """
 
     problems: int

@@ -18,8 +18,8 @@ from sgpo.types import SgpoError
 _ADAPTER = "policy"
 
 
-def add_adapters(lm: Any, *, rank: int, alpha: float, targets: Sequence[str], dora: bool, seed: int) -> None:
-    """Freezes `lm` and puts trainable adapters of `rank` beside its linear layers `targets` ("all-linear": all but the
+def add_adapters(lm: Any, *, rank: int, alpha: float, modules: Sequence[str], dora: bool, seed: int) -> None:
+    """Freezes `lm` and puts trainable adapters of `rank` beside its linear layers `modules` ("all-linear": all but the
     head). A in them is random by `seed`, B zero: the model is at first what it was.
 
     Raises SgpoError where peft is not installed, no layer has such a name, or it is that of the head or an embedding.
@@ -30,7 +30,7 @@ def add_adapters(lm: Any, *, rank: int, alpha: float, targets: Sequence[str], do
         raise SgpoError(
             f"model.lora needs peft ({error}); pip install 'sgpo[lora]', or leave model.lora.rank at 0"
         ) from error
-    chosen: str | list[str] = "all-linear" if "all-linear" in targets else list(targets)
+    chosen: str | list[str] = "all-linear" if "all-linear" in modules else list(modules)
     settings = peft.LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=chosen, use_dora=dora, lora_dropout=0.0, task_type="CAUSAL_LM"
     )
@@ -39,10 +39,10 @@ def add_adapters(lm: Any, *, rank: int, alpha: float, targets: Sequence[str], do
         try:
             peft.inject_adapter_in_model(settings, lm, adapter_name=_ADAPTER)
         except ValueError as error:
-            raise SgpoError(f"model.lora.targets = {list(targets)}: {str(error).splitlines()[0]}") from error
+            raise SgpoError(f"model.lora.modules = {list(modules)}: {str(error).splitlines()[0]}") from error
     for module in (lm.get_output_embeddings(), lm.get_input_embeddings()):
         if _is_adapted(module):  # the fused loss reads the head's own weight: adapters there would learn nothing
-            raise SgpoError(f"model.lora.targets = {list(targets)}: head and embedding take no adapters")
+            raise SgpoError(f"model.lora.modules = {list(modules)}: head and embedding take no adapters")
 
 
 def _is_adapted(module: Any) -> bool:

@@ -24,8 +24,9 @@ class LossHead(nn.Module):
         self.weight = output.weight
         self.bias = getattr(output, "bias", None)
 
-    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
-        return function(self.weight, self.bias, *args)
+    def forward(self, loss: Callable[..., Any], *rows: Any) -> Any:
+        """loss(head weight, head bias or None, *rows): where SgpoLoss is called."""
+        return loss(self.weight, self.bias, *rows)
 
 
 class PolicyModel(nn.Module):
@@ -97,16 +98,16 @@ class PolicyModel(nn.Module):
         pick, self._pick = self._pick, None
         return (pick(arguments[0]), *arguments[1:])
 
-    def forward(self, function: Callable[..., Any], batch: Any, teacher: Any = None) -> Any:
-        """function(head weight [V, H], head bias or None, hidden of the batch's rows, of the teacher's rows or None).
+    def forward(self, loss: Callable[..., Any], micro_batch: Any) -> Any:
+        """loss(head weight [V, H], head bias or None, hidden rows, teacher's hidden rows or None, micro_batch).
 
-        The teacher's rows carry no gradient.
+        The rows are those of micro_batch.student and .teacher (sgpo.engine.batching); the teacher's carry no gradient.
         """
-        teacher_hidden = None
+        batch, teacher, teacher_hidden = micro_batch.student, micro_batch.teacher, None
         if teacher is not None:
             with torch.no_grad():
                 teacher_hidden = self.hidden(teacher.input_ids, teacher.rows, teacher.lengths)
-        return self.head(function, self.hidden(batch.input_ids, batch.rows, batch.lengths), teacher_hidden)
+        return self.head(loss, self.hidden(batch.input_ids, batch.rows, batch.lengths), teacher_hidden, micro_batch)
 
 
 def _selected(rows: torch.Tensor, states: torch.Tensor) -> torch.Tensor:

@@ -46,8 +46,8 @@ class Architecture:
     def parameters(self) -> int:
         return self.layers * self.layer_parameters + self.hidden + self.head_parameters * (1 if self.tied else 2)
 
-    def linears(self, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of the linear layers of one block that `targets` name; "all-linear": all of them."""
+    def linears(self, modules: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of the linear layers of one block that `modules` name; "all-linear": all of them."""
         hidden, wide = self.hidden, self.intermediate
         shapes = {
             "q_proj": (hidden, self.query),
@@ -58,8 +58,8 @@ class Architecture:
             "up_proj": (hidden, wide),
             "down_proj": (wide, hidden),
         }
-        named = {target.rsplit(".", 1)[-1] for target in targets}
-        return {name: shape for name, shape in shapes.items() if "all-linear" in targets or name in named}
+        named = {module.rsplit(".", 1)[-1] for module in modules}
+        return {name: shape for name, shape in shapes.items() if "all-linear" in modules or name in named}
 
     def tensors(self) -> list[tuple[int, int]]:
         """(how many, elements) of the large weights; norms and biases are left out."""

@@ -124,7 +124,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 
 
 def table(plan: Plan) -> str:
-    """The plan as text: a row per phase with its terms, largest first, then capacity, time and the verdict."""
+    """The plan as text: a row per phase with its terms, largest first, then capacity, time, and whether it fits."""
     on_gpu = plan.place.gpu_bytes is not None
     where = f"{(plan.place.gpu_bytes or 0) / GIB:.1f} GiB per GPU, " if on_gpu else ""
     lines = [

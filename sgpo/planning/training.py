@@ -67,10 +67,10 @@ class TrainingMemory:
         self.stage, self.state = config.engine.zero_stage, config.engine.optimizer_state
         self.W = place.processes
         self.lora = config.model.lora if config.model.lora.rank else None
-        self.adapted = sizes.linears(self.lora.targets) if self.lora else {}
+        self.adapted = sizes.linears(self.lora.modules) if self.lora else {}
         if self.lora and not self.adapted:
             raise SgpoError(
-                f"no plan: it does not know model.lora.targets {list(self.lora.targets)}; set plan.on_misfit: off"
+                f"no plan: it does not know model.lora.modules {list(self.lora.modules)}; set plan.on_misfit: off"
             )
         adapters = sizes.adapter_parameters(self.adapted, self.lora.rank, dora=self.lora.dora) if self.lora else 0
         self.P = sizes.parameters
@@ -81,7 +81,7 @@ class TrainingMemory:
         shared = config.engine.sequence_parallel_size
         self.T = max(config.engine.micro_batch_tokens, self.sequence / shared)
         self.N = int(shared * self.T * config.rollout.max_new_tokens / self.sequence)
-        self.distils = config.algorithm.method == "sgpo" and config.algorithm.distillation != "none"
+        self.distils = config.algorithm.method == "sgpo" and config.algorithm.distillation is not None
         self.teaches = self.distils and config.algorithm.distillation != "sft"
         self.checkpointed = config.model.gradient_checkpointing
 

@@ -100,7 +100,7 @@ CURVES = (
 TIMES = (
     Curve("rollout_s", "rollout", BLUE),
     Curve("score_s", "score", YELLOW),
-    Curve("target_s", "target", PURPLE),
+    Curve("target_s", "select", PURPLE),
     Curve("train_s", "train", GREEN),
     Curve("sync_s", "sync", ORANGE),
 )

@@ -85,8 +85,8 @@ def _sample_rollouts(path: Path) -> tuple[int, list[dict[str, Any]]] | None:
 
 
 def _rollout_html(row: dict[str, Any]) -> str:
-    verdict = "right" if row["reward"] > 0 else "wrong"
-    tags = [(row["kind"], ""), (f"reward {cell_text(row['reward'])}", verdict)]
+    outcome = "right" if row["reward"] > 0 else "wrong"
+    tags = [(row["kind"], ""), (f"reward {cell_text(row['reward'])}", outcome)]
     tags += [(row["status"], "")] if row["status"] != "ok" else []
     tags += [("truncated", "")] if row["truncated"] else []
     tags += [("chosen target", "target")] if row["is_target"] else []

@@ -1,4 +1,4 @@
-"""Verdicts on rollouts: token ids become the text that a reward function sees, beside the problem's answer."""
+"""Results on rollouts: token ids become the text that a reward function sees, beside the problem's answer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from sgpo.rewards.pool import RewardItem, RewardPool
-from sgpo.types import Rollout, TaskData, Verdict
+from sgpo.types import RewardResult, Rollout, TaskData
 
 
-def score_rollouts(rewards: RewardPool, tokenizer: Any, task: TaskData, rollouts: Sequence[Rollout]) -> list[Verdict]:
-    """The verdict on each completion's text, in order."""
+def score_rollouts(
+    rewards: RewardPool, tokenizer: Any, task: TaskData, rollouts: Sequence[Rollout]
+) -> list[RewardResult]:
+    """The result on each completion's text, in order."""
     return rewards.score([reward_item(tokenizer, task, rollout) for rollout in rollouts])
 
 

@@ -57,7 +57,7 @@ class VllmOptions:
     what gpu_memory_utilization of the card leaves, on a CPU 512 MiB. sleep_level: 0 never sleeps, 1 keeps the weights
     in host memory, 2 drops them. from_scratch: start with meaningless weights, so that the first sync proves that
     each of them is replaced. lora_rank: above 0, the engine samples with adapters of this rank (LoRA; vLLM has no DoRA)
-    scaled by lora_alpha / lora_rank, beside the layers named in lora_targets (None: all that vLLM knows of).
+    scaled by lora_alpha / lora_rank, beside the layers named in lora_modules (None: all that vLLM knows of).
     """
 
     max_model_len: int
@@ -72,7 +72,7 @@ class VllmOptions:
     stall_s: float = 600.0
     lora_rank: int = 0
     lora_alpha: float = 1.0
-    lora_targets: tuple[str, ...] | None = None
+    lora_modules: tuple[str, ...] | None = None
 
 
 class VllmEngine:
@@ -406,7 +406,7 @@ def _build(folder: Path, dtype: str, options: VllmOptions, *, cuda: bool) -> LLM
         if options.max_num_batched_tokens is not None:
             sizes["max_num_batched_tokens"] = max(options.max_num_batched_tokens, options.max_model_len)
     if options.lora_rank:
-        sizes |= adapter_options(options.lora_rank, options.lora_targets)
+        sizes |= adapter_options(options.lora_rank, options.lora_modules)
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks > 1:
         sizes["distributed_executor_backend"] = "external_launcher"

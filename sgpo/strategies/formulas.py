@@ -22,8 +22,8 @@ def formula_comparer(config: LeakConfig) -> Iterator[Any]:
             reward = "sgpo.rewards.equality:formulas_equal"
             limits = {"timeout_s": config.timeout_s, "memory_mib": config.memory_mib}
             pools.append(RewardPool(reward, workers=config.workers, **limits))  # pyright: ignore
-        verdicts = [pools[0].submit(RewardItem(ours, gold)) for gold, ours in pairs]
-        return [verdict.reward > 0 if verdict.status == "ok" else None for verdict in (v.result() for v in verdicts)]
+        results = [pools[0].submit(RewardItem(ours, gold)) for gold, ours in pairs]
+        return [result.reward > 0 if result.status == "ok" else None for result in (v.result() for v in results)]
 
     try:
         yield equal

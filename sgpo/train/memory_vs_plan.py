@@ -22,7 +22,7 @@ _UNSEEN = ("CUDA context", "reward workers", "processes")
 _ENGINE = ("engine's weights", "KV cache", "engine's activations", "engine asleep")
 
 
-class Gauge:
+class MemoryTracker:
     """Peaks of this process in MiB: of what torch has allocated on the GPU, on a CPU of resident memory (Linux).
 
     The plan counts sequences of full length, which the worst-case step has; an ordinary one needs less.

@@ -65,7 +65,7 @@ class ModelFlops:
         """Forward, a backward of twice as much, and the teacher's forward. Recomputed activations do not count."""
         completion = len(sequence.completion_ids)
         total = 3 * self.forward(len(sequence.prompt_ids) + completion, completion)
-        if sequence.target_weight and sequence.teacher_prompt_ids is not None:
+        if sequence.distill_weight and sequence.teacher_prompt_ids is not None:
             total += self.forward(len(sequence.teacher_prompt_ids) + completion, completion)
         return total
 

@@ -1,4 +1,4 @@
-"""The step's problems, their rollouts in both contexts, and the verdicts on them."""
+"""The step's problems, their rollouts in both contexts, and the results on them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sgpo.data.epochs import problems_of_step
 from sgpo.rewards.scoring import reward_item, score_rollouts
 from sgpo.train.session import Progress, Session, is_last
 from sgpo.train.step_metrics import Clock
-from sgpo.types import Kind, Rollout, RolloutRequest, SamplingParams, ScoredGroup, SgpoError, TaskData, Verdict
+from sgpo.types import Kind, RewardResult, Rollout, RolloutRequest, SamplingParams, ScoredGroup, SgpoError, TaskData
 from sgpo.utils import distributed
 from sgpo.utils.seeds import seed_of
 
@@ -35,14 +35,14 @@ def sample_and_score(
 
 
 def _round(s: Session, step: int, progress: Progress, clock: Clock) -> list[ScoredGroup]:
-    """Both groups of this rank's problems of the next batch, with their verdicts."""
+    """Both groups of this rank's problems of the next batch, with their results."""
     indices, requests, sampling = _requests(s, progress.rounds)
     if s.ahead:
         sampled = s.ahead.copy()
         s.ahead.clear()
     else:
         s.display.stage("rollout", len(requests))
-        sampled = s.rollouts.generate(requests, sampling, s.display.advance, _early_verdicts(s))
+        sampled = s.sampler.generate(requests, sampling, s.display.advance, _score_early(s))
     check_version(sampled, step, behind=int(s.config.rollout.overlap))
     clock.stage("rollout")
     s.display.stage("score", len(sampled))
@@ -58,13 +58,13 @@ def _round(s: Session, step: int, progress: Progress, clock: Clock) -> list[Scor
 def begin_next(s: Session, step: int) -> None:
     """Starts on the rollouts of the next step, by the weights that this step is about to change."""
     _, requests, sampling = _requests(s, step)
-    s.rollouts.begin(requests, sampling, _early_verdicts(s))
+    s.sampler.begin(requests, sampling, _score_early(s))
 
 
 def collect_next(s: Session, version: int) -> None:
     """Waits for the rollouts that `begin_next` started."""
     s.display.stage("rollout")
-    s.ahead.extend(s.rollouts.collect(version))
+    s.ahead.extend(s.sampler.collect(version))
 
 
 def _requests(s: Session, number: int) -> tuple[list[int], list[RolloutRequest], SamplingParams]:
@@ -75,7 +75,7 @@ def _requests(s: Session, number: int) -> tuple[list[int], list[RolloutRequest],
     return indices, requests, SamplingParams(rollout.temperature, rollout.top_p, rollout.max_new_tokens)
 
 
-def _early_verdicts(s: Session) -> Callable[[Rollout], None]:
+def _score_early(s: Session) -> Callable[[Rollout], None]:
     """Has each completion judged while others are still being sampled."""
     return lambda rollout: s.rewards.begin(reward_item(s.tokenizer, s.task, rollout))
 
@@ -117,12 +117,12 @@ def scored_groups(
     task: TaskData,
     indices: Sequence[int],
     rollouts: Sequence[Rollout],
-    score: Callable[[Sequence[Rollout]], Sequence[Verdict]],
+    score: Callable[[Sequence[Rollout]], Sequence[RewardResult]],
 ) -> list[ScoredGroup]:
-    """Sorts rollouts and their verdicts into one group per problem."""
-    cells: dict[tuple[int, Kind], list[tuple[Rollout, Verdict]]] = {}
-    for rollout, verdict in zip(rollouts, score(rollouts), strict=True):
-        cells.setdefault((rollout.request.problem_index, rollout.request.kind), []).append((rollout, verdict))
+    """Sorts rollouts and their results into one group per problem."""
+    cells: dict[tuple[int, Kind], list[tuple[Rollout, RewardResult]]] = {}
+    for rollout, result in zip(rollouts, score(rollouts), strict=True):
+        cells.setdefault((rollout.request.problem_index, rollout.request.kind), []).append((rollout, result))
 
     def group(index: int) -> ScoredGroup:
         auto, guided = cells.get((index, "auto"), []), cells.get((index, "guided"), [])
@@ -131,8 +131,8 @@ def scored_groups(
             prompts=task.prompts[index],
             auto=tuple(rollout for rollout, _ in auto),
             guided=tuple(rollout for rollout, _ in guided),
-            auto_verdicts=tuple(verdict for _, verdict in auto),
-            guided_verdicts=tuple(verdict for _, verdict in guided),
+            auto_results=tuple(result for _, result in auto),
+            guided_results=tuple(result for _, result in guided),
             demo_ids=task.demo_ids[index] if task.demo_ids else (),
         )
 

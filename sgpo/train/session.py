@@ -6,16 +6,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from sgpo.algorithm.loss import SgpoLoss
 from sgpo.algorithm.method import Method
 from sgpo.config import Config
 from sgpo.engine.checkpoint import Checkpoints
-from sgpo.engine.step import Objective
-from sgpo.engine.weight_sync import SyncedRollouts
+from sgpo.engine.weight_sync import PolicySampler
 from sgpo.engine.zero import ZeroEngine
 from sgpo.reporting.live_display import LiveDisplay
 from sgpo.reporting.run_logs import MetricsLogger, RolloutTable
 from sgpo.rewards.pool import RewardPool
-from sgpo.train.memory_vs_plan import Gauge
+from sgpo.train.memory_vs_plan import MemoryTracker
 from sgpo.train.profiler import Profiler
 from sgpo.types import Rollout, TaskData
 
@@ -46,19 +46,24 @@ class Session:
     task: TaskData
     held_out: TaskData | None
     engine: ZeroEngine
-    rollouts: SyncedRollouts
+    sampler: PolicySampler
     rewards: RewardPool
     method: Method
-    objective: Objective
+    loss: SgpoLoss
     checkpoints: Checkpoints
     logger: MetricsLogger
     table: RolloutTable
     display: LiveDisplay
     total_steps: int
     started: float
-    gauge: Gauge
+    memory: MemoryTracker
     profiler: Profiler | None = None
     ahead: list[Rollout] = field(default_factory=list)  # rollout.overlap: those of the next step, once they are there
+
+    @property
+    def batching(self) -> dict[str, int]:
+        """What forms micro-batches, beside their sequences."""
+        return {"token_budget": self.config.engine.micro_batch_tokens, "pad_id": self.tokenizer.pad_token_id}
 
 
 def total_steps_of(config: Config, problems: int) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from sgpo.algorithm.loss import ImitationLoss
 from sgpo.algorithm.sft import sft_sequences
-from sgpo.builders.loss import sft_objective
 from sgpo.builders.model_engine import build_engine
 from sgpo.builders.task import load_demonstrations
 from sgpo.config import Config
@@ -37,7 +37,7 @@ def run_warmup(config: Config, model_folder: Path, tokenizer: Any, device: torch
     total_steps = math.ceil(settings.epochs * per_epoch)
 
     engine = build_engine(config, model_folder, settings.optim, device)
-    objective, checkpoints = sft_objective(), Checkpoints(folder / "checkpoints", keep_last=config.checkpoint.keep_last)
+    checkpoints = Checkpoints(folder / "checkpoints", keep_last=config.checkpoint.keep_last)
     first, best = 0, float("inf")
     if (found := checkpoints.latest()) is not None:
         engine.load(found[0])
@@ -55,7 +55,7 @@ def run_warmup(config: Config, model_folder: Path, tokenizer: Any, device: torch
             result = optimizer_step(
                 engine,
                 _sequences_of_step(train, step, per_epoch, config),
-                objective,
+                ImitationLoss(),
                 token_budget=config.engine.micro_batch_tokens,
                 pad_id=tokenizer.pad_token_id,
                 lr=lr,

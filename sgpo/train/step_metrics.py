@@ -10,7 +10,7 @@ from sgpo_kernels import DivergenceStats, PolicyStats
 
 from sgpo.algorithm.importance import gap_statistics
 from sgpo.algorithm.method import Guidance
-from sgpo.engine.step import MicroBatchResult
+from sgpo.engine.step import MicroBatchResult, StepResult
 from sgpo.types import Rollout, ScoredGroup
 from sgpo.utils.distributed import Meter
 
@@ -60,7 +60,7 @@ def record_peak(meter: Meter, mib: float | None) -> None:
 
 
 def record_groups(meter: Meter, groups: Sequence[ScoredGroup]) -> None:
-    """Accuracy, lengths, truncation and verdicts of both kinds of rollout."""
+    """Accuracy, lengths, truncation and results of both kinds of rollout."""
     meter.declare(means=["sampled_nll"])
     for group in groups:
         meter.sum("problems", 1)
@@ -72,21 +72,31 @@ def record_groups(meter: Meter, groups: Sequence[ScoredGroup]) -> None:
             meter.means(f"truncated_{kind}", [float(r.truncated) for r in rollouts])
         for rollout in group.auto:
             meter.mean("sampled_nll", -sum(rollout.rollout_logprobs), len(rollout.rollout_logprobs))
-        verdicts = (*group.auto_verdicts, *group.guided_verdicts)
-        meter.means("no_answer_share", [float(v.status == "no_answer") for v in verdicts])
-        meter.sum("reward_timeouts", sum(v.status == "timeout" for v in verdicts))
-        meter.sum("reward_errors", sum(v.status == "error" for v in verdicts))
+        results = (*group.auto_results, *group.guided_results)
+        meter.means("no_answer_share", [float(v.status == "no_answer") for v in results])
+        meter.sum("reward_timeouts", sum(v.status == "timeout" for v in results))
+        meter.sum("reward_errors", sum(v.status == "error" for v in results))
         meter.sum("rollouts", len(group.auto) + len(group.guided))
         meter.sum("rollout_tokens", sum(len(r.completion_ids) for r in (*group.auto, *group.guided)))
 
 
 def record_guidance(meter: Meter, guidance: Sequence[Guidance]) -> None:
-    """alpha before and after the cap, and how many problems have a target."""
+    """alpha before and after the cap, and how many problems have a teacher completion."""
     meter.means("alpha_mean", [chosen.alpha for chosen in guidance])
     meter.means("alpha_uncapped_mean", [chosen.alpha_uncapped for chosen in guidance])
     meter.means("alpha_live_share", [float(chosen.alpha > 0) for chosen in guidance])
-    meter.means("target_share", [float(bool(chosen.targets)) for chosen in guidance])
-    meter.means("target_score_mean", [c.target_score for c in guidance if c.target_score is not None])
+    meter.means("target_share", [float(bool(chosen.teacher_completions)) for chosen in guidance])
+    meter.means("target_score_mean", [c.selection_score for c in guidance if c.selection_score is not None])
+
+
+def record_update(meter: Meter, results: Sequence[StepResult], lr: float) -> None:
+    """Loss, learning rate and gradient norm of the optimizer steps of one step of the run."""
+    meter.sum("loss", sum(result.loss for result in results) / len(results))
+    meter.max("lr", lr)
+    meter.declare(maxima=["grad_norm"])
+    for result in results:
+        if result.grad_norm is not None:
+            meter.max("grad_norm", result.grad_norm)
 
 
 def record_passes(meter: Meter, passes: Sequence[MicroBatchResult]) -> None:
@@ -97,7 +107,7 @@ def record_passes(meter: Meter, passes: Sequence[MicroBatchResult]) -> None:
         meter.sum("train_tokens", done.tokens)
         meter.mean("padding_share", done.padding, done.tokens)
         meter.sum("loss_policy", float(done.stats.policy_loss))
-        meter.sum("loss_distill", float(done.stats.target_loss))
+        meter.sum("loss_distill", float(done.stats.distill_loss))
         policy, divergence = done.stats.policy, done.stats.divergence
         rows = len(policy.logprobs)
         meter.sum("policy_rows", rows)
@@ -149,13 +159,13 @@ def record_columns(meter: Meter, stats: PolicyStats | DivergenceStats) -> None:
 def distilled_trajectory(passes: Sequence[MicroBatchResult]) -> tuple[tuple[int, ...], list[float], list[bool]] | None:
     """(completion ids, KL of each token, masked or not) of the first distilled completion, or None."""
     for done in passes:
-        targets = [s for s in done.sequences if s.target_weight]
-        if targets and done.stats.divergence is not None:
-            length = len(targets[0].completion_ids)
+        taught = [s for s in done.sequences if s.distill_weight]
+        if taught and done.stats.divergence is not None:
+            length = len(taught[0].completion_ids)
             kl = done.stats.divergence.divergence[:length].tolist()
-            return targets[0].completion_ids, kl, done.stats.divergence.over_limit[:length].tolist()
+            return taught[0].completion_ids, kl, done.stats.divergence.over_limit[:length].tolist()
     return None
 
 
-def is_target(rollout: Rollout, guidance: Guidance) -> bool:
-    return any(rollout is target for target in guidance.targets)
+def is_teacher_completion(rollout: Rollout, guidance: Guidance) -> bool:
+    return any(rollout is chosen for chosen in guidance.teacher_completions)

@@ -1,4 +1,4 @@
-"""What a step learns from its groups: the method chooses and weighs, the engine makes the optimizer steps."""
+"""What a step learns from its groups: the method chooses and weighs, old log-probs are fixed where they are needed."""
 
 from __future__ import annotations
 
@@ -10,23 +10,21 @@ from typing import Any
 from sgpo.algorithm.importance import truncated_importance
 from sgpo.algorithm.method import ProblemStep, all_sequences
 from sgpo.config import RolloutConfig
-from sgpo.engine.step import MicroBatchResult, optimizer_step, score_contexts
+from sgpo.engine.step import score_contexts
 from sgpo.engine.zero import lr_factor
 from sgpo.train.session import Session
 from sgpo.train.step_metrics import Clock
 from sgpo.types import ScoredGroup, TrainSequence
 from sgpo.utils import distributed
-from sgpo.utils.distributed import Meter
 
 
-def update_policy(
-    s: Session, step: int, groups: Sequence[ScoredGroup], meter: Meter, clock: Clock
-) -> tuple[list[ProblemStep], list[MicroBatchResult]]:
-    """Targets and weights of the whole step, then one optimizer step per mini-batch."""
+def choose_sequences(
+    s: Session, groups: Sequence[ScoredGroup], clock: Clock
+) -> tuple[list[ProblemStep], list[list[TrainSequence]]]:
+    """What is decided for each problem of the step, and the weighted sequences of each of its mini-batches."""
     config, batches = s.config, s.config.algorithm.mini_batches
-    sizes: dict[str, Any] = {"token_budget": config.engine.micro_batch_tokens, "pad_id": s.tokenizer.pad_token_id}
-    score = partial(score_contexts, s.engine, **sizes, temperature=config.rollout.temperature)
-    s.display.stage("target")
+    score = partial(score_contexts, s.engine, **s.batching, temperature=config.rollout.temperature)
+    s.display.stage("select")
     mini_batches = [
         s.method(
             groups[len(groups) * i // batches : len(groups) * (i + 1) // batches],
@@ -40,21 +38,13 @@ def update_policy(
     if batches > 1 or config.rollout.importance_cap is not None:
         learnt = [_with_old_logprobs(sequences, score, config.rollout) for sequences in learnt]
     clock.stage("target")
+    return [problem for mini_batch in mini_batches for problem in mini_batch], learnt
 
-    s.display.stage("train")
-    lr = config.optim.lr * lr_factor(
-        step, s.total_steps, warmup_ratio=config.optim.warmup_ratio, schedule=config.optim.schedule
-    )
-    results = [optimizer_step(s.engine, sequences, s.objective, lr=lr, **sizes) for sequences in learnt]
-    clock.stage("train")
-    meter.sum("loss", sum(result.loss for result in results) / batches)
-    meter.max("lr", lr)
-    meter.declare(maxima=["grad_norm"])
-    for result in results:
-        if result.grad_norm is not None:
-            meter.max("grad_norm", result.grad_norm)
-    problems = [problem for mini_batch in mini_batches for problem in mini_batch]
-    return problems, [done for result in results for done in result.passes]
+
+def step_lr(s: Session, step: int) -> float:
+    """The learning rate of 0-based `step`."""
+    optim = s.config.optim
+    return optim.lr * lr_factor(step, s.total_steps, warmup_ratio=optim.warmup_ratio, schedule=optim.schedule)
 
 
 def _with_old_logprobs(sequences: Sequence[TrainSequence], score: Any, rollout: RolloutConfig) -> list[TrainSequence]:

@@ -8,8 +8,7 @@ import torch
 
 from sgpo.config import WITH_DEMONSTRATIONS, Config
 from sgpo.engine.batching import collate_training
-from sgpo.engine.step import Objective, bound_objective
-from sgpo.engine.zero import ZeroEngine
+from sgpo.engine.zero import MicroBatchLoss, ZeroEngine
 from sgpo.types import PromptPair, SgpoError, TrainSequence
 from sgpo.utils import distributed
 
@@ -21,7 +20,7 @@ def wants_worst_case(config: Config, device: torch.device) -> bool:
 
 
 def worst_case_step(
-    engine: ZeroEngine, objective: Objective, config: Config, prompts: Sequence[PromptPair], pad_id: int
+    engine: ZeroEngine, loss: MicroBatchLoss, config: Config, prompts: Sequence[PromptPair], pad_id: int
 ) -> None:
     """A step over full-length sequences in both contexts; weights, optimizer and random states stay as they were.
 
@@ -37,7 +36,7 @@ def worst_case_step(
     devices = [engine.device] if engine.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
-            engine.dry_step((bound_objective(objective, micro), micro.student, micro.teacher) for micro in micros)
+            engine.dry_step(loss, micros)
     except torch.OutOfMemoryError as error:
         tokens = max(micro.tokens for micro in micros)
         raise SgpoError(
@@ -52,11 +51,11 @@ def longest_micro_batch(config: Config, prompts: Sequence[PromptPair], pad_id: i
     guided = max((pair.guided or pair.plain for pair in prompts), key=len)
     new = (pad_id,) * config.rollout.max_new_tokens
     algorithm = config.algorithm
-    distils = algorithm.method == "sgpo" and algorithm.distillation not in ("none", "sft")
+    distils = algorithm.method == "sgpo" and algorithm.distillation not in (None, "sft")
     imitates = algorithm.method in WITH_DEMONSTRATIONS or algorithm.distillation == "sft"
     longest = len(guided if distils else plain) + len(new)
     count = max(1, config.engine.micro_batch_tokens * config.engine.sequence_parallel_size // longest)
     sequences = [TrainSequence(plain, new, advantage=1.0, policy_weight=1e-6) for _ in range(count)]
     if distils or imitates:
-        sequences[-1] = TrainSequence(plain, new, target_weight=1e-6, teacher_prompt_ids=guided if distils else None)
+        sequences[-1] = TrainSequence(plain, new, distill_weight=1e-6, teacher_prompt_ids=guided if distils else None)
     return sequences

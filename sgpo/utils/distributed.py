@@ -37,7 +37,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def settle() -> None:
+def wait_for_gloo() -> None:
     """Before the interpreter ends: gloo's own thread lets go of the last collective a moment after it, for which it
     needs the interpreter; without, the process aborts (torch 2.13; about half of all exits right after one)."""
     if dist.is_initialized() and dist.get_backend() == "gloo":

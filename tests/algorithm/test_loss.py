@@ -1,12 +1,14 @@
-"""sgpo_objective against plain torch autograd on dense logits in float64, for every switch: value and gradients."""
+"""SgpoLoss against plain torch autograd on dense logits in float64, for every switch: value and gradients."""
 
 import itertools
 import math
+import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sgpo.algorithm.loss import imitation_objective, sgpo_objective
+from sgpo.algorithm.loss import LossSettings, SgpoLoss, imitation_loss
 
 H, V, N_POLICY, N_TARGET = 5, 9, 24, 10
 CLIPS = {"clip_low": 0.2, "clip_high": 0.28}
@@ -32,19 +34,28 @@ class Rows:
         self.teacher = self.hidden[n_policy:] + torch.linspace(0.05, 1.2, n_target, dtype=torch.float64)[:, None] * (
             normal(n_target, H)
         )
-        self.targets = torch.randint(V, (n_policy + n_target,), generator=rng)
+        self.labels = torch.randint(V, (n_policy + n_target,), generator=rng)
         self.advantages, self.policy_weight = normal(n_policy), normal(n_policy).abs()
-        self.target_weight = normal(n_target).abs()
-        self.advantages[3:4], self.policy_weight[5:6], self.target_weight[2:3] = 0.0, 0.0, 0.0
+        self.distill_weight = normal(n_target).abs()
+        self.advantages[3:4], self.policy_weight[5:6], self.distill_weight[2:3] = 0.0, 0.0, 0.0
         self.shift = 0.6 * normal(n_policy)
         self.n_policy = n_policy
 
     def leaves(self):
         return [x.clone().requires_grad_() for x in (self.head, self.bias, self.hidden)]
 
+    def micro_batch(self, old_logprobs=None):
+        return SimpleNamespace(
+            labels=self.labels,
+            advantages=self.advantages,
+            policy_weight=self.policy_weight,
+            old_logprobs=old_logprobs,
+            distill_weight=self.distill_weight,
+        )
+
     def old_logprobs(self, temperature, with_bias):
         logp = log_softmax(self.hidden[: self.n_policy], self.head, self.bias if with_bias else None, temperature)
-        return logp.gather(1, self.targets[: self.n_policy, None]).squeeze(1) + self.shift
+        return logp.gather(1, self.labels[: self.n_policy, None]).squeeze(1) + self.shift
 
 
 def log_softmax(hidden, head, bias, temperature):
@@ -56,7 +67,7 @@ def dense_policy(rows, logp, old, dual_clip):
     """Eq. 1 row by row, in Python."""
     total = logp.new_zeros(())
     for i in range(rows.n_policy):
-        taken, advantage = logp[i, rows.targets[i]], rows.advantages[i]
+        taken, advantage = logp[i, rows.labels[i]], rows.advantages[i]
         ratio = (taken - (taken.detach() if old is None else old[i])).exp()
         gain = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIPS["clip_low"], 1 + CLIPS["clip_high"]) * advantage)
         if dual_clip is not None and advantage < 0:
@@ -78,7 +89,7 @@ def dense_divergence(kind, student, teacher):
 def dense_targets(rows, logp, teacher_logp, distillation, over_limit):
     """(loss, unlimited divergence or None)."""
     if distillation in ("sft", "none"):  # "none" comes without target rows
-        return -(rows.target_weight * logp.gather(1, rows.targets[rows.n_policy :, None]).squeeze(1)).sum(), None
+        return -(rows.distill_weight * logp.gather(1, rows.labels[rows.n_policy :, None]).squeeze(1)).sum(), None
     value = dense_divergence(distillation, logp, teacher_logp)
     over = value > DELTA
     limited = {
@@ -87,25 +98,19 @@ def dense_targets(rows, logp, teacher_logp, distillation, over_limit):
         "scale": torch.where(over, value * (DELTA / value.detach()), value),
         "off": value,
     }[over_limit]
-    return (rows.target_weight * limited).sum(), value
+    return (rows.distill_weight * limited).sum(), value
 
 
-def objective(rows, leaves, *, distillation="forward_kl", over_limit="mask", **options):
+def objective(rows, leaves, *, distillation="forward_kl", over_limit="mask", old_logprobs=None, **options):
     head, bias, hidden = leaves
-    return sgpo_objective(
-        head,
-        bias,
-        hidden,
-        rows.teacher if distillation not in ("sft", "none") else None,
-        targets=rows.targets,
-        advantages=rows.advantages,
-        policy_weight=rows.policy_weight,
-        target_weight=rows.target_weight,
-        distillation=distillation,
+    settings = LossSettings(
+        distillation=None if distillation == "none" else distillation,
         max_token_kl=None if over_limit == "off" else DELTA,
         over_limit="mask" if over_limit == "off" else over_limit,
-        **{**CLIPS, "old_logprobs": None, **options},
+        **{**CLIPS, **options},
     )
+    teacher = rows.teacher if distillation not in ("sft", "none") else None
+    return SgpoLoss(settings)(head, bias, hidden, teacher, rows.micro_batch(old_logprobs))
 
 
 def assert_equal_gradients(loss, leaves, expected, dense_leaves):
@@ -131,16 +136,16 @@ def test_value_and_gradient_of_every_switch(distillation, over_limit, off_policy
     logp = log_softmax(hidden, head, bias, temperature)
     policy_loss = dense_policy(rows, logp[:N_POLICY], old, dual_clip)
     teacher_logp = log_softmax(rows.teacher, head, bias, temperature)
-    target_loss, divergence = dense_targets(rows, logp[N_POLICY:], teacher_logp, distillation, over_limit)
+    distill_loss, divergence = dense_targets(rows, logp[N_POLICY:], teacher_logp, distillation, over_limit)
 
-    torch.testing.assert_close(loss, policy_loss + target_loss, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(loss, policy_loss + distill_loss, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(stats.policy_loss, policy_loss.detach(), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(stats.target_loss, target_loss.detach(), rtol=1e-10, atol=1e-12)
-    assert_equal_gradients(loss, leaves, policy_loss + target_loss, dense)
+    torch.testing.assert_close(stats.distill_loss, distill_loss.detach(), rtol=1e-10, atol=1e-12)
+    assert_equal_gradients(loss, leaves, policy_loss + distill_loss, dense)
     if divergence is None:
         assert stats.divergence is None
     else:
-        live = rows.target_weight != 0
+        live = rows.distill_weight != 0
         assert (divergence[live] > DELTA).any()
         assert (divergence[live] < DELTA).any()
         torch.testing.assert_close(stats.divergence[0][live], divergence[live].detach(), rtol=1e-9, atol=1e-12)
@@ -177,11 +182,12 @@ def test_the_gradient_of_forward_kl_on_the_logits_is_student_minus_teacher():
     teacher = torch.randn(4, V, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     weight = torch.tensor([1.0, 0.5, 2.0, 0.0], dtype=torch.float64)
     empty = torch.empty(0, dtype=torch.float64)
-    loss, _ = sgpo_objective(
-        torch.eye(V, dtype=torch.float64), None, student, teacher,
-        targets=torch.zeros(4, dtype=torch.int64), advantages=empty, policy_weight=empty, old_logprobs=None,
-        target_weight=weight, max_token_kl=None, **CLIPS,
+    rows = SimpleNamespace(
+        labels=torch.zeros(4, dtype=torch.int64), advantages=empty, policy_weight=empty, old_logprobs=None,
+        distill_weight=weight,
     )  # fmt: skip
+    loss = SgpoLoss(LossSettings(**CLIPS, max_token_kl=None))
+    loss, _ = loss(torch.eye(V, dtype=torch.float64), None, student, teacher, rows)
     loss.backward()
     wanted = weight[:, None] * (student.detach().softmax(-1) - teacher.softmax(-1))
     torch.testing.assert_close(student.grad, wanted, rtol=1e-10, atol=1e-13)
@@ -194,13 +200,13 @@ def test_masked_rows_have_no_gradient_and_clamped_rows_only_a_value():
         leaves = rows.leaves()
         loss, stats = objective(rows, leaves, over_limit=over_limit)
         gradients[over_limit], losses[over_limit] = torch.autograd.grad(loss, leaves[2])[0], loss.item()
-    over = (stats.divergence[0] > DELTA) & (rows.target_weight != 0)
+    over = (stats.divergence[0] > DELTA) & (rows.distill_weight != 0)
     assert 0 < int(over.sum()) < N_TARGET - 1
     for name in ("mask", "clamp"):
         assert gradients[name][over].abs().max() == 0
     scale = (DELTA / stats.divergence[0][over])[:, None]
     torch.testing.assert_close(gradients["scale"][over], gradients["off"][over] * scale, rtol=1e-9, atol=1e-12)
-    assert losses["clamp"] == pytest.approx(losses["mask"] + DELTA * float(rows.target_weight[over].sum()))
+    assert losses["clamp"] == pytest.approx(losses["mask"] + DELTA * float(rows.distill_weight[over].sum()))
     assert losses["scale"] == pytest.approx(losses["clamp"])
 
 
@@ -210,9 +216,9 @@ def test_policy_rows_come_first(distillation):
     rows = Rows(seed=3)
     whole, stats = objective(rows, rows.leaves(), distillation=distillation)
     policy, target = Rows(seed=3), Rows(seed=3)
-    policy.hidden, policy.targets = rows.hidden[:N_POLICY], rows.targets[:N_POLICY]
-    policy.teacher, policy.target_weight = rows.teacher[:0], rows.target_weight[:0]
-    target.hidden, target.targets = rows.hidden[N_POLICY:], rows.targets[N_POLICY:]
+    policy.hidden, policy.labels = rows.hidden[:N_POLICY], rows.labels[:N_POLICY]
+    policy.teacher, policy.distill_weight = rows.teacher[:0], rows.distill_weight[:0]
+    target.hidden, target.labels = rows.hidden[N_POLICY:], rows.labels[N_POLICY:]
     target.advantages, target.policy_weight = rows.advantages[:0], rows.policy_weight[:0]
     alone, alone_stats = objective(policy, policy.leaves(), distillation=distillation)
     other, _ = objective(target, target.leaves(), distillation=distillation)
@@ -258,7 +264,7 @@ def test_the_loss_is_linear_in_the_weights():
     rows = Rows()
     leaves = rows.leaves()
     once = torch.autograd.grad(objective(rows, leaves)[0], leaves)
-    rows.policy_weight, rows.target_weight = 2 * rows.policy_weight, 2 * rows.target_weight
+    rows.policy_weight, rows.distill_weight = 2 * rows.policy_weight, 2 * rows.distill_weight
     twice = torch.autograd.grad(objective(rows, leaves)[0], leaves)
     for single, double in zip(once, twice, strict=True):
         torch.testing.assert_close(double, 2 * single, rtol=1e-10, atol=1e-13)
@@ -268,7 +274,7 @@ def test_imitation_by_hand():
     """A head of zeros is a uniform distribution: ln V nats per token."""
     hidden = torch.randn(3, H, requires_grad=True)
     weight = torch.tensor([0.5, 0.25, 0.0])
-    loss, nll = imitation_objective(torch.zeros(V, H), None, hidden, torch.tensor([0, 3, 8]), weight)
+    loss, nll = imitation_loss(torch.zeros(V, H), None, hidden, torch.tensor([0, 3, 8]), weight)
     assert nll.tolist() == pytest.approx([math.log(V)] * 3, rel=1e-6)
     assert loss.item() == pytest.approx(0.75 * math.log(V), rel=1e-6)
     assert not nll.requires_grad
@@ -279,7 +285,14 @@ def test_target_rows_without_a_teacher_are_refused_unless_they_are_imitated():
     rows = Rows()
     head, bias, hidden = rows.leaves()
     with pytest.raises(ValueError, match="teacher"):
-        sgpo_objective(
-            head, bias, hidden, None, targets=rows.targets, advantages=rows.advantages,
-            policy_weight=rows.policy_weight, old_logprobs=None, target_weight=rows.target_weight, **CLIPS,
-        )  # fmt: skip
+        SgpoLoss(LossSettings(**CLIPS))(head, bias, hidden, None, rows.micro_batch())
+
+
+def test_the_loss_is_an_object_that_shows_every_number_and_survives_pickling():
+    loss = SgpoLoss(LossSettings(**CLIPS, dual_clip=7.5, max_token_kl=0.75, temperature=0.6))
+    for number in ("clip_low=0.2", "clip_high=0.28", "dual_clip=7.5", "max_token_kl=0.75", "temperature=0.6",
+                   "entropy_coef=None", "column_tolerance=0.0", "demo_shaping=None"):  # fmt: skip
+        assert number in repr(loss)
+    assert pickle.loads(pickle.dumps(loss)) == loss
+    with pytest.raises(AttributeError):
+        loss.settings.max_token_kl = 2.0

@@ -61,7 +61,7 @@ def model_folder(tmp_path_factory) -> Path:
             completions.append([*tokenizer.encode(completion(move), add_special_tokens=False), tokenizer.eos_token_id])
         batch = collate(prompts, completions, tokenizer.pad_token_id)
         states = model.base_model(input_ids=batch.input_ids).last_hidden_state.flatten(0, 1)[batch.rows]
-        loss = torch.nn.functional.cross_entropy(model.lm_head(states), batch.targets)
+        loss = torch.nn.functional.cross_entropy(model.lm_head(states), batch.labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

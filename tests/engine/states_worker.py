@@ -38,7 +38,7 @@ def build(folder: str, case: str, device: torch.device) -> ZeroEngine:
 
 def step(engine: ZeroEngine, *, lr: float = 1e-3, budget: int = 100) -> float:
     mine = zero_worker.make_sequences()[distributed.rank() :: distributed.world_size()]
-    return optimizer_step(engine, mine, zero_worker.objective, token_budget=budget, pad_id=0, lr=lr).grad_norm
+    return optimizer_step(engine, mine, zero_worker.loss, token_budget=budget, pad_id=0, lr=lr).grad_norm
 
 
 def weights(engine: ZeroEngine) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from sgpo.engine.zero import ZeroEngine
 from sgpo.model.loading import load_causal_lm
 from sgpo.model.policy import PolicyModel
 from sgpo.train.step_metrics import record_guidance, record_passes
-from sgpo.types import Problem, PromptPair, Rollout, RolloutRequest, ScoredGroup, Verdict
+from sgpo.types import Problem, PromptPair, RewardResult, Rollout, RolloutRequest, ScoredGroup
 from sgpo.utils import distributed
 
 BUDGET, PAD, TEMPERATURE = 60, 0, 0.7
@@ -48,8 +48,8 @@ def make_groups() -> list[ScoredGroup]:
             )
             for kind, prompt, made in zip(("auto", "guided"), prompts, completions, strict=True)
         ]
-        verdicts = [tuple(Verdict(float(reward)) for reward in part) for part in rewards]
-        groups.append(ScoredGroup(Problem(str(index), "?", "1", "s"), PromptPair(*prompts), *rollouts, *verdicts))
+        results = [tuple(RewardResult(float(reward)) for reward in part) for part in rewards]
+        groups.append(ScoredGroup(Problem(str(index), "?", "1", "s"), PromptPair(*prompts), *rollouts, *results))
     return groups
 
 
@@ -70,15 +70,19 @@ def one_step(engine: ZeroEngine, groups: list[ScoredGroup]) -> dict:
     score = partial(score_contexts, engine, token_budget=BUDGET, pad_id=PAD, temperature=TEMPERATURE)
     steps = sgpo_sequences(groups, SgpoSettings(), problems=len(REWARDS), score=score)
     sequences, guidance = all_sequences(steps), [step.guidance for step in steps]
-    result = optimizer_step(engine, sequences, zero_worker.objective, token_budget=BUDGET, pad_id=PAD, lr=1e-3)
+    result = optimizer_step(engine, sequences, zero_worker.loss, token_budget=BUDGET, pad_id=PAD, lr=1e-3)
     meter = distributed.Meter()
     record_guidance(meter, guidance)
     record_passes(meter, result.passes)
-    targets = [[(r.request.problem_index, r.request.sample_index) for r in chosen.targets] for chosen in guidance]
+    chosen_completions = [
+        [(r.request.problem_index, r.request.sample_index) for r in chosen.teacher_completions] for chosen in guidance
+    ]
     return {
         "loss": sum(distributed.gather(result.loss)),
         "grad_norm": result.grad_norm,
-        "targets": sorted(target for part in distributed.gather(targets) for chosen in part for target in chosen),
+        "teacher_completions": sorted(
+            one for part in distributed.gather(chosen_completions) for chosen in part for one in chosen
+        ),
         "metrics": meter.reduce(),
     }
 

@@ -36,14 +36,14 @@ def test_rows_and_targets_by_hand():
     batch = collate([(7, 8), (9,)], [(4,), (5, 6, 3)], PAD)
     assert batch.input_ids.tolist() == [[7, 8, 4, PAD], [9, 5, 6, 3]]
     assert batch.rows.tolist() == [1, 4, 5, 6]
-    assert batch.targets.tolist() == [4, 5, 6, 3]
-    assert {t.dtype for t in (batch.input_ids, batch.rows, batch.targets)} == {torch.int64}
+    assert batch.labels.tolist() == [4, 5, 6, 3]
+    assert {t.dtype for t in (batch.input_ids, batch.rows, batch.labels)} == {torch.int64}
 
 
 def test_a_target_is_the_token_after_its_row():
     batch = collate(PROMPTS, COMPLETIONS, PAD)
-    assert torch.equal(batch.input_ids.flatten()[batch.rows + 1], batch.targets)
-    assert batch.targets.tolist() == [token for completion in COMPLETIONS for token in completion]
+    assert torch.equal(batch.input_ids.flatten()[batch.rows + 1], batch.labels)
+    assert batch.labels.tolist() == [token for completion in COMPLETIONS for token in completion]
 
 
 def test_rows_are_those_of_an_unpadded_forward(model):
@@ -67,17 +67,17 @@ def test_the_padding_id_may_be_a_real_token():
     """A tokenizer without a pad token pads with EOS, which also ends the completions."""
     plain, with_eos = collate(PROMPTS, COMPLETIONS, PAD), collate(PROMPTS, COMPLETIONS, COMPLETIONS[0][-1])
     assert torch.equal(plain.rows, with_eos.rows)
-    assert torch.equal(plain.targets, with_eos.targets)
+    assert torch.equal(plain.labels, with_eos.labels)
 
 
 def test_no_sequence_at_all_is_one_padding_token_without_rows(model):
     batch = collate([], [], PAD)
     assert batch.input_ids.tolist() == [[PAD]]
-    assert batch.rows.dtype == batch.targets.dtype == torch.int64
+    assert batch.rows.dtype == batch.labels.dtype == torch.int64
     assert model.hidden(batch.input_ids, batch.rows).shape == (0, 32)
     for with_teacher in (False, True):
         micro = collate_training([], PAD, with_teacher=with_teacher)
-        sizes = [len(t) for t in (micro.student.rows, micro.advantages, micro.policy_weight, micro.target_weight)]
+        sizes = [len(t) for t in (micro.student.rows, micro.advantages, micro.policy_weight, micro.distill_weight)]
         assert sizes == [0, 0, 0, 0]
         assert micro.old_logprobs is None
         assert (micro.teacher is not None) == with_teacher
@@ -109,7 +109,7 @@ def test_groups_by_hand():
 
 def test_the_padded_batch_of_a_group_is_within_the_budget():
     sequences = [
-        TrainSequence(p, c, target_weight=1.0, teacher_prompt_ids=ids(i, 6))
+        TrainSequence(p, c, distill_weight=1.0, teacher_prompt_ids=ids(i, 6))
         for i, (p, c) in enumerate(zip(PROMPTS * 3, COMPLETIONS * 3, strict=True))
     ]
     for group in length_sorted([s.length for s in sequences], 40):
@@ -125,7 +125,9 @@ def policy(i, **fields):
 
 def target(i, **fields):
     return TrainSequence(
-        PROMPTS[i], COMPLETIONS[i], **{"target_weight": 0.2 + i, "teacher_prompt_ids": ids(20 + i, 3 + 4 * i), **fields}
+        PROMPTS[i],
+        COMPLETIONS[i],
+        **{"distill_weight": 0.2 + i, "teacher_prompt_ids": ids(20 + i, 3 + 4 * i), **fields},
     )
 
 
@@ -135,11 +137,11 @@ MIXED = [target(0), policy(1), target(2), policy(3)]  # kinds interleaved on pur
 def test_policy_rows_come_first_and_weights_stand_beside_their_rows(model):
     micro = collate_training(MIXED, PAD, with_teacher=True)
     tokens = [len(MIXED[i].completion_ids) for i in (1, 3, 0, 2)]
-    assert micro.student.targets.tolist() == [t for i in (1, 3, 0, 2) for t in COMPLETIONS[i]]
+    assert micro.student.labels.tolist() == [t for i in (1, 3, 0, 2) for t in COMPLETIONS[i]]
     assert micro.advantages.tolist() == [0.5] * tokens[0] + [-1.5] * tokens[1]
     assert micro.policy_weight.tolist() == pytest.approx([1.1] * tokens[0] + [3.1] * tokens[1])
-    assert micro.target_weight.tolist() == pytest.approx([0.2] * tokens[2] + [2.2] * tokens[3])
-    assert {t.dtype for t in (micro.advantages, micro.policy_weight, micro.target_weight)} == {torch.float32}
+    assert micro.distill_weight.tolist() == pytest.approx([0.2] * tokens[2] + [2.2] * tokens[3])
+    assert {t.dtype for t in (micro.advantages, micro.policy_weight, micro.distill_weight)} == {torch.float32}
     hidden = model.hidden(micro.student.input_ids, micro.student.rows).split(tokens)
     for found, i in zip(hidden, (1, 3, 0, 2), strict=True):
         torch.testing.assert_close(found, unpadded(model, PROMPTS[i], COMPLETIONS[i]), rtol=1e-4, atol=1e-5)
@@ -147,8 +149,8 @@ def test_policy_rows_come_first_and_weights_stand_beside_their_rows(model):
 
 def test_teacher_rows_are_in_the_order_of_the_target_rows(model):
     micro = collate_training(MIXED, PAD, with_teacher=True)
-    assert micro.teacher.targets.tolist() == [*COMPLETIONS[0], *COMPLETIONS[2]]
-    assert micro.teacher.targets.tolist() == micro.student.targets[len(micro.advantages) :].tolist()
+    assert micro.teacher.labels.tolist() == [*COMPLETIONS[0], *COMPLETIONS[2]]
+    assert micro.teacher.labels.tolist() == micro.student.labels[len(micro.advantages) :].tolist()
     hidden = model.hidden(micro.teacher.input_ids, micro.teacher.rows).split([len(COMPLETIONS[i]) for i in (0, 2)])
     for found, i in zip(hidden, (0, 2), strict=True):
         wanted = unpadded(model, MIXED[i].teacher_prompt_ids, COMPLETIONS[i])
@@ -158,7 +160,7 @@ def test_teacher_rows_are_in_the_order_of_the_target_rows(model):
 def test_without_a_teacher_the_target_rows_remain():
     micro = collate_training(MIXED, PAD, with_teacher=False)
     assert micro.teacher is None
-    assert len(micro.target_weight) == len(COMPLETIONS[0]) + len(COMPLETIONS[2])
+    assert len(micro.distill_weight) == len(COMPLETIONS[0]) + len(COMPLETIONS[2])
 
 
 def test_a_teacher_batch_is_made_where_another_rank_needs_one():
@@ -170,13 +172,13 @@ def test_a_teacher_batch_is_made_where_another_rank_needs_one():
 @pytest.mark.parametrize("dead", [{"advantage": 0.0}, {"policy_weight": 0.0}])
 def test_sequences_that_carry_no_loss_have_no_rows(dead):
     micro = collate_training([policy(0, **dead), policy(1)], PAD, with_teacher=False)
-    assert micro.student.targets.tolist() == list(COMPLETIONS[1])
+    assert micro.student.labels.tolist() == list(COMPLETIONS[1])
     assert len(micro.advantages) == len(COMPLETIONS[1])
 
 
 def test_a_sequence_of_both_kinds_has_its_rows_twice():
-    micro = collate_training([policy(0, target_weight=0.5, teacher_prompt_ids=ids(9, 2))], PAD, with_teacher=True)
-    assert micro.student.targets.tolist() == [*COMPLETIONS[0], *COMPLETIONS[0]]
+    micro = collate_training([policy(0, distill_weight=0.5, teacher_prompt_ids=ids(9, 2))], PAD, with_teacher=True)
+    assert micro.student.labels.tolist() == [*COMPLETIONS[0], *COMPLETIONS[0]]
     assert micro.student.rows[:3].tolist() == micro.student.rows[3:].tolist() == [4, 5, 6]
 
 
@@ -199,7 +201,7 @@ def test_importance_multiplies_the_policy_weight_of_its_own_row_and_nothing_else
         [w * x for w, x in zip(weights, before.policy_weight[:split].tolist(), strict=True)]
     )
     assert torch.equal(after.policy_weight[split:], before.policy_weight[split:])
-    assert torch.equal(after.target_weight, before.target_weight)
+    assert torch.equal(after.distill_weight, before.distill_weight)
     assert torch.equal(after.student.rows, before.student.rows)
 
 

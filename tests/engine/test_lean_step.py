@@ -10,7 +10,7 @@ from sgpo_kernels import launch
 from sgpo_kernels.testing import Peak, cpu_peak
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from sgpo.builders.loss import policy_objective
+from sgpo.builders.loss import training_loss
 from sgpo.config import Config
 from sgpo.engine import zero
 from sgpo.engine.step import optimizer_step, score_contexts
@@ -35,7 +35,7 @@ def device():
 
 def sequence(seed: int, tokens: int, **weights) -> TrainSequence:
     ids = torch.randint(64, (3 * PROMPT + tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
-    teacher = tuple(ids[PROMPT : 3 * PROMPT]) if "target_weight" in weights else None
+    teacher = tuple(ids[PROMPT : 3 * PROMPT]) if "distill_weight" in weights else None
     return TrainSequence(tuple(ids[:PROMPT]), tuple(ids[3 * PROMPT :]), teacher_prompt_ids=teacher, **weights)
 
 
@@ -62,8 +62,8 @@ def step_peak(device, *, vocab: int, tokens: int) -> Peak:
 
     def step() -> None:
         score_contexts(engine, [(s.prompt_ids, s.completion_ids) for s in policy], **sizes)
-        live = [*policy, *(sequence(k, tokens - 8 * (k == 10), target_weight=0.1) for k in (5, 10))]
-        result = optimizer_step(engine, live, policy_objective(config), lr=1e-3, **sizes)
+        live = [*policy, *(sequence(k, tokens - 8 * (k == 10), distill_weight=0.1) for k in (5, 10))]
+        result = optimizer_step(engine, live, training_loss(config), lr=1e-3, **sizes)
         assert len(result.passes) == 4
         assert math.isfinite(result.loss)
         assert result.grad_norm is not None

@@ -57,12 +57,12 @@ def plain(builtin_folder):
     for s in worker.make_sequences():
         rows, targets = hidden(s.prompt_ids, s.completion_ids), torch.tensor(s.completion_ids)
         logp = torch.log_softmax(rows @ head.T, -1)
-        if s.target_weight:
+        if s.distill_weight:
             with torch.no_grad():
                 teacher = torch.log_softmax(hidden(s.teacher_prompt_ids, s.completion_ids) @ head.T, -1)
             kl = (teacher.exp() * (teacher - logp)).sum(-1)
             kl = kl * (1.0 / kl.detach()).clamp(max=1.0)
-            total = total + (s.target_weight * kl).sum()
+            total = total + (s.distill_weight * kl).sum()
         elif s.advantage:
             taken = logp.gather(-1, targets[:, None])[:, 0]
             total = total - (s.policy_weight * s.advantage * (taken - taken.detach()).exp()).sum()
@@ -145,11 +145,11 @@ def test_a_whole_step_is_the_same_for_every_stage_packing_and_number_of_processe
     """Choice, gradient, the later steps and every number that is logged of loss and guidance."""
     truth, found = one[STEPS[0]], run[case]
     # Of each group (index, sample): three choices, of which the second is a tie, and a lone correct one.
-    assert found["first"]["targets"] == truth["first"]["targets"]
-    assert [1, 0] in found["first"]["targets"]
+    assert found["first"]["teacher_completions"] == truth["first"]["teacher_completions"]
+    assert [1, 0] in found["first"]["teacher_completions"]
     assert _relative(found["gradient"], truth["gradient"]) < 1e-5
     for step, expected in zip([found["first"], *found["later"]], [truth["first"], *truth["later"]], strict=True):
-        assert step["targets"] == expected["targets"]
+        assert step["teacher_completions"] == expected["teacher_completions"]
         assert (step["loss"], step["grad_norm"]) == pytest.approx((expected["loss"], expected["grad_norm"]), rel=1e-4)
         for name, value in expected["metrics"].items():
             if name not in ("micro_batches", "train_tokens", "padding_share"):
@@ -168,13 +168,13 @@ def _through_the_backbone(result: dict, *, with_graph: bool) -> list[list[int]]:
 
 @pytest.mark.parametrize("case", [case for case in STEPS if case != "step:0:1:1"])
 def test_only_what_is_learnt_or_decides_goes_through_the_backbone(run, case, monkeypatch):
-    """Each sequence once to be scored and once to be learnt: no dead rollout, no teacher pass but that of the targets,
-    no lone o+ scored. The last norm sees the rows of completions alone."""
+    """Each sequence once to be scored and once to be learnt: no dead rollout, no teacher pass but of what is
+    distilled, no lone o+ scored. The last norm sees the rows of completions alone."""
     monkeypatch.syspath_prepend(WORKER.parent)
     import step_cases
 
     groups, result = step_cases.make_groups(), run[case]
-    targets = [groups[group].guided[sample] for group, sample in result["first"]["targets"]]
+    taught = [groups[group].guided[sample] for group, sample in result["first"]["teacher_completions"]]
     live = [rollout for g in groups if len(set(g.auto_rewards)) > 1 for rollout in g.auto]
     scored = [
         rollout
@@ -182,15 +182,15 @@ def test_only_what_is_learnt_or_decides_goes_through_the_backbone(run, case, mon
         for rollout, reward in zip(g.guided, g.guided_rewards, strict=True)
         if reward and sum(g.guided_rewards) > 1
     ]
-    learnt = live + targets
+    learnt = live + taught
 
     def plain(rollouts):
         return [[*groups[r.request.problem_index].prompts.plain, *r.completion_ids] for r in rollouts]
 
-    guided = [[*target.request.prompt_ids, *target.completion_ids] for target in targets]
+    guided = [[*target.request.prompt_ids, *target.completion_ids] for target in taught]
     assert _through_the_backbone(result, with_graph=True) == sorted(plain(learnt))
     assert _through_the_backbone(result, with_graph=False) == sorted(plain(scored) + guided)
-    rows = sum(len(rollout.completion_ids) for rollout in learnt + scored + targets)
+    rows = sum(len(rollout.completion_ids) for rollout in learnt + scored + taught)
     assert sum(result["first"]["norm_rows"]) == rows
 
 

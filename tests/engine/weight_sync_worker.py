@@ -14,7 +14,7 @@ import torch
 from sgpo.data.builtin import END, vocabulary
 from sgpo.engine import zero
 from sgpo.engine.step import score_contexts
-from sgpo.engine.weight_sync import SyncedRollouts
+from sgpo.engine.weight_sync import PolicySampler
 from sgpo.engine.zero import ZeroEngine, init_distributed
 from sgpo.model.loading import load_causal_lm
 from sgpo.model.policy import PolicyModel
@@ -99,7 +99,7 @@ def run_case(case, folder, device):
     if adapters:
         options |= {"adapters": True, **({"dora": True} if adapters == "dora" else {})}
     rollouts = make(folder, [EOS], 400, **options)
-    synced = SyncedRollouts(engine, rollouts, probe_ids=PROBE, tolerance=2e-4, adapters=bool(adapters), **TOKENS)
+    synced = PolicySampler(engine, rollouts, probe_ids=PROBE, tolerance=2e-4, adapters=bool(adapters), **TOKENS)
     found = {"faults": [], "sound": [], "unsynced": None}
     requests = [RolloutRequest(i, "auto", 0, tuple(range(4 + i, 20 + 2 * i)), i) for i in range(5)]
     try:
@@ -161,7 +161,7 @@ def main(out, folder, *cases):
         Path(out).write_text(json.dumps({case: found for case, (found, _) in done.items()}))
     for _, rollouts in done.values():  # last of all: vLLM takes the process group with it
         rollouts.close()
-    distributed.settle()
+    distributed.wait_for_gloo()
 
 
 if __name__ == "__main__":

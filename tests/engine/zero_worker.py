@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from engine_builders import whole_weights_nowhere
 from processes import PATIENCE_S
 
-from sgpo.engine.step import micro_batches, objective_with, optimizer_step, score_contexts
+from sgpo.algorithm.loss import LossSettings, SgpoLoss
+from sgpo.engine.step import micro_batches, optimizer_step, score_contexts
 from sgpo.engine.zero import ZeroEngine, init_distributed
 from sgpo.model.loading import load_causal_lm
 from sgpo.model.policy import PolicyModel
@@ -35,12 +36,12 @@ def make_sequences() -> list[TrainSequence]:
         for i in range(24)
     ]
     distilled = [
-        TrainSequence(ids(5, 12), ids(3, 14), target_weight=1 / 50, teacher_prompt_ids=ids(12, 22)) for _ in range(5)
+        TrainSequence(ids(5, 12), ids(3, 14), distill_weight=1 / 50, teacher_prompt_ids=ids(12, 22)) for _ in range(5)
     ]
     return policy + distilled
 
 
-objective = objective_with(clip_low=0.2, clip_high=0.28, over_limit="scale", max_token_kl=1.0)
+loss = SgpoLoss(LossSettings(clip_low=0.2, clip_high=0.28, over_limit="scale", max_token_kl=1.0))
 
 
 def gradient(engine: ZeroEngine, stage: int) -> dict[str, list[float]]:
@@ -80,14 +81,14 @@ def run_case(case: str, folder: str, device: torch.device) -> dict:
     batches = sum(1 for _ in micro_batches(live, token_budget=int(budget), pad_id=0))
     losses, norms, first = [], [], {}
     for step in range(3):
-        result = optimizer_step(engine, mine, objective, token_budget=int(budget), pad_id=0, lr=1e-3)
+        result = optimizer_step(engine, mine, loss, token_budget=int(budget), pad_id=0, lr=1e-3)
         losses.append(sum(distributed.gather(result.loss)))
         norms.append(result.grad_norm)
         if step == 0 and dtype == "float32":
             first = gradient(engine, int(stage))
     contexts = [(s.prompt_ids, s.completion_ids) for s in mine]
     scores = score_contexts(engine, contexts, token_budget=int(budget), pad_id=0)
-    nothing = optimizer_step(engine, [], objective, token_budget=int(budget), pad_id=0, lr=1e-3)
+    nothing = optimizer_step(engine, [], loss, token_budget=int(budget), pad_id=0, lr=1e-3)
     weights = {name: tensor.double().sum().item() for name, tensor in engine.named_weights()}
     masters = all(t.dtype == torch.float32 for g in engine._optimizer.param_groups for t in g["params"])
     engine.close()

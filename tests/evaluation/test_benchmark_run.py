@@ -187,7 +187,7 @@ def test_contaminated_rows_are_reported_scored_apart_or_refused(folder, builtin_
 
 def test_a_reward_that_never_works_is_an_error(folder, builtin_folder):
     (folder / "plugin.py").write_text("def even(completion, answer, problem):\n    raise KeyError('x')\n")
-    with pytest.raises(SgpoError, match=r"no verdict on any of the 2 new samples .*KeyError"):
+    with pytest.raises(SgpoError, match=r"no result on any of the 2 new samples .*KeyError"):
         run(builtin_folder, folder / "out", "--eval.benchmarks=two=two.jsonl", "--eval.benchmark_samples=1")
 
 

@@ -11,7 +11,7 @@ from sgpo.evaluation.held_out import evaluate
 from sgpo.model.loading import load_causal_lm, load_tokenizer
 from sgpo.rewards.pool import RewardPool
 from sgpo.rollout.hf_engine import HfEngine
-from sgpo.types import Problem, PromptPair, Rollout, SamplingParams, TaskData, Verdict
+from sgpo.types import Problem, PromptPair, RewardResult, Rollout, SamplingParams, TaskData
 from sgpo.utils.config_file import load_settings
 
 SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=6)
@@ -58,7 +58,7 @@ class FakeRewards:
     def score(self, items):
         assert list(items) == self.begun[::-1]  # each was begun as it came
         self.items += items
-        return [Verdict(self.rewards.get(int(item.completion.split()[0]), 0.0)) for item in items]
+        return [RewardResult(self.rewards.get(int(item.completion.split()[0]), 0.0)) for item in items]
 
 
 def make_task(count, unguided=()):

@@ -8,7 +8,7 @@ import torch
 
 from sgpo.engine.gradient_check import check_gradients
 from sgpo.engine.step import optimizer_step, score_contexts
-from sgpo.engine.weight_sync import SyncedRollouts, SyncReport
+from sgpo.engine.weight_sync import PolicySampler, SyncReport
 from sgpo.engine.zero import ZeroEngine, init_distributed
 from sgpo.model.loading import load_causal_lm
 from sgpo.model.policy import PolicyModel
@@ -33,7 +33,7 @@ def build(folder: str, case: str, device: torch.device) -> ZeroEngine:
 
 def step(engine: ZeroEngine) -> float:
     sequences = zero_worker.make_sequences()
-    return optimizer_step(engine, sequences, zero_worker.objective, token_budget=200, pad_id=0, lr=1e-2).loss
+    return optimizer_step(engine, sequences, zero_worker.loss, token_budget=200, pad_id=0, lr=1e-2).loss
 
 
 def state(engine: ZeroEngine) -> dict[str, torch.Tensor]:
@@ -41,7 +41,7 @@ def state(engine: ZeroEngine) -> dict[str, torch.Tensor]:
 
 
 def sync(engine: ZeroEngine, rollouts: HfEngine, ids: list[int], version: int, *, adapters: bool) -> SyncReport:
-    synced = SyncedRollouts(
+    synced = PolicySampler(
         engine, rollouts, probe_ids=ids, tolerance=0.1, token_budget=4000, pad_id=0, adapters=adapters
     )
     return synced.sync(version)

@@ -15,7 +15,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from sgpo.engine.batching import collate_training
 from sgpo.engine.gradient_check import check_gradients
-from sgpo.engine.step import bound_objective, optimizer_step, score_contexts
+from sgpo.engine.step import optimizer_step, score_contexts
 from sgpo.engine.zero import init_distributed
 from sgpo.model.policy import PolicyModel
 from sgpo.model.sequence_parallel import SequenceParallel
@@ -50,7 +50,7 @@ def alone(lm) -> tuple[float, dict[str, torch.Tensor], list[float]]:
     """Loss and gradient of all sequences, and their scores, by one process in one padded micro-batch, no engine."""
     model, made = PolicyModel(copy.deepcopy(lm)), zero_worker.make_sequences()
     micro = collate_training([s for s in made if s.is_live], 0, with_teacher=True)
-    loss, _ = model(bound_objective(zero_worker.objective, micro), micro.student, micro.teacher)
+    loss, _ = model(zero_worker.loss, micro)
     loss.backward()
     scores = []
     with torch.no_grad():
@@ -84,7 +84,7 @@ def run_case(case: str, device: torch.device) -> dict:
     widths = []
     model.lm.base_model.layers[0].register_forward_hook(lambda _, inputs, output: widths.append(inputs[0].shape[1]))
     found = score_contexts(engine, [(s.prompt_ids, s.completion_ids) for s in mine], token_budget=BUDGET, pad_id=0)
-    result = optimizer_step(engine, mine, zero_worker.objective, token_budget=BUDGET, pad_id=0, lr=1e-3)
+    result = optimizer_step(engine, mine, zero_worker.loss, token_budget=BUDGET, pad_id=0, lr=1e-3)
     gradient = zero_worker.gradient(engine, int(stage))
     weights = {name: tensor.double().sum().item() for name, tensor in engine.named_weights()}
     engine.close()
@@ -109,13 +109,12 @@ def peak_bytes(size: int, *, checkpointed: bool) -> int:
     tokens = tuple(i % 40 + 5 for i in range(1024))
     made = [
         TrainSequence(tokens[:200], tokens, advantage=0.5, policy_weight=1e-3),
-        TrainSequence(tokens[:200], tokens, target_weight=1e-3, teacher_prompt_ids=tokens[:400]),
+        TrainSequence(tokens[:200], tokens, distill_weight=1e-3, teacher_prompt_ids=tokens[:400]),
     ]
     micro = collate_training(made if distributed.rank() else [], 0, with_teacher=True, packed=True)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    objective = bound_objective(zero_worker.objective, micro)
-    return cpu_peak(lambda: model(objective, micro.student, micro.teacher)[0].backward()).peak_bytes
+    return cpu_peak(lambda: model(zero_worker.loss, micro)[0].backward()).peak_bytes
 
 
 def main() -> None:
@@ -128,7 +127,7 @@ def main() -> None:
     }
     if distributed.is_main():
         torch.save(results, out)
-    distributed.settle()
+    distributed.wait_for_gloo()
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from sgpo_kernels import launch
 from sgpo_kernels.testing import cpu_peak
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from sgpo.algorithm.loss import LossSettings, SgpoLoss
 from sgpo.engine.batching import collate_training
-from sgpo.engine.step import bound_objective, objective_with
 from sgpo.model.activations import use_liger
 from sgpo.model.policy import PolicyModel
 from sgpo.types import SgpoError, TrainSequence
@@ -41,14 +41,13 @@ def sequences(scale: int = 1) -> list[TrainSequence]:
     made = []
     for i, (prompt, completion) in enumerate(lengths):
         policy = {"advantage": 0.7 - i, "policy_weight": 0.1} if i in (0, 1, 4) else {}
-        target = {"target_weight": 0.2, "teacher_prompt_ids": ids(50 + i, scale * (prompt + 4))} if i >= 2 else {}
+        target = {"distill_weight": 0.2, "teacher_prompt_ids": ids(50 + i, scale * (prompt + 4))} if i >= 2 else {}
         made.append(TrainSequence(ids(i, scale * prompt), ids(20 + i, scale * completion), **policy, **target))
     return made
 
 
 def loss_of(model: PolicyModel, micro):
-    objective = objective_with(clip_low=0.2, clip_high=0.28, max_token_kl=None)
-    return model(bound_objective(objective, micro), micro.student, micro.teacher)[0]
+    return model(SgpoLoss(LossSettings(clip_low=0.2, clip_high=0.28, max_token_kl=None)), micro)[0]
 
 
 def gradients(lm, made: list[TrainSequence], **options) -> dict[str, torch.Tensor]:

@@ -81,21 +81,21 @@ def test_stage_3_trains_the_weights_of_stage_0(runs):
 
 def test_an_unknown_target_is_one_sentence(builtin_folder):
     lm = load_causal_lm(builtin_folder, dtype="float32")
-    with pytest.raises(SgpoError, match=r"model.lora.targets = \['q_prj'\]: .*q_prj"):
-        add_adapters(lm, rank=4, alpha=8.0, targets=["q_prj"], dora=False, seed=0)
+    with pytest.raises(SgpoError, match=r"model.lora.modules = \['q_prj'\]: .*q_prj"):
+        add_adapters(lm, rank=4, alpha=8.0, modules=["q_prj"], dora=False, seed=0)
 
 
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
 def test_the_head_and_the_embedding_take_no_adapters(builtin_folder, name):
     lm = load_causal_lm(builtin_folder, dtype="float32")
     with pytest.raises(SgpoError, match=rf"\['q_proj', '{name}'\]: head and embedding take no adapters"):
-        add_adapters(lm, rank=4, alpha=8.0, targets=["q_proj", name], dora=False, seed=0)
+        add_adapters(lm, rank=4, alpha=8.0, modules=["q_proj", name], dora=False, seed=0)
 
 
 def test_adapters_without_their_package_are_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(SgpoError, match=r"model.lora needs peft .*pip install 'sgpo\[lora\]'"):
-        add_adapters(None, rank=4, alpha=8.0, targets=["all-linear"], dora=False, seed=0)
+        add_adapters(None, rank=4, alpha=8.0, modules=["all-linear"], dora=False, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sgpo.data.builtin import END, make_model, vocabulary
+from sgpo.engine.batching import Contexts
 from sgpo.model.loading import eos_ids_of_folder, load_causal_lm, load_tokenizer
 from sgpo.model.policy import PolicyModel
 from sgpo.types import SgpoError
@@ -67,20 +68,20 @@ def test_the_head_is_given_to_the_function_and_logits_are_never_made(builtin_fol
         raise AssertionError("the output layer ran")
 
     model.lm.get_output_embeddings().register_forward_hook(no_logits)
-    head, bias, hidden, teacher_hidden = model(lambda *arguments: arguments, batch, teacher)
+    head, bias, hidden, teacher_hidden = model(lambda *arguments: arguments[:4], Contexts(batch, teacher))
     assert head is model.lm.get_output_embeddings().weight
     assert bias is None
     assert hidden.requires_grad
     assert not teacher_hidden.requires_grad
     assert torch.equal(teacher_hidden, model.hidden(teacher.input_ids, teacher.rows).detach())
-    assert model(lambda *arguments: arguments, batch)[3] is None
+    assert model(lambda *arguments: arguments, Contexts(batch))[3] is None
 
 
 def test_the_gradient_reaches_tied_weights_from_both_sides(builtin_folder):
     lm = load(builtin_folder)
     model = PolicyModel(lm)
     batch = type("Batch", (), {"input_ids": IDS, "rows": torch.arange(33), "lengths": None})()
-    model(lambda head, bias, hidden, _: (hidden @ head.T).log_softmax(-1)[:, 7].sum(), batch).backward()
+    model(lambda head, bias, hidden, *_: (hidden @ head.T).log_softmax(-1)[:, 7].sum(), Contexts(batch)).backward()
     found = lm.get_input_embeddings().weight.grad.clone()
     lm.zero_grad()
     lm(input_ids=IDS).logits.log_softmax(-1)[..., 7].sum().backward()
@@ -92,7 +93,7 @@ def test_a_head_with_bias_is_found():
     head = torch.nn.Linear(32, len(vocabulary()), bias=True)
     lm.set_output_embeddings(head)
     batch = type("Batch", (), {"input_ids": IDS, "rows": torch.tensor([0]), "lengths": None})()
-    assert PolicyModel(lm)(lambda *arguments: arguments, batch)[1] is head.bias
+    assert PolicyModel(lm)(lambda *arguments: arguments, Contexts(batch))[1] is head.bias
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

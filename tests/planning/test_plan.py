@@ -1,4 +1,4 @@
-"""The plan: numbers of practice.md's arithmetic, measured memory, verdicts, and changes that really make it fit."""
+"""The plan: numbers of practice.md's arithmetic, measured memory, what fits, and changes that really make it fit."""
 
 import json
 import math
@@ -119,7 +119,7 @@ def lora(**keys) -> dict:
 
 def test_adapters_are_counted_by_targets_and_with_their_lengths():
     hidden, wide, kv = 3584, 18944, 512
-    both = planner(**lora(targets=["q_proj", "model.down_proj"]))
+    both = planner(**lora(modules=["q_proj", "model.down_proj"]))
     shapes = {"q_proj": (hidden, hidden), "down_proj": (wide, hidden)}
     assert both.adapted == shapes
     assert both.trained == 28 * 16 * sum(map(sum, shapes.values()))
@@ -300,8 +300,8 @@ def test_a_machine_that_is_at_hand_is_not_to_be_changed():
 
 
 def test_adapters_on_layers_that_the_plan_does_not_know():
-    with pytest.raises(SgpoError, match=r"no plan: it does not know model.lora.targets \['qkv_proj'\]"):
-        planner(**lora(targets=["qkv_proj"], dora=True))
+    with pytest.raises(SgpoError, match=r"no plan: it does not know model.lora.modules \['qkv_proj'\]"):
+        planner(**lora(modules=["qkv_proj"], dora=True))
 
 
 def test_a_change_of_the_config_comes_before_another_machine():

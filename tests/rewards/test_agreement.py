@@ -1,4 +1,4 @@
-"""Verdicts against labels: hand-written answers, gold answers of the benchmarks, wrong answers near the right one."""
+"""Results against labels: hand-written answers, gold answers of the benchmarks, wrong answers near the right one."""
 
 import itertools
 import os

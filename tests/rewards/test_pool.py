@@ -17,12 +17,12 @@ import hostile_answers
 from processes import PATIENCE_S, PROMPT_S, wait_until
 
 from sgpo.rewards.pool import RewardItem, RewardPool
-from sgpo.types import SgpoError, Verdict
+from sgpo.types import RewardResult, SgpoError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and process death are tested on Linux")
 
 REPO = Path(__file__).parents[2]
-TIMEOUT_S = 3.0  # of a verdict; good ones must be there by then on a busy machine too
+TIMEOUT_S = 3.0  # of a result; good ones must be there by then on a busy machine too
 MAX_CHARS = 1_100_000
 
 PLUGIN = """
@@ -140,10 +140,10 @@ def wait_for_end(*pids):
     wait_until(lambda: not any(map(process_runs, pids)), f"end of {pids}")
 
 
-def test_verdicts_come_in_order_and_are_counted_with_duplicates(pool):
+def test_results_come_in_order_and_are_counted_with_duplicates(pool):
     before = pool.counts.copy()
     items = [RewardItem(f"\\boxed{{{i % 50}}}", f"{i % 3}.0") for i in range(300)]
-    assert [verdict.reward for verdict in pool.score(items)] == [float(i % 50 == i % 3) for i in range(300)]
+    assert [result.reward for result in pool.score(items)] == [float(i % 50 == i % 3) for i in range(300)]
     assert pool.counts["ok"] - before["ok"] == 300
     assert pool.score([]) == []
 
@@ -152,23 +152,23 @@ def test_hostile_completions_cost_a_timeout_at_most_and_leave_a_working_pool(poo
     items = [RewardItem(text, "5") for text in HOSTILE.values()]
     before = pool.counts.copy()
     start = time.monotonic()
-    verdicts = dict(zip(HOSTILE, pool.score(items), strict=True))
+    results = dict(zip(HOSTILE, pool.score(items), strict=True))
     elapsed_s = time.monotonic() - start
     # Two workers; a kill and a new worker take well below a second.
-    killed = sum(verdict.status in ("timeout", "error") for verdict in verdicts.values())
+    killed = sum(result.status in ("timeout", "error") for result in results.values())
     assert elapsed_s < PROMPT_S + killed / 2 * (TIMEOUT_S + 2) + 0.5 * len(items)
-    assert [name for name, verdict in verdicts.items() if verdict.reward != 0] == []
-    assert verdicts["tower"].status == "timeout"
-    assert verdicts["too long"].status == "too_long"
-    assert {verdict.status for verdict in verdicts.values()} <= {"ok", "no_answer", "too_long", "timeout", "error"}
+    assert [name for name, result in results.items() if result.reward != 0] == []
+    assert results["tower"].status == "timeout"
+    assert results["too long"].status == "too_long"
+    assert {result.status for result in results.values()} <= {"ok", "no_answer", "too_long", "timeout", "error"}
     assert sum(pool.counts.values()) - sum(before.values()) == len(items)
     assert pool.score([RewardItem(r"\boxed{\frac{10}{2}}", "5"), RewardItem(r"\boxed{6.5}", "5")]) == [
-        Verdict(1.0),
-        Verdict(0.0),
+        RewardResult(1.0),
+        RewardResult(0.0),
     ]
 
 
-def test_generated_hostile_strings_end_in_a_verdict_within_bounded_memory():
+def test_generated_hostile_strings_end_in_a_result_within_bounded_memory():
     """A sample of the 10,000 that `hostile_answers.py` runs."""
     count = 80
     found = hostile_answers.run(count, seed=1, timeout_s=TIMEOUT_S / 2, memory_mib=256)
@@ -185,16 +185,16 @@ def test_generated_hostile_strings_end_in_a_verdict_within_bounded_memory():
 
 def test_good_answers_between_bombs_are_scored(pool):
     items = [RewardItem(BOMB, f"{i}.5") if i % 10 == 5 else RewardItem(f"\\boxed{{{i}}}", f"{i}.0") for i in range(30)]
-    verdicts = pool.score(items)
-    assert [i for i, verdict in enumerate(verdicts) if verdict == Verdict(0.0, "timeout")] == [5, 15, 25]
-    assert all(verdict == Verdict(1.0) for i, verdict in enumerate(verdicts) if i % 10 != 5)
-    assert "no verdict within" in pool.last_cause
+    results = pool.score(items)
+    assert [i for i, result in enumerate(results) if result == RewardResult(0.0, "timeout")] == [5, 15, 25]
+    assert all(result == RewardResult(1.0) for i, result in enumerate(results) if i % 10 != 5)
+    assert "no result within" in pool.last_cause
 
 
 def test_same_answer_to_the_same_gold_is_verified_once(pool):
     before = pool._finished_tasks
-    verdicts = pool.score([RewardItem(f"way {i}: {BOMB}", "5") for i in range(20)])
-    assert verdicts == [Verdict(0.0, "timeout")] * 20
+    results = pool.score([RewardItem(f"way {i}: {BOMB}", "5") for i in range(20)])
+    assert results == [RewardResult(0.0, "timeout")] * 20
     assert pool._finished_tasks - before == 1
 
 
@@ -205,11 +205,11 @@ def test_what_was_begun_early_is_scored_once(plugin_pool):
         plugin_pool.begin(item)
     wait(list(plugin_pool._begun.values()))
     assert plugin_pool._finished_tasks - before == 3
-    verdicts = plugin_pool.score(items)
-    assert [verdict.reward for verdict in verdicts] == pytest.approx([1.1, 2.1, 3.1, 2.1])
+    results = plugin_pool.score(items)
+    assert [result.reward for result in results] == pytest.approx([1.1, 2.1, 3.1, 2.1])
     assert plugin_pool._finished_tasks - before == 3
     assert not plugin_pool._begun
-    assert plugin_pool.score(items) == verdicts
+    assert plugin_pool.score(items) == results
 
 
 def test_what_was_begun_on_workers_that_died_is_scored_on_new_ones(plugin_pool):
@@ -225,26 +225,29 @@ def test_submit_gives_futures(pool):
     assert len(done) == 4
     statuses = [future.result().status for future in futures]
     assert statuses == ["ok", "timeout", "ok", "too_long"]
-    assert futures[0].result() == Verdict(1.0)
+    assert futures[0].result() == RewardResult(1.0)
 
 
 def test_an_unreadable_gold_answer_is_an_error(pool):
-    verdicts = pool.score([RewardItem(r"\boxed{5}", ""), RewardItem(r"\boxed{5}", "5")])
-    assert verdicts == [Verdict(0.0, "error"), Verdict(1.0)]
+    results = pool.score([RewardItem(r"\boxed{5}", ""), RewardItem(r"\boxed{5}", "5")])
+    assert results == [RewardResult(0.0, "error"), RewardResult(1.0)]
     assert "cannot read the gold answer" in pool.last_cause
     with pytest.raises(SgpoError, match=r"failed on all 2 completions.*cannot read the gold answer"):
         pool.score([RewardItem(r"\boxed{5}", "")] * 2)
 
 
 def test_a_reward_of_ones_own_sees_the_whole_completion_and_the_problem(plugin_pool):
-    assert plugin_pool.score([RewardItem("abc", "", "12"), RewardItem("abc", "")]) == [Verdict(3.2), Verdict(3.0)]
+    assert plugin_pool.score([RewardItem("abc", "", "12"), RewardItem("abc", "")]) == [
+        RewardResult(3.2),
+        RewardResult(3.0),
+    ]
 
 
 @pytest.mark.parametrize(
     ("completion", "status", "cause"),
     [
-        ("spin", "timeout", f"no verdict within {TIMEOUT_S} s"),
-        ("sleep", "timeout", f"no verdict within {TIMEOUT_S} s"),
+        ("spin", "timeout", f"no result within {TIMEOUT_S} s"),
+        ("sleep", "timeout", f"no result within {TIMEOUT_S} s"),
         ("exit", "error", "died with exit code 3"),
         ("segfault", "error", "died with exit code -11"),
         ("memory", "error", "MemoryError"),
@@ -255,8 +258,8 @@ def test_a_reward_of_ones_own_sees_the_whole_completion_and_the_problem(plugin_p
 def test_what_goes_wrong_is_named_and_counted(plugin_pool, completion, status, cause):
     before = plugin_pool.counts[status]
     assert plugin_pool.score([RewardItem(completion, ""), RewardItem("abcd", "")]) == [
-        Verdict(0.0, status),
-        Verdict(4.0),
+        RewardResult(0.0, status),
+        RewardResult(4.0),
     ]
     assert plugin_pool.counts[status] == before + 1
     assert cause in plugin_pool.last_cause
@@ -265,11 +268,11 @@ def test_what_goes_wrong_is_named_and_counted(plugin_pool, completion, status, c
 def test_a_reward_that_always_fails_stops_the_run(plugin_pool):
     with pytest.raises(SgpoError, match="failed on all 2 completions; first cause: Unpicklable: on purpose"):
         plugin_pool.score([RewardItem("raise", "")] * 2)
-    assert plugin_pool.score([RewardItem("ab", "")]) == [Verdict(2.0)]
+    assert plugin_pool.score([RewardItem("ab", "")]) == [RewardResult(2.0)]
 
 
 def test_workers_do_not_import_the_training_stack(plugin_pool):
-    assert plugin_pool.score([RewardItem("foreign modules", "")]) == [Verdict(0.0)]
+    assert plugin_pool.score([RewardItem("foreign modules", "")]) == [RewardResult(0.0)]
 
 
 def test_a_worker_killed_from_outside_is_replaced(plugin_pool):
@@ -277,7 +280,7 @@ def test_a_worker_killed_from_outside_is_replaced(plugin_pool):
     os.kill(pid, signal.SIGKILL)
     wait_for_end(pid)
     time.sleep(0.3)  # pebble notices, and gives the whole pool up: its idle workers should never end
-    assert plugin_pool.score([RewardItem("ab", ""), RewardItem("abc", "")]) == [Verdict(2.0), Verdict(3.0)]
+    assert plugin_pool.score([RewardItem("ab", ""), RewardItem("abc", "")]) == [RewardResult(2.0), RewardResult(3.0)]
 
 
 def test_workers_that_stop_answering_are_replaced(monkeypatch, tmp_path):
@@ -287,11 +290,11 @@ def test_workers_that_stop_answering_are_replaced(monkeypatch, tmp_path):
     with RewardPool("plugin_to_stop:reward", workers=1, timeout_s=TIMEOUT_S) as pool:
         pid = int(pool.score([RewardItem("pid", "")])[0].reward)
         os.kill(pid, signal.SIGSTOP)  # as good as a lock that a dead process holds: no task is ever taken
-        assert pool.score([RewardItem("ab", ""), RewardItem("abc", "")]) == [Verdict(2.0), Verdict(3.0)]
+        assert pool.score([RewardItem("ab", ""), RewardItem("abc", "")]) == [RewardResult(2.0), RewardResult(3.0)]
     wait_for_end(pid)
 
 
-def test_close_kills_busy_workers_and_settles_what_is_pending(tmp_path, monkeypatch):
+def test_close_kills_busy_workers_and_ends_what_is_pending(tmp_path, monkeypatch):
     (tmp_path / "plugin_to_close.py").write_text(PLUGIN)
     monkeypatch.chdir(tmp_path)
     pool = RewardPool("plugin_to_close:reward", workers=1, timeout_s=PATIENCE_S)
@@ -303,7 +306,7 @@ def test_close_kills_busy_workers_and_settles_what_is_pending(tmp_path, monkeypa
     pool.close()
     assert time.monotonic() - start < PROMPT_S
     wait_for_end(pid)
-    assert [future.result(timeout=PROMPT_S) for future in pending] == [Verdict(0.0, "error")] * 31
+    assert [future.result(timeout=PROMPT_S) for future in pending] == [RewardResult(0.0, "error")] * 31
     with pytest.raises(SgpoError, match="reward pool is closed"):
         pool.score([RewardItem("a", "")])
 

@@ -1,4 +1,4 @@
-"""Verdicts of the built-in rewards, and loading a reward by name; all in this process."""
+"""Results of the built-in rewards, and loading a reward by name; all in this process."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ pytest.importorskip("math_verify")
 
 from sgpo.rewards.registry import load_reward
 from sgpo.rewards.verifier import gold_is_verifiable, verify_answer
-from sgpo.types import SgpoError, Verdict
+from sgpo.types import RewardResult, SgpoError
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
 
@@ -40,20 +40,20 @@ DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
         (r"<think>\boxed{5}</think> \boxed{6}", "5", 0),
     ],
 )
-def test_verdicts_of_math_verify(completion, gold, reward):
+def test_results_of_math_verify(completion, gold, reward):
     assert verify_answer(completion, gold).reward == reward
 
 
 @pytest.mark.parametrize("completion", ["", "it is 5", "\\boxed{}", r"<think>\boxed{5}", r"<think>\boxed{5}</think> 5"])
 def test_without_a_box_there_is_no_answer(completion):
-    assert verify_answer(completion, "5") == Verdict(0.0, "no_answer")
+    assert verify_answer(completion, "5") == RewardResult(0.0, "no_answer")
 
 
 def test_without_require_box_math_verify_searches_the_text_after_the_thinking():
-    assert verify_answer("<think>is it 6?</think> The answer is 5.", "5", require_box=False) == Verdict(1.0)
-    assert verify_answer("The answer is 6.", "5", require_box=False) == Verdict(0.0)
-    assert verify_answer("I cannot tell", "5", require_box=False) == Verdict(0.0, "no_answer")
-    assert verify_answer("<think>5", "5", require_box=False) == Verdict(0.0, "no_answer")
+    assert verify_answer("<think>is it 6?</think> The answer is 5.", "5", require_box=False) == RewardResult(1.0)
+    assert verify_answer("The answer is 6.", "5", require_box=False) == RewardResult(0.0)
+    assert verify_answer("I cannot tell", "5", require_box=False) == RewardResult(0.0, "no_answer")
+    assert verify_answer("<think>5", "5", require_box=False) == RewardResult(0.0, "no_answer")
 
 
 @pytest.mark.parametrize("gold", ["", "  ", "$"])
@@ -75,9 +75,9 @@ def test_gold_answers_of_the_benchmarks_verify(name):
 
 def test_exact_compares_strings():
     reward = load_reward("exact")
-    assert reward(r"so \boxed{ 4 2 }", "42", "") == Verdict(1.0)
-    assert reward(r"\boxed{42.0}", "42", "") == Verdict(0.0)
-    assert reward("42", "42", "") == Verdict(0.0, "no_answer")
+    assert reward(r"so \boxed{ 4 2 }", "42", "") == RewardResult(1.0)
+    assert reward(r"\boxed{42.0}", "42", "") == RewardResult(0.0)
+    assert reward("42", "42", "") == RewardResult(0.0, "no_answer")
 
 
 def test_a_reward_of_ones_own_is_found_in_the_working_directory(tmp_path, monkeypatch):
@@ -86,7 +86,7 @@ def test_a_reward_of_ones_own_is_found_in_the_working_directory(tmp_path, monkey
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [entry for entry in __import__("sys").path if entry])
-    assert load_reward("my_length_reward:fn")("abcde", "", "") == Verdict(2.0)
+    assert load_reward("my_length_reward:fn")("abcde", "", "") == RewardResult(2.0)
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_an_engine_started_anew_needs_the_frozen_weights_beside_its_adapters(sta
 
 
 def test_an_engine_that_died_unnoticed_is_found_by_asking_what_it_holds(start):
-    """As SyncedRollouts does before it sends anything."""
+    """As PolicySampler does before it sends anything."""
     engine = start()
     engine.load_weights(weights().items(), 1)
     os.kill(engine.pid, signal.SIGKILL)

@@ -11,7 +11,7 @@ from sgpo.builders.model_engine import resolve_model
 from sgpo.builders.rollouts import build_rollouts
 from sgpo.config import Config
 from sgpo.engine.export import export_model
-from sgpo.engine.weight_sync import SyncedRollouts
+from sgpo.engine.weight_sync import PolicySampler
 from sgpo.model.loading import load_tokenizer
 from sgpo.train import trainer
 from sgpo.types import RolloutRequest, SamplingParams
@@ -29,17 +29,17 @@ def sample(engine, prompts):
 def main(config_path, out):
     config = load_settings(Config, config_path)
     run_dir = config.run.dir
-    sync, seen = SyncedRollouts.sync, []
+    sync, seen = PolicySampler.sync, []
 
     def recorded(self, version):
         report = sync(self, version)
         folder = run_dir / f"sync-{version}"
-        export_model(self._engine, load_tokenizer(resolve_model(config)), folder)
+        export_model(self._trainer_engine, load_tokenizer(resolve_model(config)), folder)
         prompts = [self._probe_ids, *(self._probe_ids[: 8 + 3 * i] for i in range(4))]
         seen.append((str(folder), prompts, sample(self, prompts)))
         return report
 
-    SyncedRollouts.sync = recorded
+    PolicySampler.sync = recorded
     trainer.train(config)
     rows = []
     for folder, prompts, running in seen:
@@ -47,7 +47,7 @@ def main(config_path, out):
         rows.append({"running": running, "fresh": sample(fresh, prompts)})
         fresh.close()
     Path(out).write_text(json.dumps(rows))
-    distributed.settle()
+    distributed.wait_for_gloo()
 
 
 if __name__ == "__main__":

@@ -8,31 +8,31 @@ from tiny_runs import BASE, finish, rows
 
 from sgpo.config import Config
 from sgpo.data.builtin import save_builtin
-from sgpo.train.memory_vs_plan import Gauge, planned_peak
+from sgpo.train.memory_vs_plan import MemoryTracker, planned_peak
 
 MIB = 2**20
 
 
 def test_a_peak_is_what_was_held_since_the_last_reading():
-    gauge, peaks = Gauge(2.0**40), []
-    with gauge.reading():
+    memory, peaks = MemoryTracker(2.0**40), []
+    with memory.reading():
         for size in (1, 256, 1):
             torch.ones(size * MIB // 4)
-            peaks.append(gauge.read())
+            peaks.append(memory.read())
     assert 200 < peaks[1] - peaks[0] < 300
     assert 200 < peaks[1] - peaks[2] < 300
-    assert gauge.summary() == {  # the highest
+    assert memory.summary() == {  # the highest
         "planned_mib": MIB, "measured_mib": round(peaks[1], 1), "ratio": round(MIB / peaks[1], 4),
     }  # fmt: skip
 
 
 def test_what_is_not_known_is_none():
-    assert Gauge(None).summary() == {"planned_mib": None, "measured_mib": None, "ratio": None}
-    assert Gauge(MIB).summary() == {"planned_mib": 1.0, "measured_mib": None, "ratio": None}
+    assert MemoryTracker(None).summary() == {"planned_mib": None, "measured_mib": None, "ratio": None}
+    assert MemoryTracker(MIB).summary() == {"planned_mib": 1.0, "measured_mib": None, "ratio": None}
 
 
 def test_a_sleeping_engine_does_not_count():
-    asleep, awake = Gauge(None, asleep=lambda: 10 * MIB).read(), Gauge(None).read()
+    asleep, awake = MemoryTracker(None, asleep=lambda: 10 * MIB).read(), MemoryTracker(None).read()
     assert abs(awake - asleep - 10) < 2
 
 

@@ -51,7 +51,7 @@ def test_operations_by_hand():
     plain = TrainSequence((1, 2), (3, 4, 5), policy_weight=1.0, advantage=1.0)
     forward = 2 * flops.backbone * 5 + 2 * 88 * 3 + 2 * 16 * 25
     assert flops.training(plain) == 3 * forward
-    distilled = TrainSequence((1, 2), (3, 4, 5), target_weight=1.0, teacher_prompt_ids=(1, 2, 3, 4))
+    distilled = TrainSequence((1, 2), (3, 4, 5), distill_weight=1.0, teacher_prompt_ids=(1, 2, 3, 4))
     assert flops.training(distilled) == 3 * forward + 2 * flops.backbone * 7 + 2 * 88 * 3 + 2 * 16 * 49
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from sgpo.data.epochs import epoch_order, problems_of_step
 from sgpo.train.rollout_batch import build_requests, check_version, scored_groups
-from sgpo.types import Problem, PromptPair, Rollout, SgpoError, TaskData, Verdict
+from sgpo.types import Problem, PromptPair, RewardResult, Rollout, SgpoError, TaskData
 
 
 @pytest.fixture
@@ -114,14 +114,14 @@ def test_stale_weights_are_refused(task):
         check_version([rollout(requests[0], version=4)], 3)
 
 
-def test_groups_hold_their_own_rollouts_and_verdicts_in_order(task):
+def test_groups_hold_their_own_rollouts_and_results_in_order(task):
     indices = [3, 2, 0]
     rollouts = [rollout(r) for r in build_requests(task, indices, n_auto=3, n_guided=2, seed=0, step=0)]
     calls = []
 
     def score(scored):
         calls.append(len(scored))
-        return [Verdict(100.0 * r.request.problem_index + r.request.sample_index, r.request.kind) for r in scored]
+        return [RewardResult(100.0 * r.request.problem_index + r.request.sample_index, r.request.kind) for r in scored]
 
     groups = scored_groups(task, indices, rollouts, score)
     assert calls == [3 * 3 + 2 * 2]
@@ -131,20 +131,22 @@ def test_groups_hold_their_own_rollouts_and_verdicts_in_order(task):
         assert group.auto_rewards == [100.0 * index + k for k in range(3)]
         assert group.guided_rewards == ([] if index == 2 else [100.0 * index + k for k in range(2)])
         assert {r.request.problem_index for r in group.auto + group.guided} == {index}
-        assert {v.status for v in group.auto_verdicts} == {"auto"}
+        assert {v.status for v in group.auto_results} == {"auto"}
         assert [r.request.sample_index for r in group.auto] == [0, 1, 2]
 
 
-def test_a_verdict_stays_with_its_rollout_in_any_order(task):
+def test_a_result_stays_with_its_rollout_in_any_order(task):
     rollouts = [rollout(r) for r in build_requests(task, [0, 1, 3], n_auto=3, n_guided=2, seed=0, step=0)]
     random.Random(0).shuffle(rollouts)
-    groups = scored_groups(task, [0, 1, 3], rollouts, lambda found: [Verdict(r.request.seed / 2**63) for r in found])
+    groups = scored_groups(
+        task, [0, 1, 3], rollouts, lambda found: [RewardResult(r.request.seed / 2**63) for r in found]
+    )
     for group in groups:
         assert group.auto_rewards == [r.request.seed / 2**63 for r in group.auto]
         assert group.guided_rewards == [r.request.seed / 2**63 for r in group.guided]
 
 
-def test_a_lost_verdict_is_no_silent_zero(task):
+def test_a_lost_result_is_no_silent_zero(task):
     rollouts = [rollout(r) for r in build_requests(task, [0], n_auto=2, n_guided=0, seed=0, step=0)]
     with pytest.raises(ValueError):
-        scored_groups(task, [0], rollouts, lambda found: [Verdict(1.0)])
+        scored_groups(task, [0], rollouts, lambda found: [RewardResult(1.0)])

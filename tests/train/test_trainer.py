@@ -15,7 +15,7 @@ import pytest
 import yaml
 from tiny_runs import BASE, WARMUP, digest, finish, finish_all, rows, start
 
-from sgpo.config import GONE, RolloutConfig
+from sgpo.config import GONE, RENAMED, RolloutConfig
 from sgpo.train import trainer
 from sgpo.types import TrainSequence
 
@@ -145,7 +145,7 @@ def test_old_logprobs_are_computed_of_policy_sequences_alone():
         return [[-1.0] * len(completion) for _, completion in contexts]
 
     made = [
-        TrainSequence((1,), (2, 3), target_weight=0.5),
+        TrainSequence((1,), (2, 3), distill_weight=0.5),
         TrainSequence((1,), (4, 5), advantage=-1.0, policy_weight=0.5, rollout_logprobs=(-1.5, -0.5)),
         TrainSequence((1,), (6,), advantage=0.0, policy_weight=0.5, rollout_logprobs=(-1.0,)),
     ]
@@ -171,8 +171,8 @@ def test_checkpoints_and_small_micro_batches_give_the_same_loss_curve(plain_run,
 SWITCHES = [
     ["--algorithm.over_limit=clamp", "--engine.column_tolerance=0.05"],
     ["--algorithm.over_limit=scale"],
-    ["--algorithm.over_limit=off", "--algorithm.target=all"],
-    ["--algorithm.target=mean", "--algorithm.alpha=fixed"],
+    ["--algorithm.max_token_kl=null", "--algorithm.selection=all"],
+    ["--algorithm.selection=mean", "--algorithm.alpha=fixed"],
     ["--algorithm.alpha=group_advantage", "--algorithm.normalize_std=false"],
     ["--algorithm.distillation=reverse_kl", "--algorithm.dual_clip=3.0"],
     ["--algorithm.distillation=js", "--algorithm.mini_batches=2"],
@@ -314,14 +314,17 @@ def test_a_run_of_a_version_with_keys_that_are_gone_goes_on(plain_run, tmp_path,
     for step in (3, 4):
         shutil.rmtree(run / "checkpoints" / f"step-{step:08d}", ignore_errors=True)
     saved = yaml.safe_load((run / "config.yaml").read_text())
-    for key in GONE:
+    for key in GONE.keys() - RENAMED:
         section, name = key.split(".")
         saved[section][name] = value
+    saved["algorithm"]["target"] = saved["algorithm"].pop("selection")
+    saved["model"]["lora"]["targets"] = saved["model"]["lora"].pop("modules")
     (run / "config.yaml").write_text(yaml.safe_dump(saved))
     finish(tmp_path)
     assert digest(run) == digest(plain_run)
     now = yaml.safe_load((run / "config.yaml").read_text())
-    assert not [key for key in GONE if key.split(".")[1] in now[key.split(".")[0]]]
+    assert not [key for key in GONE if key.rsplit(".", 1)[1] in now[key.split(".")[0]]]
+    assert (now["algorithm"]["selection"], now["model"]["lora"]["modules"]) == ("sum", ["all-linear"])
 
 
 def test_resume_never_sets_the_old_run_aside(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sgpo.builders.loss import policy_objective
+from sgpo.builders.loss import training_loss
 from sgpo.config import Config
 from sgpo.train.worst_case_step import longest_micro_batch, wants_worst_case, worst_case_step
 from sgpo.types import PromptPair, SgpoError
@@ -35,7 +35,7 @@ def test_it_fills_a_micro_batch_with_the_longest_sequences():
 def test_it_holds_what_the_method_trains_on(algorithm, targets, teachers):
     guided = 0 if "method" in algorithm else 2
     sequences = longest_micro_batch(config_of(n_guided=guided, **algorithm), PROMPTS, pad_id=0)
-    assert sum(s.target_weight > 0 for s in sequences) == targets
+    assert sum(s.distill_weight > 0 for s in sequences) == targets
     assert sum(s.teacher_prompt_ids is not None for s in sequences) == teachers
 
 
@@ -51,7 +51,7 @@ def test_where_it_does_not_fit_the_knobs_are_named():
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(SgpoError, match=r"longest micro-batch .*lower engine\.micro_batch_tokens"):
-        worst_case_step(Full(), policy_objective(config_of()), config_of(), PROMPTS, pad_id=0)
+        worst_case_step(Full(), training_loss(config_of()), config_of(), PROMPTS, pad_id=0)
 
 
 def test_by_default_it_runs_on_a_gpu_alone():
