@@ -47,17 +47,12 @@ from sgpo.utils.distributed import Meter, name_lost_process
 
 def train(config: Config) -> dict[str, Any]:
     """Runs or resumes the training that `config` describes; returns what it also writes to summary.json."""
-    with name_lost_process(config.run.timeout_s, lambda: "start or end of the run"):
-        return _train(config)
-
-
-def _train(config: Config) -> dict[str, Any]:
-    started = time.monotonic()
-    device = init_distributed(config.run.timeout_s)
-    run_dir = open_run_folder(config)
-    with ExitStack() as stack:
+    started, timeout_s = time.monotonic(), config.run.timeout_s
+    with name_lost_process(timeout_s, lambda: "start or end of the run"), ExitStack() as stack:
+        device = init_distributed(timeout_s)
+        run_dir = open_run_folder(config)
         session, progress = _start(config, run_dir, device, started, stack)
-        with name_lost_process(config.run.timeout_s, lambda: session.display.where):
+        with name_lost_process(timeout_s, lambda: session.display.where):
             _loop(session, progress)
         export_model(session.engine, session.tokenizer, run_dir / "final")
         memory = session.gauge.summary()

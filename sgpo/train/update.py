@@ -45,16 +45,19 @@ def update_policy(
     lr = config.optim.lr * lr_factor(
         step, s.total_steps, warmup_ratio=config.optim.warmup_ratio, schedule=config.optim.schedule
     )
-    results = [optimizer_step(s.engine, sequences, s.objective, lr=lr, **sizes) for sequences in learnt]
-    clock.stage("train")
-    meter.sum("loss", sum(result.loss for result in results) / batches)
-    meter.max("lr", lr)
+    loss = 0.0
+    passes: list[MicroBatchResult] = []
     meter.declare(maxima=["grad_norm"])
-    for result in results:
+    for sequences in learnt:
+        result = optimizer_step(s.engine, sequences, s.objective, lr=lr, **sizes)
+        loss += result.loss
+        passes += result.passes
         if result.grad_norm is not None:
             meter.max("grad_norm", result.grad_norm)
-    problems = [problem for mini_batch in mini_batches for problem in mini_batch]
-    return problems, [done for result in results for done in result.passes]
+    clock.stage("train")
+    meter.sum("loss", loss / batches)
+    meter.max("lr", lr)
+    return [problem for mini_batch in mini_batches for problem in mini_batch], passes
 
 
 def _with_old_logprobs(sequences: Sequence[TrainSequence], score: Any, rollout: RolloutConfig) -> list[TrainSequence]:
