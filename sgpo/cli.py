@@ -34,7 +34,15 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        if (found := _find_command(list(sys.argv[1:] if argv is None else argv))) is None:
+            return 0
+        command, arguments, words = found
+        code = command.run(arguments, words)
+        if "torch" in sys.modules:
+            from sgpo.utils import distributed
+
+            distributed.wait_for_gloo()
+        return code
     except SgpoError as error:
         print(f"sgpo: {error}", file=sys.stderr)
         return 2
@@ -48,38 +56,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _dispatch(words: list[str]) -> int:
+def _find_command(words: list[str]) -> tuple[ModuleType, argparse.Namespace, list[str]] | None:
+    """The module of sgpo.commands, its parsed arguments and the words left over; None where help or the version was
+    asked for, which is then printed."""
     if words[:1] == ["--version"]:
         print(f"sgpo {installed_version('sgpo') or '(not installed)'}")
-        return 0
+        return None
     verb = next((name for name in VERBS if words[: len(name.split())] == name.split()), None)
     if verb is None:
-        return _without_verb(words)
+        _print_help(words)
+        return None
     command = importlib.import_module(f"sgpo.commands.{verb.split()[-1]}")
     arguments, rest = _parser(verb, command).parse_known_args(words[len(verb.split()) :])
-    code = command.run(arguments, rest)
-    if "torch" in sys.modules:
-        from sgpo.utils import distributed
-
-        distributed.wait_for_gloo()
-    return code
+    return command, arguments, rest
 
 
-def _without_verb(words: list[str]) -> int:
-    """The help, where it or nothing is asked for (`sgpo`, `sgpo --help`, `sgpo strategies`)."""
+def _print_help(words: list[str]) -> None:
+    """Where it or nothing is asked for (`sgpo`, `sgpo --help`, `sgpo strategies`); else SgpoError: no such command."""
     group = [name for name in VERBS if words and name.startswith(f"{words[0]} ")]
     asked = words[1:] if group else words
     if asked and asked[0] not in ("-h", "--help"):
         typed = " ".join([*(words[:1] if group else []), asked[0]])
-        first_words = {name.split()[0] for name in VERBS}
-        close = difflib.get_close_matches(typed, group or [*first_words], n=1, cutoff=0.5)
+        close = difflib.get_close_matches(typed, group or {name.split()[0] for name in VERBS}, n=1, cutoff=0.5)
         meant = f"did you mean {close[0]}?" if close else f"choose from {', '.join(group or VERBS)}"
         raise SgpoError(f"there is no command {typed!r}; {meant}")
     print("usage: sgpo COMMAND ...\n\nStrategy-Guided Policy Optimization\n\ncommands (each has --help):")
     for name in group or VERBS:
         print(f"  {name:<20}{VERBS[name]}")
     print("\n  --version           the version of this package")
-    return 0
 
 
 class _Parser(argparse.ArgumentParser):
