@@ -6,9 +6,8 @@ cannot work together are refused with one sentence before anything is loaded.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -497,28 +496,3 @@ class Config(Section):
         if not cuda or self.rollout.placement != "inprocess":
             return 0
         return 1 if self.syncs_adapters(cuda=cuda) else 2
-
-
-def from_earlier_version(raw: dict[str, Any]) -> dict[str, Any]:
-    """An old run's config.yaml in today's words: renamed keys moved, those that are gone left out."""
-    found = copy.deepcopy(raw)
-    for key in GONE:
-        *path, leaf = key.split(".")
-        section = _section(found, path)
-        if leaf in section:
-            value = section.pop(leaf)
-            if key in RENAMED:
-                section[RENAMED[key].rsplit(".", 1)[1]] = value
-    algorithm = _section(found, ["algorithm"])
-    if algorithm.get("over_limit") == "off":
-        algorithm.update(over_limit="mask", max_token_kl=None)
-    return found
-
-
-def _section(raw: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
-    """The mapping at `path`; an empty one where there is none."""
-    for name in path:
-        raw = raw.get(name) or {}
-        if not isinstance(raw, dict):
-            return {}
-    return raw

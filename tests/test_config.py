@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sgpo.config import GONE, RENAMED, Config, from_earlier_version
+from sgpo.builders.run_folder import from_earlier_version
+from sgpo.config import GONE, RENAMED, Config
 from sgpo.types import SgpoError
 from sgpo.utils.config_file import describe, known_keys, load_settings
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from sgpo.config import Config, from_earlier_version
+from sgpo.config import GONE, RENAMED, Config
 from sgpo.types import SgpoError
 from sgpo.utils.config_file import checked
 from sgpo.utils.distributed import on_rank_zero_first
@@ -74,3 +76,28 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
             f"{path} belongs to a run with other settings: {', '.join(changed)}; give another run.name, "
             "or --run.resume never to set the old folder aside"
         )
+
+
+def from_earlier_version(raw: dict[str, Any]) -> dict[str, Any]:
+    """An old run's config.yaml in today's words: renamed keys moved, those that are gone left out."""
+    found = copy.deepcopy(raw)
+    for key in GONE:
+        *path, leaf = key.split(".")
+        section = _section(found, path)
+        if leaf in section:
+            value = section.pop(leaf)
+            if key in RENAMED:
+                section[RENAMED[key].rsplit(".", 1)[1]] = value
+    algorithm = _section(found, ["algorithm"])
+    if algorithm.get("over_limit") == "off":
+        algorithm.update(over_limit="mask", max_token_kl=None)
+    return found
+
+
+def _section(raw: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """The mapping at `path`; an empty one where there is none."""
+    for name in path:
+        raw = raw.get(name) or {}
+        if not isinstance(raw, dict):
+            return {}
+    return raw

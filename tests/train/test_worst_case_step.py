@@ -47,7 +47,7 @@ def test_where_it_does_not_fit_the_knobs_are_named():
     class Full:
         device = torch.device("cpu")
 
-        def dry_step(self, micro_batches):
+        def dry_step(self, loss, micro_batches):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(SgpoError, match=r"longest micro-batch .*lower engine\.micro_batch_tokens"):
