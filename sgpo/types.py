@@ -22,6 +22,8 @@ class EngineFailure(SgpoError):
 
 @dataclass(frozen=True, slots=True)
 class ChatTurn:
+    """One message of a chat."""
+
     role: Literal["system", "user", "assistant"]
     content: str
 
@@ -40,6 +42,7 @@ class Problem:
 
     @property
     def has_guidance(self) -> bool:
+        """Whether it can be sampled with guidance."""
         return bool(self.strategy or self.guidance_turns)
 
 
@@ -73,6 +76,8 @@ class RolloutRequest:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
+    """How tokens are drawn, and how many at most."""
+
     temperature: float
     top_p: float
     max_new_tokens: int
@@ -128,6 +133,7 @@ class TrainSequence:
 
     @property
     def is_live(self) -> bool:
+        """Whether any of its tokens carries gradient."""
         return self.target_weight != 0.0 or (self.policy_weight != 0.0 and self.advantage != 0.0)
 
     @property
@@ -161,10 +167,12 @@ class ScoredGroup:
 
     @property
     def auto_rewards(self) -> list[float]:
+        """Of the rollouts without guidance."""
         return [verdict.reward for verdict in self.auto_verdicts]
 
     @property
     def guided_rewards(self) -> list[float]:
+        """Of the rollouts with guidance."""
         return [verdict.reward for verdict in self.guided_verdicts]
 
 

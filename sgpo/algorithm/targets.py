@@ -17,4 +17,5 @@ def reachable_target(logprobs: Sequence[Sequence[float]], *, score: Literal["sum
 
 
 def target_score(logprobs: Sequence[float], *, score: Literal["sum", "mean"] = "sum") -> float:
+    """How reachable a completion is: the sum or the mean of its log-probs."""
     return sum(logprobs) / (len(logprobs) if score == "mean" else 1)

@@ -30,6 +30,7 @@ class TokenBatch:
     lengths: tuple[int, ...] | None = None
 
     def to(self, device: torch.device) -> TokenBatch:
+        """The same batch on another device."""
         return TokenBatch(self.input_ids.to(device), self.rows.to(device), self.targets.to(device), self.lengths)
 
 
@@ -50,6 +51,7 @@ class MicroBatch:
     teacher: TokenBatch | None
 
     def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch on another device."""
         return MicroBatch(
             self.student.to(device),
             self.advantages.to(device),
@@ -61,6 +63,7 @@ class MicroBatch:
 
     @property
     def tokens(self) -> int:
+        """Tokens that go through the model, padding and the teacher's included."""
         return self.student.input_ids.numel() + (self.teacher.input_ids.numel() if self.teacher else 0)
 
 

@@ -111,6 +111,7 @@ class SyncedRollouts:
         return self._with_retry(ahead.wait, ahead.sample, version)
 
     def sleep(self) -> None:
+        """The rollout engine gives its memory back, and the trainer takes its states from the host."""
         self._rollouts.sleep()
         self._engine.reload_states()
 
@@ -119,6 +120,7 @@ class SyncedRollouts:
         return getattr(self._rollouts, "asleep_bytes", 0)
 
     def close(self) -> None:
+        """Ends the rollout engine."""
         self._rollouts.close()
 
     def _with_retry(

@@ -262,6 +262,7 @@ class ZeroEngine:
             raise SgpoError(f"checkpoint {folder} holds no engine state; delete it to go on from the one before")
 
     def close(self) -> None:
+        """Lets go of DeepSpeed's engine and of its hooks."""
         self._engine.destroy()
         del self._engine, self._optimizer, self.model
         gc.collect()

@@ -25,6 +25,7 @@ class LossHead(nn.Module):
         self.bias = getattr(output, "bias", None)
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function` of the weight, the bias and `args`."""
         return function(self.weight, self.bias, *args)
 
 

@@ -43,6 +43,7 @@ class Clock:
         self._at_end()
 
     def finish(self) -> None:
+        """Writes the stages' times and the step's into the meter."""
         self._meter.maxima({**self._spent, "step_s": time.monotonic() - self._start})
 
 
@@ -158,4 +159,5 @@ def distilled_trajectory(passes: Sequence[MicroBatchResult]) -> tuple[tuple[int,
 
 
 def is_target(rollout: Rollout, guidance: Guidance) -> bool:
+    """Whether this rollout is (one of) the chosen o+ of its problem."""
     return any(rollout is target for target in guidance.targets)
