@@ -22,6 +22,8 @@ class EngineFailure(SgpoError):
 
 @dataclass(frozen=True, slots=True)
 class ChatTurn:
+    """One message of a chat."""
+
     role: Literal["system", "user", "assistant"]
     content: str
 
@@ -40,6 +42,7 @@ class Problem:
 
     @property
     def has_guidance(self) -> bool:
+        """Whether it can be sampled with guidance."""
         return bool(self.strategy or self.guidance_turns)
 
 
@@ -73,6 +76,8 @@ class RolloutRequest:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
+    """How tokens are drawn, and how many at most."""
+
     temperature: float
     top_p: float
     max_new_tokens: int

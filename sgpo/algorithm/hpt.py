@@ -27,6 +27,7 @@ def hpt_sequences(
     gate: int = 0,
     normalize_std: bool = False,
 ) -> list[ProblemStep]:
+    """Per problem its demonstration or its rollouts, as the gate decides; see the head of the file."""
     steps = []
     for group in groups:
         if sum(reward > 0 for reward in group.auto_rewards) <= gate:

@@ -17,4 +17,5 @@ def most_reachable(logprobs: Sequence[Sequence[float]], *, score: Literal["sum",
 
 
 def selection_score(logprobs: Sequence[float], *, score: Literal["sum", "mean"] = "sum") -> float:
+    """How reachable a completion is: the sum or the mean of its log-probs."""
     return sum(logprobs) / (len(logprobs) if score == "mean" else 1)

@@ -21,6 +21,8 @@ from sgpo.types import ScoredGroup, TrainSequence
 
 @dataclass(frozen=True, slots=True)
 class SgpoSettings:
+    """The switches of the method; the defaults are the paper's."""
+
     autonomous_grpo: bool = True
     normalize_std: bool = True
     distillation: Literal["forward_kl", "reverse_kl", "js", "sft"] | None = "forward_kl"

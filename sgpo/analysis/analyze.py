@@ -21,12 +21,12 @@ from sgpo.analysis.design import Study, load_policy, load_study, make_plan
 from sgpo.analysis.report import write_analysis_report
 from sgpo.analysis.results import Results
 from sgpo.analysis.samples import Row, collect
+from sgpo.analysis.settings import AnalyzeConfig
 from sgpo.analysis.token_kl import TokenKl, summarize, token_pieces
 from sgpo.analysis.transfer import Draw
 from sgpo.builders.model_engine import resolve_model
 from sgpo.engine.batching import Contexts, collate, length_sorted
 from sgpo.model.loading import load_tokenizer
-from sgpo.strategies.settings import AnalyzeConfig
 from sgpo.types import SgpoError
 from sgpo.utils import distributed
 from sgpo.utils.provenance import environment
@@ -69,6 +69,7 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
 
 
 def output_folder(config: AnalyzeConfig) -> Path:
+    """analyze.output, or a folder of the run's own."""
     return Path(config.analyze.output or config.run.dir / "strategies")
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from sgpo.analysis import similarity, transfer
+from sgpo.analysis.settings import AnalyzeConfig
 from sgpo.analysis.transfer import Draw
 from sgpo.builders.task import load_task, prompt_builder
 from sgpo.engine.batching import collate, length_sorted
 from sgpo.model.loading import load_causal_lm, positions_of
 from sgpo.model.policy import PolicyModel
-from sgpo.strategies.settings import AnalyzeConfig
 from sgpo.types import Problem, PromptPair, SgpoError
 
 _MOST_PROBLEMS = 8192  # similarity is P x P
@@ -132,6 +132,7 @@ def _check_lengths(config: AnalyzeConfig, folder: Path, prompt: int) -> None:
 
 
 def load_policy(config: AnalyzeConfig, folder: Path) -> tuple[PolicyModel, torch.device]:
+    """The model that is analysed, ready for passes without gradient, and its device."""
     lm = load_causal_lm(folder, dtype=config.model.dtype, attn_implementation=config.model.attn_implementation)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return PolicyModel(lm).to(device).eval(), device

@@ -8,9 +8,9 @@ from typing import Any
 from sgpo.analysis import effects, similarity
 from sgpo.analysis.design import Plan, Study
 from sgpo.analysis.samples import Row
+from sgpo.analysis.settings import AnalyzeSection
 from sgpo.analysis.transfer import ARMS, FOREIGN, MATRIX, Draw
 from sgpo.strategies.leakage import Solution, find_leaks
-from sgpo.strategies.settings import AnalyzeSection
 from sgpo.types import Problem
 
 CONTRASTS = (

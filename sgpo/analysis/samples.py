@@ -12,11 +12,11 @@ from typing import Any
 
 from sgpo.analysis import transfer
 from sgpo.analysis.design import Plan, Study
+from sgpo.analysis.settings import AnalyzeConfig
 from sgpo.analysis.transfer import Draw
 from sgpo.builders.rollouts import build_rewards, build_rollouts
 from sgpo.rewards.pool import RewardItem, RewardPool
 from sgpo.strategies.display import ExtractDisplay
-from sgpo.strategies.settings import AnalyzeConfig
 from sgpo.types import Problem, RewardResult, Rollout, RolloutRequest, SamplingParams, SgpoError
 from sgpo.utils.append_log import KeyedLines
 from sgpo.utils.seeds import seed_of
@@ -29,11 +29,14 @@ Row = dict[str, Any]
 
 @dataclass
 class Progress:
+    """Counts for the display."""
+
     sampled: int = 0
     from_before: int = 0
     tokens: int = 0
 
     def status(self) -> str:
+        """The counts as one line."""
         parts = [f"{self.sampled} sampled", f"{self.from_before} from before" if self.from_before else ""]
         return "  ".join(filter(None, [*parts, f"{self.tokens:,} tokens"]))
 

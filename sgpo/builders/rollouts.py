@@ -111,7 +111,7 @@ def build_policy_sampler(
 
 
 def build_rewards(config: Config) -> RewardPool:
-    """The workers that judge completions; none is started before the first completion."""
+    """The workers that judge completions; they start here, so a reward that cannot be loaded is refused here."""
     reward = config.reward
     return RewardPool(
         reward.kind,

@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from sgpo.strategies.settings import AnalyzeConfig
+from sgpo.analysis.settings import AnalyzeConfig
 from sgpo.utils.config_file import config_first, load_settings
 
 SETTINGS = AnalyzeConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The config file is optional, so it is among the words."""
     parser.usage = "sgpo strategies analyze [config.yaml] [--key value ...]"
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    """Analyses, then prints the pass rate of each arm."""
     path, overrides = config_first(words)
     config = load_settings(AnalyzeConfig, path, overrides)
     from sgpo.analysis.analyze import analyze, output_folder

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    """Prints versions, devices and the commit as JSON."""
     no_words(words)
     print(json.dumps(environment(), indent=1))
     return 0

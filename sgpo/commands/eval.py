@@ -21,6 +21,7 @@ SETTINGS = Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The config file is optional, so it is among the words."""
     parser.usage = (
         "sgpo eval [config.yaml] [--out PATH] [--key value ...]\n"
         "       sgpo eval --model.path FOLDER --eval.benchmarks NAME,NAME --eval.benchmark_dir FOLDER\n"
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    """Compares, or evaluates on benchmarks, or on data.eval."""
     if arguments.compare is not None:
         no_words(words)
         a, b = arguments.compare

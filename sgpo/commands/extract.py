@@ -36,10 +36,12 @@ SETTINGS = ExtractConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The config file is optional, so it is among the words."""
     parser.usage = "sgpo strategies extract [config.yaml] --input FILE --output FILE [--key value ...]"
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    """Extracts; exit code 1 where a problem got no strategy."""
     path, overrides = config_first(words)
     config = load_settings(ExtractConfig, path, overrides)
     report = extract(config)

@@ -15,12 +15,14 @@ SETTINGS = Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The config, and how the plan is printed."""
     parser.add_argument("config", type=Path, help="YAML file; any key can be given as --section.key value")
     parser.add_argument("--json", action="store_true", help="the plan as JSON")
     parser.add_argument("--rates", type=Path, help="measured rates: a YAML file with the keys of plan.rates")
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    """Prints the plan; exit code 1 where it does not fit."""
     rates = load_settings(RatesConfig, arguments.rates) if arguments.rates else RatesConfig()
     given = [
         word

@@ -12,11 +12,13 @@ SETTINGS = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The run folders."""
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, help="folder of the comparison (several runs)")
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    """Writes the page of one run, or the comparison of several."""
     no_words(words)
     from sgpo.reporting.comparison import compare_runs
     from sgpo.reporting.run_report import write_report

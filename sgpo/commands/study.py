@@ -35,6 +35,7 @@ _WARMUP_SECTIONS = ("model", "data", "warmup", "engine")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The study file, and which part of the study to do."""
     parser.add_argument("study", type=Path, help="YAML file: base config, seeds, variants")
     parser.add_argument("--list", action="store_true", help="print each cell and its commands, run nothing")
     parser.add_argument("--cell", help="run this cell alone (a scheduler runs one per job)")
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    """Runs the cells that are asked for, then writes the table."""
     study = Study(arguments.study, words)
     if arguments.list:
         for cell in study.cells:
@@ -61,6 +63,8 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
 
 
 class Variant(Section):
+    """One row of the grid: what it changes of the base config."""
+
     set: dict[str, Any] = Field(
         default_factory=dict, description='keys of the base config, dotted: "algorithm.method: dapo"'
     )
@@ -68,6 +72,8 @@ class Variant(Section):
 
 
 class StudyConfig(Section):
+    """Every knob of a study file."""
+
     name: str = Field(default="study", pattern=r"^\w[\w.-]*$")
     output_dir: str = "studies"
     base: str = Field(description="config of `sgpo train`, relative to the study file; run.name and run.seed are set")
@@ -99,6 +105,7 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """Variant and seed: the name of the run and its files."""
         return f"{self.variant}-seed{self.seed}"
 
 
@@ -114,6 +121,7 @@ class Study:
         self._configs = {cell.name: self._checked(cell) for cell in self.cells}
 
     def cell(self, name: str) -> Cell:
+        """The cell of this name; SgpoError where there is none."""
         found = next((cell for cell in self.cells if cell.name == name), None)
         if found is None:
             raise SgpoError(f"{self.path}: no cell {name!r}; --list names them, the first is {self.cells[0].name}")

@@ -14,11 +14,13 @@ SETTINGS = Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The config, and whether to profile."""
     parser.add_argument("config", type=Path, help="YAML file; any key can be given as --section.key value")
     parser.add_argument("--profile", action="store_true", help="memory per stage, MFU, a memory timeline")
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    """Trains; the config is checked and planned before torch is loaded."""
     profile = ["--log.profile", "true"] if arguments.profile else []
     config = load_settings(Config, arguments.config, [*words, *profile])
     check_run(config)

@@ -14,10 +14,12 @@ SETTINGS = Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The config."""
     parser.add_argument("config", type=Path, help="YAML file; any key can be given as --section.key value")
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    """Warms up, into the run's folder."""
     config = load_settings(Config, arguments.config, words)
     if config.warmup.data is None:
         raise SgpoError(f"{arguments.config}: sgpo warmup needs warmup.data")

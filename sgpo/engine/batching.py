@@ -31,6 +31,7 @@ class TokenBatch:
     lengths: tuple[int, ...] | None = None
 
     def to(self, device: torch.device) -> TokenBatch:
+        """The same batch on another device."""
         return TokenBatch(self.input_ids.to(device), self.rows.to(device), self.labels.to(device), self.lengths)
 
 
@@ -64,6 +65,7 @@ class MicroBatch:
     teacher: TokenBatch | None
 
     def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch on another device."""
         return MicroBatch(
             self.student.to(device),
             self.advantages.to(device),

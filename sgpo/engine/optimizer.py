@@ -42,6 +42,7 @@ def build_optimizer(
 
 
 def is_8bit(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer keeps its moments in 8 bits."""
     return hasattr(optimizer, "block_size")
 
 

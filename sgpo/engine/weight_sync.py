@@ -115,6 +115,7 @@ class PolicySampler:
         return self._with_retry(ahead.wait, ahead.sample, version)
 
     def sleep(self) -> None:
+        """The sampler gives its memory back, and the trainer takes its states from the host."""
         self._sampler.sleep()
         self._trainer_engine.reload_states()
 
@@ -123,6 +124,7 @@ class PolicySampler:
         return getattr(self._sampler, "asleep_bytes", 0)
 
     def close(self) -> None:
+        """Ends the sampler."""
         self._sampler.close()
 
     def _with_retry(

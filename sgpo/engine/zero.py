@@ -263,6 +263,7 @@ class ZeroEngine:
             raise SgpoError(f"checkpoint {folder} holds no engine state; delete it to go on from the one before")
 
     def close(self) -> None:
+        """Lets go of DeepSpeed's engine and of its hooks."""
         self._engine.destroy()
         del self._engine, self._optimizer, self.model, self.loss
         gc.collect()

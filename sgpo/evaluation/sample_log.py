@@ -118,6 +118,7 @@ class SampleLog:
             self._accepts = False
 
     def close(self) -> None:
+        """Closes the file; what is in it stays."""
         self.finish()
         with self._lock:
             if self._file is not None:

@@ -19,6 +19,8 @@ _EXPECTED_DIFFERENCES = frozenset({"model", "model_path", "dtype"})
 
 @dataclass(frozen=True, slots=True)
 class PassRate:
+    """pass@k: the chance that one of k samples is correct, with its 95 % interval."""
+
     k: int
     value: float
     interval: Interval
@@ -43,6 +45,7 @@ class Score:
     statuses: dict[str, int]
 
     def as_json(self) -> dict[str, Any]:
+        """All fields, for summary.json."""
         return asdict(self)
 
     def sentence(self) -> str:
@@ -84,6 +87,7 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
+        """All fields, for the file of --out."""
         return asdict(self)
 
     def sentence(self) -> str:

@@ -20,6 +20,8 @@ TIME_BARS = 60
 
 @dataclass(frozen=True, slots=True)
 class Curve:
+    """One metric: its key in metrics.jsonl, its label and how it is drawn."""
+
     key: str
     label: str
     color: str
@@ -37,6 +39,8 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Plot:
+    """Panels under one title, of one phase; `name` is that of the file."""
+
     name: str
     title: str
     panels: tuple[Panel, ...]
@@ -111,12 +115,14 @@ HELD_OUT_GUIDED = Curve("guided_accuracy", "guided prompt", ORANGE, "--")
 
 
 def label_steps(axes: Axes, phase: str, window: int) -> None:
+    """Names the x axis, and how far its curves are smoothed."""
     what = {"warmup": "warm-up step", "train": "training step", "eval": "training step"}[phase]
     axes.set_xlabel(what if window == 1 else f"{what} (smoothed: centred mean of {window} steps)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def set_scale(axes: Axes, scale: str) -> None:
+    """The y axis as `Panel.scale` asks for it."""
     # The axis ends just above the data, also for shares, so that a masked share of 2 % is not a flat line.
     top = 1.06 * axes.dataLim.y1
     if scale == "share":

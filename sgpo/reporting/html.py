@@ -27,6 +27,7 @@ overflow-wrap:anywhere;font-size:.85rem;margin:.3rem 0} summary{cursor:pointer}
 
 
 def page(title: str, subtitle: str, sections: Iterable[tuple[str, str]]) -> str:
+    """A whole page: headings and the HTML under each."""
     body = "\n".join(f"<section><h2>{escape(heading)}</h2>\n{content}</section>" for heading, content in sections)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -37,6 +38,7 @@ def page(title: str, subtitle: str, sections: Iterable[tuple[str, str]]) -> str:
 
 
 def note(sentence: str) -> str:
+    """A sentence in grey."""
     return f'<p class="note">{escape(sentence)}</p>'
 
 
@@ -48,6 +50,8 @@ def cell_text(value: Any) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table of plain values; numbers stand to the right."""
+
     def cell(value: Any) -> str:
         return f"<td{' class=n' if isinstance(value, int | float) else ''}>{escape(cell_text(value))}</td>"
 
@@ -57,9 +61,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def image(path: Path, alt: str) -> str:
+    """A PNG, inside the page."""
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
 
 
 def plot_html(draw: Callable[[], Figure | None], path: Path, title: str, missing: str) -> str:
+    """The plot of `draw`, also written to `path`; where nothing can be drawn, a sentence with what is missing."""
     return image(path, title) if save_figure(draw, path) else note(f"{title}: left out, {missing}.")

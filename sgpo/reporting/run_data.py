@@ -31,6 +31,7 @@ class RunData:
 
 
 def number_of(value: Any) -> float:
+    """A float, NaN for what is no number."""
     return float(value) if isinstance(value, int | float) else math.nan
 
 

@@ -89,8 +89,10 @@ class JsonlWriter:
         self._file = path.open("ab")
 
     def write(self, row: Mapping[str, Any]) -> None:
+        """One row, flushed."""
         self._file.write(_encode(row))
         self._file.flush()
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()

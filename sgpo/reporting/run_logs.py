@@ -217,6 +217,7 @@ class RolloutTable:
             )
 
     def close(self) -> None:
+        """Closes both files; a second call does nothing."""
         for writer in (self._rollouts, self._trajectories):
             if writer is not None:
                 writer.close()

@@ -29,6 +29,7 @@ PER_PANEL = 5  # curves that can be told apart
 
 
 def by_variant(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each variant, in the order in which the variants come."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["variant"], []).append(row)
@@ -64,6 +65,7 @@ def table_rows(rows: Sequence[dict[str, Any]], baseline: str) -> list[tuple[str,
 
 
 def markdown(rows: Sequence[dict[str, Any]], baseline: str) -> str:
+    """The rows as a Markdown table."""
     header = [name.format(baseline=baseline) for name in HEADER]
     lines = [header, ["---"] * len(header), *table_rows(rows, baseline)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 
 def split_words(text: str) -> tuple[str, ...]:
+    """The words of a text, as a tuple."""
     return tuple(text.split())
 
 
@@ -57,10 +58,12 @@ class Mark:
 
 
 def has_number(text: str) -> bool:
+    """Whether the text has digits or number words."""
     return bool(DIGITS.search(text) or NUMBER_WORD.search(text))
 
 
 def read_marks(solution: str) -> Iterator[Mark]:
+    """The calculator marks of a solution, in order."""
     for sentence in _SENTENCE_END.split(solution):
         found = list(MARK.finditer(sentence))
         start = 0
@@ -102,5 +105,6 @@ def _tree(text: str) -> Expression | None:
 
 
 def value_of(text: str) -> float | None:
+    """The number that a text is, or None."""
     text = text.replace(",", "").rstrip("%. ")
     return float(text) if re.fullmatch(r"-?(?:\d+\.?\d*|\.\d+)", text) else None

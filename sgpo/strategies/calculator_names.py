@@ -79,6 +79,7 @@ class Names:
         self._results.append((value, thing))
 
     def of(self, value: float) -> Name:
+        """What `value` is called: an earlier result, a noun from the texts, or just a factor."""
         for back, (result, thing) in enumerate(reversed(self._results)):
             if result == value:
                 how = "just found" if back == 0 else "found earlier"
@@ -89,6 +90,7 @@ class Names:
         return replace(name, value=value)
 
     def is_fraction(self, numerator: float, denominator: float) -> bool:
+        """Whether the texts write these two numbers as a fraction."""
         return (f"{numerator:g}", f"{denominator:g}") in self._fractions
 
 
@@ -126,6 +128,7 @@ def _noun(words: Sequence[str]) -> str | None:
 
 
 def is_plural(word: str) -> bool:
+    """Whether a word looks like a plural noun."""
     low = word.lower()
     if low in _NOT_A_NOUN or low in NP_STOP:
         return False

@@ -10,6 +10,7 @@ from sgpo.strategies.calculator_names import FACTOR, GIVEN, PERCENTAGE, Name, Na
 
 
 def describe_operation(tree: Expression | None, names: Names) -> str:
+    """One step as an instruction without numbers."""
     if isinstance(tree, ast.UnaryOp):
         tree = tree.operand
     if not isinstance(tree, ast.BinOp):
@@ -107,6 +108,7 @@ def _joined(names: Sequence[Name], last: str = "and") -> str:
 
 
 def enumerate_words(items: Sequence[str], last: str = "and") -> str:
+    """ "a, b and c"."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {last} {items[-1]}"
 
 

@@ -93,6 +93,7 @@ def peak_bytes() -> float | None:
 
 
 def reset_peak() -> None:
+    """The peak counts anew from here on."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return

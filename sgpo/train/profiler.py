@@ -139,6 +139,7 @@ class Profiler:
             self._history = False
 
     def close(self) -> None:
+        """Ends the sampling of memory."""
         self._stopped.set()
         self._thread.join()
 

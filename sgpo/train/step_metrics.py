@@ -43,6 +43,7 @@ class Clock:
         self._at_end()
 
     def finish(self) -> None:
+        """Writes the stages' times and the step's into the meter."""
         self._meter.maxima({**self._spent, "step_s": time.monotonic() - self._start})
 
 
@@ -168,4 +169,5 @@ def distilled_trajectory(passes: Sequence[MicroBatchResult]) -> tuple[tuple[int,
 
 
 def is_teacher_completion(rollout: Rollout, guidance: Guidance) -> bool:
+    """Whether `rollout` is an o+ of its problem."""
     return any(rollout is chosen for chosen in guidance.teacher_completions)

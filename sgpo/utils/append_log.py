@@ -58,6 +58,7 @@ class KeyedLines(Generic[Value]):
         self._values = self._read()
 
     def get(self, key: str) -> Value | None:
+        """The value of a key, or None."""
         return self._values.get(key)
 
     def put(self, key: str, value: Value) -> None:

@@ -17,22 +17,27 @@ _LOST_PROCESS = ("Timed out", "timed out", "Connection closed by peer", "Connect
 
 
 def rank() -> int:
+    """Number of this process among all of the run, from 0."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
+    """Number of processes of the run."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
+    """Number of this process on its host, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def is_main() -> bool:
+    """Whether this process is the one that writes files."""
     return rank() == 0
 
 
 def barrier() -> None:
+    """Waits until every process is here."""
     if dist.is_initialized() and world_size() > 1:
         dist.barrier()
 
@@ -116,16 +121,20 @@ class Meter:
         self._means[name] = (old_total + float(total), old_weight + float(weight))
 
     def means(self, name: str, values: Iterable[float]) -> None:
+        """Adds these observations."""
         values = list(values)
         self.mean(name, sum(values), len(values))
 
     def sum(self, name: str, value: float) -> None:
+        """Adds to a sum."""
         self._sums[name] = self._sums.get(name, 0.0) + float(value)
 
     def max(self, name: str, value: float) -> None:
+        """Raises a maximum."""
         self._maxima[name] = max(self._maxima.get(name, _NOTHING), float(value))
 
     def maxima(self, values: Mapping[str, float]) -> None:
+        """Raises several maxima."""
         for name, value in values.items():
             self.max(name, value)
 
