@@ -33,6 +33,8 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
+    """Name, folder and seed of the run, and how it resumes."""
+
     name: str = Field(default="run", pattern=r"^\w[\w.-]*$", description="name of the run, also its folder")
     output_dir: str = Field(default="runs", description="parent folder of the run folder")
     seed: int = Field(default=0, ge=0, description="decides data order and every sampled token")
@@ -43,10 +45,13 @@ class RunConfig(Section):
 
     @property
     def dir(self) -> Path:
+        """The run folder."""
         return Path(self.output_dir) / self.name
 
 
 class LoraConfig(Section):
+    """Adapters in place of training all weights."""
+
     rank: int = Field(
         default=0, ge=0, description="0: all weights are trained; above: adapters of this rank (needs sgpo[lora])"
     )
@@ -63,6 +68,8 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
+    """Which model, in which precision, and how its activations are kept."""
+
     path: str = Field(description='a Hugging Face folder, or "builtin" for the quickstart model')
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="of the weights; masters are always fp32"
@@ -88,6 +95,8 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
+    """Problems to train and evaluate on, and the prompt template."""
+
     train: str = Field(description='a JSONL file, "hf:NAME[:SPLIT]", a datasets folder, or "builtin"')
     eval: str | None = Field(default=None, description="held-out problems, same forms")
     train_limit: int | None = Field(default=None, ge=1, description="use only the first rows")
@@ -101,6 +110,8 @@ class DataConfig(Section):
 
 
 class VllmConfig(Section):
+    """Sizes of the vLLM sampler."""
+
     max_model_len: int | None = Field(
         default=None, ge=2, description="prompt and completion together; default: the longest that the run may need"
     )
@@ -122,6 +133,8 @@ class VllmConfig(Section):
 
 
 class RolloutConfig(Section):
+    """What is sampled, how, and by which sampler."""
+
     engine: Literal["auto", "vllm", "hf"] = Field(
         default="auto",
         validate_default=True,
@@ -181,6 +194,8 @@ class RolloutConfig(Section):
 
 
 class RewardConfig(Section):
+    """What judges a completion, and the limits of one judgement."""
+
     kind: str = Field(
         default="math_verify", description='"math_verify", "exact", or a function as "package.module:function"'
     )
@@ -205,6 +220,8 @@ WITH_DEMONSTRATIONS = ("sft", "luffy", "hpt")
 
 
 class AlgorithmConfig(Section):
+    """The method and its loss; the defaults are the paper's."""
+
     method: Literal["sgpo", "grpo", "dapo", "luffy", "hpt", "sft"] = Field(
         default="sgpo", description="one file each in sgpo/algorithm; all but sgpo set rollout.n_guided to 0"
     )
@@ -274,6 +291,8 @@ class AlgorithmConfig(Section):
 
 
 class OptimConfig(Section):
+    """AdamW and its learning rate."""
+
     lr: float = Field(default=1e-6, gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
@@ -284,11 +303,15 @@ class OptimConfig(Section):
 
 
 class WarmupOptimConfig(OptimConfig):
+    """The same for the warm-up, with defaults of its own."""
+
     lr: float = Field(default=1e-5, gt=0)
     warmup_ratio: Share = 0.1
 
 
 class EngineConfig(Section):
+    """How the trainer splits states and sequences, and which loss kernels it takes."""
+
     zero_stage: Literal[0, 1, 2, 3] = 0
     optimizer_state: Literal["full", "cpu_offload", "8bit"] = Field(
         default="full",
@@ -328,6 +351,8 @@ class EngineConfig(Section):
 
 
 class TrainConfig(Section):
+    """When the run ends."""
+
     epochs: float = Field(default=10, gt=0)
     max_steps: int | None = Field(default=None, ge=1, description="stop after this many steps, whatever the epochs say")
     max_rollouts: int | None = Field(
@@ -336,6 +361,8 @@ class TrainConfig(Section):
 
 
 class WarmupConfig(Section):
+    """The SFT warm-up before training."""
+
     enabled: bool = Field(
         default=False, description="sgpo train: run the SFT warm-up first and start from its best model"
     )
@@ -355,6 +382,8 @@ class WarmupConfig(Section):
 
 
 class EvalConfig(Section):
+    """Held-out evaluation during a run, and benchmarks of `sgpo eval`."""
+
     every_steps: int | None = Field(
         default=None, ge=1, description="None: only before the first and after the last step"
     )
@@ -389,12 +418,16 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """How often a run is saved, and what is kept."""
+
     every_steps: int = Field(default=20, ge=1)
     keep_last: int = Field(default=2, ge=1)
     keep_best: bool = Field(default=True, description="export the model of the best held-out accuracy to best/")
 
 
 class LogConfig(Section):
+    """Where metrics go, and how many samples are kept."""
+
     tensorboard: bool = False
     wandb_project: str | None = None
     profile: bool = Field(default=False, description="memory per stage and MFU of every step (sgpo train --profile)")
@@ -405,12 +438,16 @@ class LogConfig(Section):
 
 
 class RatesConfig(Section):
+    """Measured speeds, for the plan's times."""
+
     matmul_tflops: float | None = Field(default=None, gt=0, description="TFLOP/s of training, per GPU")
     decode_tokens_per_s: float | None = Field(default=None, gt=0, description="sampled tokens per second, per GPU")
     host_gib_per_s: float | None = Field(default=None, gt=0, description="between GPU and host, one direction")
 
 
 class PlanConfig(Section):
+    """The machine that `sgpo plan` plans for, and what a plan that does not fit does."""
+
     on_misfit: Literal["refuse", "warn", "off"] = Field(
         default="refuse", description="sgpo train, where the plan does not fit: stop with exit code 2, say so, no plan"
     )
@@ -430,6 +467,8 @@ class PlanConfig(Section):
 
 
 class Config(Section):
+    """All settings of a run."""
+
     run: RunConfig = RunConfig()
     model: ModelConfig
     data: DataConfig

@@ -133,6 +133,7 @@ class TrainSequence:
 
     @property
     def is_live(self) -> bool:
+        """Whether it has a gradient: a weight, and for the policy loss an advantage."""
         return self.distill_weight != 0.0 or (self.policy_weight != 0.0 and self.advantage != 0.0)
 
     @property
@@ -169,10 +170,12 @@ class ScoredGroup:
 
     @property
     def auto_rewards(self) -> list[float]:
+        """Rewards of the rollouts without strategy."""
         return [result.reward for result in self.auto_results]
 
     @property
     def guided_rewards(self) -> list[float]:
+        """Rewards of the rollouts with strategy."""
         return [result.reward for result in self.guided_results]
 
 
@@ -238,4 +241,6 @@ class RolloutEngine(Sampler, Protocol):
         """Takes the memory again. An engine that dropped its weights needs load_weights before it can sample."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends the sampler and gives all of its memory back."""
+        ...

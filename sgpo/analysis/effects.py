@@ -71,10 +71,12 @@ class Band:
 
 
 def rates(outcomes: Outcomes) -> dict[int, float]:
+    """Problem -> share of its completions that are correct; problems without completions are left out."""
     return {problem: sum(passed) / len(passed) for problem, passed in outcomes.items() if passed}
 
 
 def estimate(values: Sequence[float]) -> Estimate:
+    """The mean over problems with its bootstrap interval; None where there are too few values."""
     if not values:
         return Estimate(None, None, None, 0)
     mean = sum(values) / len(values)
@@ -92,6 +94,7 @@ def difference(first: str, second: str, arms: Mapping[str, Outcomes]) -> Differe
 
 
 def help_and_harm(arm: str, with_guidance: Outcomes, without: Outcomes, level: float) -> HelpAndHarm:
+    """Over problems: where guidance raises or lowers the pass rate, and where a test says so at `level`."""
     pairs = [
         (sum(passed), len(passed), sum(without[problem]), len(without[problem]))
         for problem, passed in with_guidance.items()

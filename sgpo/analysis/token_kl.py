@@ -44,6 +44,8 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class TopToken:
+    """A token text, how often it occurs, its mean KL, and its share of the KL of all tokens."""
+
     text: str
     count: int
     mean: float

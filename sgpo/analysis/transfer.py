@@ -70,6 +70,7 @@ def types_of(problems: Sequence[Problem], how: str, clusters: Sequence[int]) -> 
 
 
 def with_guidance_of(problem: Problem, source: Problem) -> Problem:
+    """`problem` with the strategy or chat turns of `source` in place of its own."""
     return replace(
         problem,
         id=f"{problem.id} with the strategy of {source.id}",

@@ -120,6 +120,7 @@ def strategy_text(procedure: Procedure) -> str:
 
 
 def problem_text(family: Family, digits: Digits) -> str:
+    """The words of a problem of the built-in task."""
     return f"{family.place} : {' '.join(map(str, digits))} . how many {family.thing} ?"
 
 

@@ -33,7 +33,9 @@ class ChatTokenizer(Protocol):
     chat_template: Any
     eos_token_id: Any
 
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """The ids or the text of a conversation, as the model's own template writes it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

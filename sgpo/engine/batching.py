@@ -118,6 +118,7 @@ def first_fit(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
 
 
 def grouped(lengths: Sequence[int], token_budget: int, *, packed: bool) -> list[list[int]]:
+    """Indices of each micro-batch: `first_fit` where sequences are packed, else `length_sorted`."""
     return first_fit(lengths, token_budget) if packed else length_sorted(lengths, token_budget)
 
 

@@ -30,6 +30,7 @@ class Samples:
 
     @property
     def setting(self) -> dict[str, Any]:
+        """How the samples were drawn, from the header of their file."""
         return self.header.get("setting", {})
 
 

@@ -27,23 +27,28 @@ class Architecture:
 
     @property
     def query(self) -> int:
+        """Width of the queries of a layer."""
         return self.heads * self.head_dim
 
     @property
     def kv(self) -> int:
+        """Width of the keys of a layer, and of its values."""
         return self.kv_heads * self.head_dim
 
     @property
     def head_parameters(self) -> int:
+        """Weights of the output layer."""
         return self.vocab * self.hidden
 
     @property
     def layer_parameters(self) -> int:
+        """Weights of one block: attention, MLP, two norms."""
         attention = 2 * self.hidden * (self.query + self.kv) + (self.query + 2 * self.kv) * self.attention_bias
         return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
 
     @property
     def parameters(self) -> int:
+        """Weights of the model; a tied head counts once."""
         return self.layers * self.layer_parameters + self.hidden + self.head_parameters * (1 if self.tied else 2)
 
     def linears(self, modules: Sequence[str]) -> dict[str, tuple[int, int]]:

@@ -43,6 +43,7 @@ class Place:
 
     @property
     def device_type(self) -> str:
+        """torch's name of the device."""
         return "cpu" if self.gpu_bytes is None else "cuda"
 
 
@@ -53,6 +54,7 @@ def bucket_elements(trained: int) -> int:
 
 
 def fullest(*moments: Terms) -> Terms:
+    """The terms of the moment with the largest sum."""
     return max(moments, key=lambda terms: sum(terms.values()))
 
 
@@ -252,6 +254,7 @@ class TrainingMemory:
         return {} if model.activation_offload and self.cuda else {"checkpoint boundaries": self.boundaries()}
 
     def boundaries(self) -> float:
+        """Bytes of the inputs of all layers, which gradient checkpointing keeps."""
         return self.sizes.layers * self.s * self.sizes.hidden * self.T
 
     # --- the phases ---

@@ -36,6 +36,8 @@ _LOST = Outcome(RewardResult(0.0, "error"), "the reward workers broke down or th
 
 @dataclass(frozen=True, slots=True)
 class RewardItem:
+    """A completion's text, the right answer, and the problem's text for rewards that read it."""
+
     completion: str
     gold: str
     problem: str = ""

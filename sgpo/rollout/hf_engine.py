@@ -56,6 +56,7 @@ class HfEngine:
         on_progress: Callable[[int, int], None] | None = None,
         on_rollout: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
+        """As Sampler.generate."""
         if self.policy_version is None:
             raise SgpoError("the rollout engine holds no weights (a sync failed): call load_weights first")
         rollouts: dict[int, Rollout] = {}
@@ -83,6 +84,7 @@ class HfEngine:
     def load_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int, probe_ids: Sequence[int] = ()
     ) -> SyncReceipt:
+        """As RolloutEngine.load_weights."""
         self.policy_version = None
         checksums: dict[str, int] = {}
         seen = set()
@@ -106,6 +108,7 @@ class HfEngine:
         return SyncReceipt(checksums, self._probe(probe_ids))
 
     def holds_base(self) -> bool:
+        """As RolloutEngine.holds_base."""
         return self._holds_base
 
     def _probe(self, ids: Sequence[int]) -> tuple[float, ...]:
@@ -122,6 +125,7 @@ class HfEngine:
         """See sleep."""
 
     def close(self) -> None:
+        """As RolloutEngine.close."""
         self._weights = {}
         self._lm = None
 

@@ -101,6 +101,7 @@ class VllmEngine:
         on_progress: Callable[[int, int], None] | None = None,
         on_rollout: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
+        """As Sampler.generate."""
         self._check(requests)
         everyone, mine = self._of_the_group(list(requests))
         rollouts: dict[int, Rollout] = {}
@@ -132,6 +133,7 @@ class VllmEngine:
     def load_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int, probe_ids: Sequence[int] = ()
     ) -> SyncReceipt:
+        """As RolloutEngine.load_weights."""
         self.policy_version = None
         if self._asleep:
             self._wake("weights")
@@ -154,9 +156,11 @@ class VllmEngine:
         return SyncReceipt(checksums, self._probe(tuple(probe_ids)))
 
     def holds_base(self) -> bool:
+        """As RolloutEngine.holds_base."""
         return self._holds_base
 
     def sleep(self) -> None:
+        """As RolloutEngine.sleep."""
         level = self._options.sleep_level
         if level and not self._asleep:
             self._llm.sleep(level=level)
@@ -175,12 +179,14 @@ class VllmEngine:
         return CuMemAllocator.get_instance().get_current_usage()
 
     def wake(self) -> None:
+        """As RolloutEngine.wake."""
         if self._asleep:
             self._wake("weights")
             self._wake("kv_cache")
             self._asleep = False
 
     def close(self) -> None:
+        """As RolloutEngine.close."""
         if self._llm is not None:
             with _keeping_the_process_group() if self._is_guest else nullcontext():
                 self._engine.engine_core.shutdown()

@@ -16,6 +16,8 @@ from sgpo.utils.append_log import KeyedLines
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
+    """How answers are sampled."""
+
     temperature: float
     top_p: float
     max_tokens: int
@@ -93,6 +95,7 @@ class Usage:
     without_token_count: int = 0
 
     def add(self, result: Answer | Failure, *, cached: bool) -> None:
+        """Counts one answer or failure; `cached`: it came from the disk."""
         if isinstance(result, Failure):
             self.failed += 1
             return

@@ -65,6 +65,7 @@ class EndpointBackend:
         """Nothing is held: each call of `answer` has its own connections."""
 
     def answer(self, questions: Sequence[Question], on_result: OnResult) -> None:
+        """The answer to each question, several asked at a time."""
         asyncio.run(self._answer_all(questions, on_result))
 
     async def _answer_all(self, questions: Sequence[Question], on_result: OnResult) -> None:

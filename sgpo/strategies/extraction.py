@@ -23,6 +23,8 @@ _LISTED_LEAKS = 6
 
 @dataclass(frozen=True, slots=True)
 class Settings:
+    """Candidates per problem, how often an unusable answer is asked for again, and how answers are sampled."""
+
     candidates: int
     max_asks: int
     sampling: Sampling
@@ -51,6 +53,7 @@ class Candidate:
 
     @property
     def score(self) -> float:
+        """The mean of its scores."""
         assert self.scores is not None
         return sum(self.scores.values()) / len(self.scores)
 

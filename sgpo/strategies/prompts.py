@@ -71,6 +71,7 @@ class Templates:
         return self._turns(_fill(self.extract, problem=problem, solution=solution), reason)
 
     def scoring(self, problem: str, solution: str, strategy: str, reason: str = "") -> Messages:
+        """The question for the quality of a strategy; `reason` is what was wrong with the answer before."""
         return self._turns(_fill(self.score, problem=problem, solution=solution, strategy=strategy), reason)
 
     def _turns(self, text: str, reason: str) -> Messages:

@@ -45,6 +45,8 @@ class ModelFlops:
 
     @classmethod
     def of(cls, lm: Any) -> ModelFlops:
+        """The numbers of a loaded model."""
+
         def size(parameter: torch.Tensor) -> int:
             return getattr(parameter, "ds_numel", parameter.numel())  # the whole one, under ZeRO-3 too
 
