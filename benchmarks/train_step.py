@@ -96,6 +96,7 @@ def rows_of(
         yield {**same, "not_run": " ".join(str(error).split())[:200]}
         return
     del lm
+    tokens = 0
     try:
         for tokens in lengths:
             if time.monotonic() > until:

@@ -8,6 +8,9 @@ from typing import Any, Literal, Protocol
 
 Kind = Literal["auto", "guided"]
 
+# What people are told of the two kinds of rollout; files keep the short words.
+WORDS: dict[str, str] = {"auto": "without strategy", "guided": "with strategy"}
+
 
 class SgpoError(Exception):
     """Bad input or a state that cannot go on: one clear sentence for the user (what, where, expected, what to do).

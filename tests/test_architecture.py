@@ -5,6 +5,7 @@
 """
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -157,7 +158,7 @@ def test_imports_stay_light(statement, forbidden):
 def test_files_and_functions_can_be_read():
     """No file over 500 lines, no function over 60, but for those that are named."""
     files = {module: len(path.read_text().splitlines()) for module, path in SOURCES.items()}
-    assert {module: lines for module, lines in files.items() if lines > 500} == {}
+    assert [module for module, lines in files.items() if lines > 500] == ["sgpo.config"]  # every knob, by intent
     functions = [
         (f"{module}.{node.name}", (node.end_lineno or 0) - node.lineno + 1)
         for module, path in SOURCES.items()
@@ -165,6 +166,50 @@ def test_files_and_functions_can_be_read():
         if isinstance(node, ast.FunctionDef)
     ]
     assert {name for name, lines in functions if lines > 60} == LONG
+
+
+def _public(node: ast.AST, name: str) -> list[tuple[str, bool]]:
+    """(name, has a docstring) of each public class, method and function below a module or class."""
+    found = []
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.ClassDef) and not child.name.startswith("_"):
+            found.append((f"{name}.{child.name}", ast.get_docstring(child) is not None))
+            if isinstance(child, ast.ClassDef):
+                found += _public(child, f"{name}.{child.name}")
+    return found
+
+
+# How many of the kernels' may still be without; 0 when their files have their new names.
+@pytest.mark.parametrize(("package", "most"), [("sgpo", 0), ("sgpo_kernels", 30)])
+def test_what_is_public_has_a_docstring(package, most):
+    everything = [
+        entry
+        for module, path in SOURCES.items()
+        if module.split(".")[0] == package
+        for entry in _public(ast.parse(path.read_text()), module)
+    ]
+    assert len(everything) > 50
+    bare = [name for name, documented in everything if not documented]
+    assert len(bare) <= most, bare
+
+
+WORDS = re.compile(
+    r"\bsettle|\bheat\b|\bGauge\b|\bgauge\b|\bverdicts?\b|\bVerdicts?\b|_named_losses|_surely|\blot\b|_lot\b|"
+    r"\brivals?\b|\bContests?\b|\bcontests?\b|SyncedRollouts|sgpo_objective"
+)
+
+
+def test_words_that_meant_something_else_are_gone():
+    """One word, one meaning."""
+    files = [path for folder in ("sgpo", "tests") for path in (ROOT / folder).rglob("*.py")]
+    kernels = {"sgpo_kernels", "test_frames.py"}  # their words are theirs
+    found = {
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in files
+        if path != Path(__file__).resolve() and not kernels & set(path.parts)
+        for match in WORDS.finditer(path.read_text())
+    }
+    assert found == set()
 
 
 def test_the_name_kernels_stays_free():

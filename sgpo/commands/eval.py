@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sgpo.config import Config
-from sgpo.types import Kind, SamplingParams, SgpoError
+from sgpo.types import WORDS, Kind, SamplingParams, SgpoError
 from sgpo.utils.config_file import config_first, load_settings, no_words
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def load_eval_config(path: Path | None, overrides: Sequence[str] = ()) -> Config
 
 
 def evaluate_model(config: Config) -> dict[Kind, EvalResult]:
-    """The model in model.path on data.eval, plain and, where eval.guided asks for it, guided."""
+    """The model in model.path on data.eval, without strategy and, where eval.guided asks for it, with."""
     from sgpo.builders.model_engine import resolve_model
     from sgpo.builders.rollouts import build_rewards, build_rollouts
     from sgpo.builders.task import load_task
@@ -112,7 +112,7 @@ def evaluate_benchmarks(
 def _print_held_out(results: dict[Kind, EvalResult], out: Path | None) -> None:
     for kind, result in results.items():
         print(
-            f"{kind}: avg@{result.k} {result.accuracy:.4f}  95% interval [{result.low:.4f}, {result.high:.4f}]  "
+            f"{WORDS[kind]}: avg@{result.k} {result.accuracy:.4f}  95% interval [{result.low:.4f}, {result.high:.4f}]  "
             f"length {result.length:.1f}  truncated {result.truncated:.3f}"
         )
     if out is not None:

@@ -33,9 +33,9 @@ def _compared(key: str, title: str, ylabel: str, scale: str, phase: str = "train
 
 COMPARED = (
     _compared("accuracy", "Held-out accuracy", "share correct", "share", "eval"),
-    _compared("accuracy_auto", "Accuracy of the autonomous rollouts", "share correct", "share"),
+    _compared("accuracy_auto", "Accuracy without strategy", "share correct", "share"),
     _compared("entropy", "Entropy of the policy", "nats per token", "zero"),
-    _compared("length_auto", "Response length of the autonomous rollouts", "tokens", "zero"),
+    _compared("length_auto", "Response length without strategy", "tokens", "zero"),
     _compared("zero_variance_share", "Autonomous groups without a policy signal", "share of problems", "share"),
     _compared("alpha_mean", "Weight of the distillation term", "mean alpha", "zero"),
 )

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sgpo.reporting.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, YELLOW, legend, new_figure
 from sgpo.reporting.run_data import RunData, number_of
 from sgpo.reporting.run_files import PROFILE_FILE, read_jsonl
+from sgpo.types import WORDS
 
 SMOOTH_FROM = 20  # shorter curves are drawn as they are
 TIME_BARS = 60
@@ -48,7 +49,7 @@ class Plot:
 
 
 def _both_kinds(stem: str) -> tuple[Curve, Curve]:
-    return Curve(f"{stem}_auto", "autonomous", BLUE), Curve(f"{stem}_guided", "guided", ORANGE)
+    return Curve(f"{stem}_auto", WORDS["auto"], BLUE), Curve(f"{stem}_guided", WORDS["guided"], ORANGE)
 
 
 ALPHAS = (Curve("alpha_mean", "after the cap", BLUE), Curve("alpha_uncapped_mean", "before the cap", GREY, "--"))
@@ -58,8 +59,8 @@ KLS = (Curve("kl_mean", "all tokens, before the mask", GREY, "--"), Curve("kl_ke
 
 
 SIGNALS = (
-    Curve("zero_variance_share", "autonomous group all alike (no policy signal)", ORANGE),
-    Curve("target_share", "with a target (a correct guided rollout)", BLUE),
+    Curve("zero_variance_share", "rewards without strategy all alike (no policy signal)", ORANGE),
+    Curve("target_share", "with a teacher completion (a correct one with strategy)", BLUE),
 )
 LOSSES = (
     Curve("loss", "total", BLUE),
@@ -87,7 +88,7 @@ CURVES = (
     ),
     Plot(
         "kl",
-        "KL between the guided and the plain context",
+        "KL between the contexts with and without strategy",
         (
             Panel("nats per token", KLS, "zero"),
             Panel("masked tokens", (Curve("kl_masked_share", "masked", ORANGE),), "share"),

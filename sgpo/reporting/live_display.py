@@ -22,12 +22,12 @@ from sgpo.reporting.run_files import Phase
 
 # label, key, format: for all phases at once, because a row shows only what it holds.
 _FIELDS = (
-    ("auto accuracy", "accuracy_auto", ".3f"),
-    ("guided accuracy", "accuracy_guided", ".3f"),
+    ("accuracy without strategy", "accuracy_auto", ".3f"),
+    ("with strategy", "accuracy_guided", ".3f"),
     ("accuracy", "accuracy", ".3f"),
     ("low", "accuracy_low", ".3f"),
     ("high", "accuracy_high", ".3f"),
-    ("guided", "guided_accuracy", ".3f"),
+    ("with strategy", "guided_accuracy", ".3f"),
     ("k", "k", ".0f"),
     ("alpha", "alpha_mean", ".3f"),
     ("KL", "kl_mean", ".3f"),
@@ -35,8 +35,8 @@ _FIELDS = (
     ("masked", "kl_masked_share", ".1%"),
     ("entropy", "entropy", ".3f"),
     ("length", "length", ".0f"),
-    ("auto length", "length_auto", ".0f"),
-    ("guided length", "length_guided", ".0f"),
+    ("length without strategy", "length_auto", ".0f"),
+    ("length with strategy", "length_guided", ".0f"),
     ("truncated", "truncated", ".1%"),
     ("epoch", "epoch", ".2f"),
     ("loss", "loss", ".4f"),
@@ -49,8 +49,8 @@ _FIELDS = (
 
 
 _TRENDS = (
-    ("train", "accuracy_auto", "auto accuracy"),
-    ("train", "accuracy_guided", "guided accuracy"),
+    ("train", "accuracy_auto", "without strategy"),
+    ("train", "accuracy_guided", "with strategy"),
     ("eval", "accuracy", "held-out accuracy"),
 )
 

@@ -50,7 +50,7 @@ def load_run(run_dir: str | Path) -> RunData:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One target completion: token texts, KL in nats (float64 [T]), masked (bool [T]), threshold or None."""
+    """One teacher completion: token texts, KL in nats (float64 [T]), masked (bool [T]), threshold or None."""
 
     step: int
     problem_id: str

@@ -196,7 +196,7 @@ class RolloutTable:
         masked: Sequence[bool],
         max_token_kl: float | None,
     ) -> None:
-        """The target of one problem, token by token: its text, its KL in nats before the mask, masked or not.
+        """The teacher completion of one problem by tokens: text, KL in nats before the mask, masked or not.
 
         `max_token_kl` is the threshold delta, None where the run has none. Raises ValueError if the lengths differ.
         """

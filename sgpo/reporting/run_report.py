@@ -27,7 +27,7 @@ from sgpo.reporting.html import cell_text, image, note, page, plot_html, table
 from sgpo.reporting.run_data import RunData, load_run, load_trajectory
 from sgpo.reporting.run_files import METRICS_FILE, ROLLOUTS_FILE, TRAJECTORIES_FILE, iter_jsonl
 from sgpo.reporting.trajectory import draw_trajectory, trajectory_text
-from sgpo.types import SgpoError
+from sgpo.types import WORDS, SgpoError
 
 
 def _missing(phase: str, plot: Plot) -> str:
@@ -75,7 +75,7 @@ def _metrics_section(run: RunData) -> str:
 
 
 def _sample_rollouts(path: Path) -> tuple[int, list[dict[str, Any]]] | None:
-    """The latest step whose rollouts hold a target, or else the latest step, with its rows; None without rollouts."""
+    """The latest step with a teacher completion, or else the latest, with its rows; None without rollouts."""
     last = with_target = None
     for step, group in groupby(iter_jsonl(path), key=lambda row: row["step"]) if path.exists() else ():
         last = (step, list(group))
@@ -86,23 +86,23 @@ def _sample_rollouts(path: Path) -> tuple[int, list[dict[str, Any]]] | None:
 
 def _rollout_html(row: dict[str, Any]) -> str:
     outcome = "right" if row["reward"] > 0 else "wrong"
-    tags = [(row["kind"], ""), (f"reward {cell_text(row['reward'])}", outcome)]
+    tags = [(WORDS.get(row["kind"], row["kind"]), ""), (f"reward {cell_text(row['reward'])}", outcome)]
     tags += [(row["status"], "")] if row["status"] != "ok" else []
     tags += [("truncated", "")] if row["truncated"] else []
-    tags += [("chosen target", "target")] if row["is_target"] else []
+    tags += [("teacher completion", "target")] if row["is_target"] else []
     line = " ".join(f'<span class="tag {style}">{escape(str(text))}</span>' for text, style in tags)
     is_open = " open" if row["is_target"] else ""
     return f"<details{is_open}><summary>{line}</summary><pre>{escape(row['text'])}</pre></details>"
 
 
 def _rollouts_section(run_dir: Path, problems: int = 3, per_kind: int = 3) -> str:
-    """A few problems of one step, those with a target first; per problem the target and some of each kind."""
+    """A few problems of one step, those with a teacher completion first; per problem that and some of each kind."""
     sample = _sample_rollouts(run_dir / ROLLOUTS_FILE)
     if sample is None:
         return note(f"Left out, {ROLLOUTS_FILE} holds no rollouts.")
     step, rows = sample
     by_problem: dict[str, list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: not row["is_target"]):  # stable: targets first, else as sampled
+    for row in sorted(rows, key=lambda row: not row["is_target"]):  # stable: teacher completions first, else as sampled
         by_problem.setdefault(row["problem_id"], []).append(row)
     parts = [note(f"Samples of step {step}.")]
     for problem_id, group in list(by_problem.items())[:problems]:

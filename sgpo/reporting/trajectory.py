@@ -1,4 +1,4 @@
-"""One target completion, token by token, with its KL: the paper's Figure 5, as a plot and as text."""
+"""One teacher completion, token by token, with its KL: the paper's Figure 5, as a plot and as text."""
 
 from __future__ import annotations
 

@@ -226,7 +226,7 @@ class SeededSampler(LogitsProcessor):
         self.logprobs: list[torch.Tensor] = []
         self.watchdog: Watchdog | None = None
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:  # transformers says FloatTensor
         if self.watchdog is not None:
             self.watchdog.beat()
         scores = scores.float()

@@ -266,7 +266,7 @@ def test_plain_lines_when_not_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
         clock.now = 30.0
         display.step(2, {})
     assert stream.getvalue().splitlines() == [
-        "train 1/5 | auto accuracy 0.250 | masked 3.1% | lr 1.00e-06 | ETA ?",
+        "train 1/5 | accuracy without strategy 0.250 | masked 3.1% | lr 1.00e-06 | ETA ?",
         "eval 1/5 | accuracy 0.500 | k 4 | ETA ?",
         "train 2/5 | ETA 0:01:00",
     ]

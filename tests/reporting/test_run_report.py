@@ -123,7 +123,7 @@ def test_a_full_run_gives_every_plot_and_a_self_contained_page(tmp_path: Path) -
     assert len(page.sources) == len(names)
     for source in page.sources:
         assert base64.b64decode(source.removeprefix("data:image/png;base64,")).startswith(PNG_MAGIC)
-    for part in ("final_accuracy", "0.7312", "[1, 2]", "lr: 1.0e-6", "chosen target", "timeout", "val_loss"):
+    for part in ("final_accuracy", "0.7312", "[1, 2]", "lr: 1.0e-6", "teacher completion", "timeout", "val_loss"):
         assert part in page.text
     assert "left out" not in page.text
 
@@ -134,7 +134,7 @@ def test_the_sample_shows_the_latest_step_that_has_a_target(tmp_path: Path) -> N
     text = _Page(write_report(run_dir).read_text()).text
     assert "text step 1 sample 5" in text
     assert "step 2 sample" not in text
-    assert text.count("chosen target") == 1
+    assert text.count("teacher completion") == 1
 
 
 def test_all_text_is_escaped(tmp_path: Path) -> None:
@@ -201,7 +201,8 @@ def test_the_curves_carry_the_logged_numbers(tmp_path: Path) -> None:
     np.testing.assert_array_equal(auto.get_xdata(), [1, 2, 3, 4, 5])
     np.testing.assert_allclose(np.asarray(auto.get_ydata()), [0.31, 0.32, 0.33, 0.34, 0.35])
     np.testing.assert_allclose(np.asarray(guided.get_ydata()), 0.7)
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["autonomous", "guided"]
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["without strategy", "with strategy"]
     steps, entropy = run.series("train", "entropy")
     np.testing.assert_array_equal(steps, [1, 2, 3, 4, 5])
     np.testing.assert_array_equal(np.isnan(entropy), [False, True, False, False, False])
