@@ -2,7 +2,7 @@
 
 Loss = 1 / (P (G + 1) L) times the sum over problems and tokens of -A rho (rollouts) and -A p / (p + gamma) (the
 demonstration), with A = R - mean over the G rollouts and the demonstration, which counts as correct; no clip; the
-constant L = max_new_tokens in place of each length. The entropy bonus is the objective's, over live rollouts.
+constant L = max_new_tokens in place of each length. The entropy bonus is the loss's, over live rollouts.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from sgpo_kernels import linear_divergence
 
-from sgpo.analysis.design import Study, load_policy, load_study, make_plan
+from sgpo.analysis.design import Study, load_policy, load_study, make_design
 from sgpo.analysis.report import write_analysis_report
 from sgpo.analysis.results import Results
 from sgpo.analysis.samples import Row, collect
@@ -46,10 +46,10 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
     folder = resolve_model(config)
     tokenizer = load_tokenizer(folder)
     study, without_guidance = load_study(config, folder, tokenizer)
-    plan = make_plan(config, folder, tokenizer, study)
-    rows = collect(config, folder, tokenizer, study, plan, output / "samples.jsonl")
+    design = make_design(config, folder, tokenizer, study)
+    rows = collect(config, folder, tokenizer, study, design, output / "samples.jsonl")
     token_kl = measure_token_kl(config, folder, tokenizer, study, rows)
-    results = Results(config.analyze, study, plan, rows)
+    results = Results(config.analyze, study, design, rows)
     found = {
         "model": config.model.path,
         "problems": len(study.problems),

@@ -37,7 +37,7 @@ class Study:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Design:
     """Every draw with its prompt; `cells` are the draws of the matrix by (type of the strategy, of the problem)."""
 
     draws: list[Draw]
@@ -79,7 +79,7 @@ def load_study(config: AnalyzeConfig, folder: Path, tokenizer: Any) -> tuple[Stu
     return study, [problem.id for problem in task.problems if not problem.has_guidance]
 
 
-def make_plan(config: AnalyzeConfig, folder: Path, tokenizer: Any, study: Study) -> Plan:
+def make_design(config: AnalyzeConfig, folder: Path, tokenizer: Any, study: Study) -> Design:
     """Raises SgpoError where a prompt with another problem's strategy is too long."""
     settings, seed = config.analyze, config.run.seed
     ids = [problem.id for problem in study.problems]
@@ -119,7 +119,7 @@ def make_plan(config: AnalyzeConfig, folder: Path, tokenizer: Any, study: Study)
 
     prompts = {draw: prompt_of(draw) for draw in every}
     _check_lengths(config, folder, max(map(len, prompts.values())))
-    return Plan(every, cells, prompts, [excess for _, excess in empty])
+    return Design(every, cells, prompts, [excess for _, excess in empty])
 
 
 def _check_lengths(config: AnalyzeConfig, folder: Path, prompt: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sgpo.analysis import transfer
-from sgpo.analysis.design import Plan, Study
+from sgpo.analysis.design import Design, Study
 from sgpo.analysis.settings import AnalyzeConfig
 from sgpo.analysis.transfer import Draw
 from sgpo.builders.rollouts import build_rewards, build_rollouts
@@ -42,7 +42,7 @@ class Progress:
 
 
 def collect(
-    config: AnalyzeConfig, folder: Path, tokenizer: Any, study: Study, plan: Plan, path: Path
+    config: AnalyzeConfig, folder: Path, tokenizer: Any, study: Study, design: Design, path: Path
 ) -> dict[Draw, Row]:
     """The sampled and judged row of every draw; takes from the file at `path` what it holds, and adds the rest.
 
@@ -57,19 +57,19 @@ def collect(
         "engine": config.rollout.engine,
     }
     sampling = SamplingParams(config.rollout.temperature, config.rollout.top_p, config.rollout.max_new_tokens)
-    requests = [_request(config.run.seed, study, plan, n) for n in range(len(plan.draws))]
+    requests = [_request(config.run.seed, study, design, n) for n in range(len(design.draws))]
     keys = [_digest(identity, asdict(sampling), request.prompt_ids, request.seed) for request in requests]
-    judges = [_judge(config, study.problems[draw.problem]) for draw in plan.draws]
+    judges = [_judge(config, study.problems[draw.problem]) for draw in design.draws]
     progress = Progress()
 
     def judge(n: int, row: Row) -> None:
-        judging.begin(keys[n], {**row, "judge": judges[n]}, study.problems[plan.draws[n].problem])
+        judging.begin(keys[n], {**row, "judge": judges[n]}, study.problems[design.draws[n].problem])
 
     def keep(rollout: Rollout) -> None:
         n = rollout.request.problem_index
         progress.sampled += 1
         progress.tokens += len(rollout.completion_ids)
-        judge(n, _row(tokenizer, study, plan.draws[n], rollout))
+        judge(n, _row(tokenizer, study, design.draws[n], rollout))
 
     display = ExtractDisplay(progress.status)
     with _open_store(path) as store, build_rewards(config) as rewards, display:
@@ -93,7 +93,7 @@ def collect(
                     judging.finish()
             finally:
                 rollouts.close()
-        rows = {draw: store.get(key) for draw, key in zip(plan.draws, keys, strict=True)}
+        rows = {draw: store.get(key) for draw, key in zip(design.draws, keys, strict=True)}
         found = {draw: row for draw, row in rows.items() if row is not None}
         if all(row["status"] == "error" for row in found.values()):
             raise SgpoError(f"the reward {config.reward.kind!r} failed on every completion: {rewards.last_cause}")
@@ -123,13 +123,13 @@ class _Judging:
             self._advance()
 
 
-def _request(seed: int, study: Study, plan: Plan, n: int) -> RolloutRequest:
+def _request(seed: int, study: Study, design: Design, n: int) -> RolloutRequest:
     """`problem_index` holds the number of the draw, by which the rollout is known when it comes back."""
-    draw = plan.draws[n]
+    draw = design.draws[n]
     source = "" if draw.source is None else study.problems[draw.source].id
     of_draw = seed_of(seed, "strategies analyze", draw.arm, study.problems[draw.problem].id, source, draw.sample)
     kind = "auto" if draw.arm == "none" else "guided"
-    return RolloutRequest(n, kind, draw.sample, plan.prompts[draw], of_draw)
+    return RolloutRequest(n, kind, draw.sample, design.prompts[draw], of_draw)
 
 
 def _row(tokenizer: Any, study: Study, draw: Draw, rollout: Rollout) -> Row:
