@@ -14,13 +14,15 @@ from pathlib import Path
 
 import torch
 
-from sgpo import assembly
-from sgpo.config import Config, checked
-from sgpo.engine.adapters import add_adapters
+from sgpo.builders.rollouts import rollout_engine
+from sgpo.config import Config
+from sgpo.engine.weight_sync import PolicySampler
 from sgpo.engine.zero import ZeroEngine, init_distributed
-from sgpo.models import PolicyModel, load_causal_lm
-from sgpo.schema import RolloutRequest, SamplingParams
-from sgpo.synced import SyncedRollouts
+from sgpo.model.loading import load_causal_lm
+from sgpo.model.lora import add_adapters
+from sgpo.model.policy import PolicyModel
+from sgpo.types import RolloutRequest, SamplingParams
+from sgpo.utils.config_file import checked
 
 PROBE = tuple(range(100, 164))
 REQUESTS = [RolloutRequest(i, "auto", 0, tuple(range(200 + i, 232 + i)), i) for i in range(16)]
@@ -38,7 +40,7 @@ def config_of(options: argparse.Namespace, sync: str) -> Config:
 def trainer_of(config: Config, device: torch.device) -> ZeroEngine:
     lora = config.model.lora
     lm = load_causal_lm(config.model.path, dtype=config.model.dtype)
-    add_adapters(lm, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dora=lora.dora, seed=config.run.seed)
+    add_adapters(lm, rank=lora.rank, alpha=lora.alpha, modules=lora.modules, dora=lora.dora, seed=config.run.seed)
     torch.manual_seed(0)
     for name, parameter in lm.named_parameters():
         if "lora_B" in name:
@@ -64,8 +66,8 @@ def main() -> None:
     bound, sync_s, token_ms = {}, {}, {}
     for kind in ("merged", "adapters"):
         config = config_of(options, kind)
-        rollouts = assembly.rollout_engine(config, options.folder, from_scratch=True)
-        bound[kind] = SyncedRollouts(
+        rollouts = rollout_engine(config, options.folder, from_scratch=True)
+        bound[kind] = PolicySampler(
             trainer, rollouts, probe_ids=PROBE, tolerance=1.0, token_budget=4096, pad_id=0, adapters=kind == "adapters"
         )
         print(kind, "first:", bound[kind].sync(0))

@@ -23,14 +23,16 @@ import torch
 
 from benchmarks import measure
 from benchmarks.train_step import config_of, make_model, training_step
-from sgpo import assembly
-from sgpo.engine.ranks import Meter
+from sgpo.builders.model_engine import engine_on
+from sgpo.builders.rollouts import vllm_options
+from sgpo.engine.weight_sync import PolicySampler
 from sgpo.engine.zero import init_distributed
-from sgpo.gauge import Gauge, planned_peaks
 from sgpo.rollout.vllm_engine import VllmEngine
-from sgpo.sampling import check_version
-from sgpo.schema import RolloutRequest, SamplingParams, SgpoError
-from sgpo.synced import SyncedRollouts
+from sgpo.train.memory_vs_plan import MemoryTracker, planned_peak
+from sgpo.train.rollout_batch import check_version
+from sgpo.train.step_metrics import Clock
+from sgpo.types import RolloutRequest, SamplingParams, SgpoError
+from sgpo.utils.distributed import Meter
 
 _EOS = 2
 
@@ -72,34 +74,39 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     config = config_of(folder, options.state, tokens, engine="vllm", vllm=vllm)
     lm = make_model(shape, device, folder)
-    planned = planned_peaks(config, folder)
-    engine = assembly.engine_on(config, lm, config.optim, device)
+    planned = planned_peak(config, folder)
+    engine = engine_on(config, lm, config.optim, device)
     sampler = VllmEngine(
-        folder, eos_ids=[_EOS], dtype="bfloat16", options=assembly.vllm_options(config, folder, from_scratch=True)
+        folder, eos_ids=[_EOS], dtype="bfloat16", options=vllm_options(config, folder, from_scratch=True)
     )
     probe = tuple(range(3, 67))
-    synced = SyncedRollouts(engine, sampler, probe_ids=probe, tolerance=0.1, token_budget=tokens, pad_id=0)
+    synced = PolicySampler(engine, sampler, probe_ids=probe, tolerance=0.1, token_budget=tokens, pad_id=0)
     requests = [RolloutRequest(i, "auto", 0, (3, 4 + i, 5), seed=i) for i in range(options.rollouts)]
     sampling = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=tokens // 4)
-    gauge, meter = Gauge(planned, synced.asleep_bytes), Meter()
+    gauge, peaks = MemoryTracker(planned, synced.asleep_bytes), Meter()
     clocks, reports, sampled, norms = [], [], 0, []
+
+    def stage(name: str) -> None:
+        peaks.max(name, gauge.read() or 0.0)
+        clocks[-1].stage(name)
+
     try:
         for step in range(2):
-            clocks.append(clock := gauge.clock(meter))
+            clocks.append(Clock(Meter()))
             reports.append(synced.sync(step))
-            clock.stage("sync")
+            stage("sync")
             rollouts = synced.generate(requests, sampling)
-            clock.stage("rollout")
+            stage("rollout")
             check_version(rollouts, step, behind=0)
             sampled += sum(len(rollout.completion_ids) for rollout in rollouts)
             synced.sleep()
-            clock.stage("sleep")
+            stage("sleep")
             norms.append(training_step(engine, config, tokens)[2])
-            clock.stage("train")
+            stage("train")
+        memory = gauge.summary()
     finally:
         synced.close()
         engine.close()
-    gauge.compare(values := meter.reduce())
     seconds = [{name: end - start for name, start, end in clock.spans} for clock in clocks]
     return {
         "what": "colocated",
@@ -108,8 +115,8 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "tokens": tokens,
         "gpu_memory_utilization": options.share,
         "seconds": seconds,
-        "peak_mib": {name: values[f"peak_{name}_mib"] for name in seconds[0]},
-        "memory": gauge.summary,
+        "peak_mib": peaks.reduce(),
+        "memory": memory,
         "syncs": [asdict(report) for report in reports],
         "rollout_tokens_per_s": sampled / sum(found["rollout"] for found in seconds),
         "grad_norms": norms,

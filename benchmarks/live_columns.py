@@ -33,8 +33,8 @@ from torch import Tensor
 
 from benchmarks import states as sources
 from benchmarks.states import HeadStates
-from sgpo import provenance
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
+from sgpo.utils import provenance
 
 TILE = 128
 

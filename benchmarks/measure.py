@@ -29,8 +29,8 @@ from torch import Tensor
 
 from benchmarks.ops import CLIP_HIGH, CLIP_LOW, Inputs
 from benchmarks.peers import Forward, Output
-from sgpo import provenance
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
+from sgpo.utils import provenance
 
 KL_FLOOR = 0.02
 LOGPROB_TOLERANCE = 5e-5

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.states import HeadStates
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 SEQUENCE_TOKENS = 512

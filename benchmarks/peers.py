@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.ops import CLIP_HIGH, CLIP_LOW, Inputs, OpName
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
 
 # 2^-12 where the model is confident; 2^-15 keeps the errors of a weak one (SmolLM2-135M) below those of bf16 dz.
 LIVE_TOLERANCE, FINE_TOLERANCE = 2.0**-12, 2.0**-15

@@ -119,11 +119,11 @@ def measure(name: str) -> dict[str, Any]:
     """In this process: the peak of each phase above the base, in bytes."""
     import torch
 
-    from sgpo import assembly
-    from sgpo.data.packing import collate_training
+    from sgpo.builders.loss import training_loss
+    from sgpo.builders.model_engine import build_engine
+    from sgpo.engine.batching import collate_training
     from sgpo.engine.zero import init_distributed
-    from sgpo.schema import TrainSequence
-    from sgpo.steps import bound_objective
+    from sgpo.types import TrainSequence
 
     def build(case: Case) -> Any:
         from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -138,17 +138,17 @@ def measure(name: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             config = config_of(case)
             Qwen2ForCausalLM(sizes).to(getattr(torch, config.model.dtype)).save_pretrained(folder)
-            return config, assembly.build_engine(config, Path(folder), config.optim, torch.device("cpu"))
+            return config, build_engine(config, Path(folder), config.optim, torch.device("cpu"))
 
     def step(config: Any, engine: Any, case: Case) -> dict[str, float]:
         prompt, new = (3,) * 32, (4,) * (case.sequence - 32)
-        one = TrainSequence(prompt, new, target_weight=1e-3, teacher_prompt_ids=prompt)
+        one = TrainSequence(prompt, new, distill_weight=1e-3, teacher_prompt_ids=prompt)
         packed = config.engine.packing == "packed"
-        objective, peaks = assembly.policy_objective(config), {}
+        objective, peaks = training_loss(config), {}
         for count in (1, case.tokens // case.sequence):  # the gradients of the first are there beside the second
             micro = collate_training([one] * count, 0, with_teacher=True, packed=packed)
             _reset()
-            loss, _ = engine.loss(bound_objective(objective, micro), micro.student, micro.teacher)
+            loss, _ = engine.loss(objective, micro)
             peaks["forward"] = _peak()
             _reset()
             engine.backward(loss)
@@ -217,7 +217,10 @@ def measure_in_forks(names: Sequence[str]) -> None:
     """Prints a row of each, measured in a fork of this process."""
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
-    import sgpo.assembly  # noqa: F401
+    import sgpo.builders.loss
+    import sgpo.builders.model_engine
+    import sgpo.builders.rollouts
+    import sgpo.builders.task  # noqa: F401
 
     for name in names:
         pid = os.fork()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
 
 Row = dict[str, Any]
 

@@ -48,14 +48,17 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import measure
-from sgpo.assembly import BUILTIN, load_task, positions_of, rollout_engine, vllm_options
-from sgpo.checksums import checksum
+from sgpo.builders.rollouts import rollout_engine, vllm_options
+from sgpo.builders.task import load_task
 from sgpo.config import Config
 from sgpo.data import builtin
+from sgpo.data.builtin import BUILTIN
+from sgpo.data.epochs import problems_of_step
 from sgpo.data.prompts import eos_token_ids
-from sgpo.models import eos_ids_of_folder, load_causal_lm, load_tokenizer
-from sgpo.sampling import build_requests, problems_of_step
-from sgpo.schema import Rollout, RolloutEngine, RolloutRequest, SamplingParams, SgpoError
+from sgpo.model.loading import eos_ids_of_folder, load_causal_lm, load_tokenizer, positions_of
+from sgpo.train.rollout_batch import build_requests
+from sgpo.types import Rollout, RolloutEngine, RolloutRequest, SamplingParams, SgpoError
+from sgpo.utils.checksums import checksum
 
 OURS, BARE = "ours", "bare"
 PEERS = (OURS, BARE, "bare-no-logprobs", "bare-defaults", "hf")
@@ -404,7 +407,7 @@ def _sync_case(folder: Path, shape: Sequence[int], placement: str, options: argp
         sent: dict[str, int] = {}
 
         def recorded() -> Iterator[tuple[str, torch.Tensor]]:
-            for name, tensor in named.items():  # as the trainer does, see sgpo.synced
+            for name, tensor in named.items():  # as the trainer does, see sgpo.engine.weight_sync
                 sent[name] = checksum(tensor)
                 yield name, tensor
 

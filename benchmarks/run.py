@@ -36,7 +36,7 @@ from benchmarks import ops as registry
 from benchmarks import states as sources
 from benchmarks.ops import Inputs, Mix, Op, Shape
 from benchmarks.peers import PEERS, Forward, Peer, find
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
 
 # What an implementation raises on inputs, devices or compilers that it cannot serve.
 FAILURES = (RuntimeError, ValueError, TypeError, ImportError, AttributeError, AssertionError, TritonError)

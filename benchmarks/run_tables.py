@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sgpo.algorithm.intervals import bootstrap_interval
-from sgpo.study_report import markdown
+from sgpo.reporting.study_report import markdown
+from sgpo.utils.statistics import bootstrap_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgpo.data.packing import collate
 from sgpo.data.problems import load_problems
 from sgpo.data.prompts import PromptBuilder, PromptTemplate
-from sgpo.models import PolicyModel, load_causal_lm, load_tokenizer
-from sgpo.schema import Problem, SgpoError
+from sgpo.engine.batching import collate
+from sgpo.model.loading import load_causal_lm, load_tokenizer
+from sgpo.model.policy import PolicyModel
+from sgpo.types import Problem, SgpoError
 
 Knots = tuple[tuple[float, float], ...]
 """(share of the rows, value) from share 0 to share 1; log-linear in between."""
@@ -328,7 +329,7 @@ def _two_contexts(
     for prompt in (prompts.plain, prompts.guided or ()):
         batch = collate([prompt], [completion], tokenizer.pad_token_id).to(torch.device(device))
         states.append(policy.hidden(batch.input_ids, batch.rows))
-        targets = batch.targets
+        targets = batch.labels
     return states[0], states[1], targets
 
 

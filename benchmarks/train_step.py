@@ -28,13 +28,14 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from sgpo import assembly
+from sgpo.builders.loss import training_loss
+from sgpo.builders.model_engine import engine_on
 from sgpo.config import Config
+from sgpo.engine.step import micro_batches
 from sgpo.engine.zero import ZeroEngine, init_distributed
 from sgpo.planning.architectures import find_architecture
 from sgpo.planning.memory import PROCESS, Place, Planner
-from sgpo.schema import SgpoError, TrainSequence
-from sgpo.steps import micro_batches
+from sgpo.types import SgpoError, TrainSequence
 
 GIB = 1 << 30
 SHAPES: dict[str, dict[str, Any]] = {
@@ -102,11 +103,12 @@ def rows_of(
         return
     try:
         lm = _model_of(numbers, device)
-        engine, start = _measured(partial(assembly.engine_on, config, lm, config.optim, device), device)
+        engine, start = _measured(partial(engine_on, config, lm, config.optim, device), device)
     except (torch.OutOfMemoryError, SgpoError) as error:
         yield {**same, "not_run": " ".join(str(error).split())[:200]}
         return
     del lm
+    tokens = 0
     try:
         for tokens in lengths:
             if time.monotonic() > until:
@@ -163,12 +165,7 @@ def config_of(folder: Path, state: str, tokens: int, **rollout: Any) -> Config:
             "model": {"path": str(folder), "dtype": "bfloat16", "gradient_checkpointing": True},
             "data": {"train": "builtin", "max_prompt_tokens": tokens // 4},
             "rollout": {"engine": "hf", "max_new_tokens": tokens - tokens // 4, **rollout},
-            "engine": {
-                "zero_stage": 2,
-                "optimizer_state": state,
-                "micro_batch_tokens": tokens,
-                "shared_target_pass": False,
-            },  # the step has one guided completion: there is no choice
+            "engine": {"zero_stage": 2, "optimizer_state": state, "micro_batch_tokens": tokens},
         }
     )
 
@@ -185,14 +182,14 @@ def make_sequences(tokens: int, vocabulary: int) -> list[TrainSequence]:
     policy = [TrainSequence(ids(prompt), ids(tokens - prompt), advantage=a, policy_weight=weight) for a in (1.0, -1.0)]
     # The guided prompt fills `tokens`; the plain one lacks the strategy.
     distilled = TrainSequence(
-        ids(prompt // 2), ids(tokens - prompt), target_weight=weight, teacher_prompt_ids=ids(prompt)
+        ids(prompt // 2), ids(tokens - prompt), distill_weight=weight, teacher_prompt_ids=ids(prompt)
     )
     return [*policy, distilled]
 
 
 def training_step(engine: ZeroEngine, config: Config, tokens: int) -> tuple[dict[str, Any], float, float]:
-    """(phases, loss, gradient norm) of sgpo.steps.optimizer_step, with a clock and a memory meter between its parts."""
-    objective, device = assembly.policy_objective(config), engine.device
+    """(phases, loss, gradient norm) of `optimizer_step`, with a clock and a memory meter between its parts."""
+    objective, device = training_loss(config), engine.device
     sequences = make_sequences(tokens, engine.model.lm.config.vocab_size)
     phases: dict[str, Any] = {}
     total = 0.0
@@ -200,12 +197,7 @@ def training_step(engine: ZeroEngine, config: Config, tokens: int) -> tuple[dict
         micro = micro.to(device)
         part = "teacher_and_forward" if micro.teacher is not None else "forward"
 
-        def function(head: Any, bias: Any, hidden: Any, teacher: Any, micro: Any = micro) -> Any:
-            return objective(head, bias, hidden, teacher, micro)
-
-        (loss, _stats), cost = _measured(
-            lambda micro=micro, function=function: engine.loss(function, micro.student, micro.teacher), device
-        )
+        (loss, _stats), cost = _measured(lambda micro=micro: engine.loss(objective, micro), device)
         _add(phases, part, cost)
         _, cost = _measured(lambda loss=loss: engine.backward(loss), device)
         _add(phases, "backward", cost)

@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sgpo.schema import ChatTurn, Problem, SgpoError
+from sgpo.types import ChatTurn, Problem, SgpoError
 
 Operands = tuple[int, ...]
 Step = tuple[str, int]

@@ -1,0 +1,1 @@
+"""Strategy-Guided Policy Optimization: a trainer with its own fused losses (`sgpo_kernels`)."""

@@ -6,31 +6,35 @@ cannot work together are refused with one sentence before anything is loaded.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
-import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from sgpo.schema import SgpoError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+# Keys of earlier versions, and what a config that has one is told. The config.yaml of an old run may have them.
+RENAMED = {"algorithm.target": "algorithm.selection", "model.lora.targets": "model.lora.modules"}
+GONE = {
+    "engine.shared_target_pass": "is gone: o+ is always chosen by a scoring pass before training; remove the line",
+    **{old: f"has another name now: write {new}" for old, new in RENAMED.items()},
+}
+
+
 class Section(BaseModel):
+    """What every part of the settings is: frozen, without unknown keys, without infinite numbers."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-Settings = TypeVar("Settings", bound=Section)
+    gone_keys: ClassVar[Mapping[str, str]] = GONE
 
 
 class RunConfig(Section):
+    """Name, folder and seed of the run, and how it resumes."""
+
     name: str = Field(default="run", pattern=r"^\w[\w.-]*$", description="name of the run, also its folder")
     output_dir: str = Field(default="runs", description="parent folder of the run folder")
     seed: int = Field(default=0, ge=0, description="decides data order and every sampled token")
@@ -41,15 +45,18 @@ class RunConfig(Section):
 
     @property
     def dir(self) -> Path:
+        """The run folder."""
         return Path(self.output_dir) / self.name
 
 
 class LoraConfig(Section):
+    """Adapters in place of training all weights."""
+
     rank: int = Field(
         default=0, ge=0, description="0: all weights are trained; above: adapters of this rank (needs sgpo[lora])"
     )
     alpha: float = Field(default=32.0, gt=0, description="the update is scaled by alpha / rank")
-    targets: tuple[str, ...] = Field(
+    modules: tuple[str, ...] = Field(
         default=("all-linear",), min_length=1, description='names of the linear layers, or "all-linear" (not the head)'
     )
     dora: bool = Field(default=False, description="DoRA: the length of each row is learned apart from its direction")
@@ -61,6 +68,8 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
+    """Which model, in which precision, and how its activations are kept."""
+
     path: str = Field(description='a Hugging Face folder, or "builtin" for the quickstart model')
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="of the weights; masters are always fp32"
@@ -86,6 +95,8 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
+    """Problems to train and evaluate on, and the prompt template."""
+
     train: str = Field(description='a JSONL file, "hf:NAME[:SPLIT]", a datasets folder, or "builtin"')
     eval: str | None = Field(default=None, description="held-out problems, same forms")
     train_limit: int | None = Field(default=None, ge=1, description="use only the first rows")
@@ -99,6 +110,8 @@ class DataConfig(Section):
 
 
 class VllmConfig(Section):
+    """Sizes of the vLLM sampler."""
+
     max_model_len: int | None = Field(
         default=None, ge=2, description="prompt and completion together; default: the longest that the run may need"
     )
@@ -120,6 +133,8 @@ class VllmConfig(Section):
 
 
 class RolloutConfig(Section):
+    """What is sampled, how, and by which sampler."""
+
     engine: Literal["auto", "vllm", "hf"] = Field(
         default="auto",
         validate_default=True,
@@ -179,6 +194,8 @@ class RolloutConfig(Section):
 
 
 class RewardConfig(Section):
+    """What judges a completion, and the limits of one judgement."""
+
     kind: str = Field(
         default="math_verify", description='"math_verify", "exact", or a function as "package.module:function"'
     )
@@ -187,9 +204,9 @@ class RewardConfig(Section):
     )
     workers: int = Field(default=2, ge=1)
     timeout_s: float = Field(
-        default=10.0, gt=0, description="a verdict that takes longer is killed, counted and worth 0"
+        default=10.0, gt=0, description="a result that takes longer is killed, counted and worth 0"
     )
-    memory_mib: int = Field(default=1024, ge=64, description="memory that one verdict may take")
+    memory_mib: int = Field(default=1024, ge=64, description="memory that one result may take")
     max_chars: int = Field(default=200_000, ge=1, description="longer completions are not parsed, counted and worth 0")
 
 
@@ -203,8 +220,10 @@ WITH_DEMONSTRATIONS = ("sft", "luffy", "hpt")
 
 
 class AlgorithmConfig(Section):
+    """The method and its loss; the defaults are the paper's."""
+
     method: Literal["sgpo", "grpo", "dapo", "luffy", "hpt", "sft"] = Field(
-        default="sgpo", description="one file each in sgpo/methods; all but sgpo set rollout.n_guided to 0"
+        default="sgpo", description="one file each in sgpo/algorithm; all but sgpo set rollout.n_guided to 0"
     )
     autonomous_grpo: bool = Field(default=True, description="false: distillation only")
     normalize_std: bool = Field(default=True, description="divide advantages by the standard deviation of the group")
@@ -226,20 +245,34 @@ class AlgorithmConfig(Section):
         default=0, ge=0, description="hpt: a problem with at most so many correct rollouts learns its demonstration"
     )
     mini_batches: int = Field(default=1, ge=1, description="optimizer steps per batch of rollouts")
-    distillation: Literal["forward_kl", "reverse_kl", "js", "sft", "none"] = "forward_kl"
-    target: Literal["sum", "mean", "all"] = Field(
+    distillation: Literal["forward_kl", "reverse_kl", "js", "sft"] | None = Field(
+        default="forward_kl", description="of o+ from the guided context; sft: o+ is imitated; null (or none): off"
+    )
+    selection: Literal["sum", "mean", "all"] = Field(
         default="sum", description="o+: highest sum (Eq. 4) or mean of log-probs; all: every correct guided one (Eq. 2)"
     )
-    over_limit: Literal["mask", "clamp", "scale", "off"] = Field(
+    over_limit: Literal["mask", "clamp", "scale"] = Field(
         default="mask",
         description="a token whose KL exceeds max_token_kl: dropped (Eq. 5), held at the limit, or scaled to it",
     )
-    max_token_kl: float = Field(default=1.0, gt=0, description="delta")
+    max_token_kl: float | None = Field(default=1.0, gt=0, description="delta; null: no limit")
     alpha: Literal["adaptive", "fixed", "group_advantage"] = "adaptive"
     alpha_0: float = Field(default=0.5, ge=0)
     alpha_gamma: float = Field(default=0.1, gt=0)
     alpha_max: float = Field(default=0.8, ge=0)
     alpha_fixed: float = Field(default=1.0, ge=0)
+
+    @field_validator("distillation", mode="before")
+    @classmethod
+    def _none(cls, distillation: Any) -> Any:
+        return None if distillation == "none" else distillation
+
+    @field_validator("over_limit", mode="before")
+    @classmethod
+    def _limited(cls, over_limit: Any) -> Any:
+        if over_limit == "off":
+            raise ValueError("a loss without a limit is written max_token_kl: null now")
+        return over_limit
 
     @model_validator(mode="before")
     @classmethod
@@ -252,12 +285,14 @@ class AlgorithmConfig(Section):
     def _pairs(self) -> AlgorithmConfig:
         if self.alpha_max < self.alpha_0:
             raise ValueError(f"alpha_max = {self.alpha_max} is below alpha_0 = {self.alpha_0}; raise it")
-        if self.distillation == "none" and not self.autonomous_grpo:
-            raise ValueError("distillation: none and autonomous_grpo: false leave no loss; switch one of them on")
+        if self.distillation is None and not self.autonomous_grpo:
+            raise ValueError("distillation: null and autonomous_grpo: false leave no loss; switch one of them on")
         return self
 
 
 class OptimConfig(Section):
+    """AdamW and its learning rate."""
+
     lr: float = Field(default=1e-6, gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
@@ -268,11 +303,15 @@ class OptimConfig(Section):
 
 
 class WarmupOptimConfig(OptimConfig):
+    """The same for the warm-up, with defaults of its own."""
+
     lr: float = Field(default=1e-5, gt=0)
     warmup_ratio: Share = 0.1
 
 
 class EngineConfig(Section):
+    """How the trainer splits states and sequences, and which loss kernels it takes."""
+
     zero_stage: Literal[0, 1, 2, 3] = 0
     optimizer_state: Literal["full", "cpu_offload", "8bit"] = Field(
         default="full",
@@ -293,12 +332,6 @@ class EngineConfig(Section):
     packing: Literal["padded", "packed"] = Field(
         default="padded", description="packed: several sequences behind one another in one row, no padding"
     )
-    shared_target_pass: bool = Field(
-        default=True,
-        description="a correct guided completion that fills more than half a micro-batch goes through the model once "
-        "for choosing o+ and for learning it; where model.gradient_checkpointing is on, and algorithm.mini_batches and "
-        "sequence_parallel_size are 1",
-    )
     loss_impl: Literal["auto", "triton", "torch"] = Field(default="auto", description="auto: Triton on CUDA")
     column_tolerance: float = Field(
         default=0.0,
@@ -318,6 +351,8 @@ class EngineConfig(Section):
 
 
 class TrainConfig(Section):
+    """When the run ends."""
+
     epochs: float = Field(default=10, gt=0)
     max_steps: int | None = Field(default=None, ge=1, description="stop after this many steps, whatever the epochs say")
     max_rollouts: int | None = Field(
@@ -326,6 +361,8 @@ class TrainConfig(Section):
 
 
 class WarmupConfig(Section):
+    """The SFT warm-up before training."""
+
     enabled: bool = Field(
         default=False, description="sgpo train: run the SFT warm-up first and start from its best model"
     )
@@ -345,6 +382,8 @@ class WarmupConfig(Section):
 
 
 class EvalConfig(Section):
+    """Held-out evaluation during a run, and benchmarks of `sgpo eval`."""
+
     every_steps: int | None = Field(
         default=None, ge=1, description="None: only before the first and after the last step"
     )
@@ -379,12 +418,16 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """How often a run is saved, and what is kept."""
+
     every_steps: int = Field(default=20, ge=1)
     keep_last: int = Field(default=2, ge=1)
     keep_best: bool = Field(default=True, description="export the model of the best held-out accuracy to best/")
 
 
 class LogConfig(Section):
+    """Where metrics go, and how many samples are kept."""
+
     tensorboard: bool = False
     wandb_project: str | None = None
     profile: bool = Field(default=False, description="memory per stage and MFU of every step (sgpo train --profile)")
@@ -395,12 +438,16 @@ class LogConfig(Section):
 
 
 class RatesConfig(Section):
+    """Measured speeds, for the plan's times."""
+
     matmul_tflops: float | None = Field(default=None, gt=0, description="TFLOP/s of training, per GPU")
     decode_tokens_per_s: float | None = Field(default=None, gt=0, description="sampled tokens per second, per GPU")
     host_gib_per_s: float | None = Field(default=None, gt=0, description="between GPU and host, one direction")
 
 
 class PlanConfig(Section):
+    """The machine that `sgpo plan` plans for, and what a plan that does not fit does."""
+
     on_misfit: Literal["refuse", "warn", "off"] = Field(
         default="refuse", description="sgpo train, where the plan does not fit: stop with exit code 2, say so, no plan"
     )
@@ -420,6 +467,8 @@ class PlanConfig(Section):
 
 
 class Config(Section):
+    """All settings of a run."""
+
     run: RunConfig = RunConfig()
     model: ModelConfig
     data: DataConfig
@@ -435,20 +484,6 @@ class Config(Section):
     log: LogConfig = LogConfig()
     plan: PlanConfig = PlanConfig()
 
-    def contest_above_tokens(self) -> float:
-        """Of how many tokens on a guided completion goes through the model alone, once for its choice as o+ and for
-        learning it (engine.shared_target_pass). Shorter ones go in company, which is worth more than a pass.
-
-        Never without checkpoints, where two of them would hold all their activations (and DeepSpeed's ZeRO-3 all
-        weights until backward ends); with several mini-batches, whose weights are no longer those that chose; nor where
-        ranks share a pass and are in company by that.
-        """
-        engine, algorithm = self.engine, self.algorithm
-        chooses = algorithm.method == "sgpo" and algorithm.distillation != "none" and algorithm.target != "all"
-        alone = self.model.gradient_checkpointing and algorithm.mini_batches == engine.sequence_parallel_size == 1
-        contested = engine.shared_target_pass and chooses and alone and self.rollout.n_guided > 1
-        return engine.micro_batch_tokens / 2 if contested else math.inf
-
     @model_validator(mode="after")
     def _pairs(self) -> Config:
         method = self.algorithm.method
@@ -463,7 +498,7 @@ class Config(Section):
         batch = self.rollout.problems_per_step * (self.rollout.n_auto + self.rollout.n_guided)
         if self.train.max_rollouts is not None and not 0 < batch <= self.train.max_rollouts:
             raise ValueError(f"train.max_rollouts must hold at least one batch of rollouts ({batch})")
-        needs_guided = method == "sgpo" and self.algorithm.distillation != "none"
+        needs_guided = method == "sgpo" and self.algorithm.distillation is not None
         if needs_guided and self.rollout.n_guided == 0:
             raise ValueError("rollout.n_guided = 0 leaves SGPO nothing to distil; raise it or use method: grpo")
         if self.rollout.problems_per_step % self.algorithm.mini_batches:
@@ -500,143 +535,3 @@ class Config(Section):
         if not cuda or self.rollout.placement != "inprocess":
             return 0
         return 1 if self.syncs_adapters(cuda=cuda) else 2
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file, applies `--section.key value` overrides, checks everything.
-
-    Raises SgpoError with one sentence per problem: the file, the key, what was expected and the nearest known key.
-    """
-    return load_settings(Config, Path(path), overrides)
-
-
-def load_eval_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
-    """As `load_config`; `path` None: a bare model on benchmarks, with data.train only if it is to be searched."""
-    return load_settings(Config, path, overrides, {"data": {"train": ""}} if path is None else {})
-
-
-def load_settings(
-    schema: type[Settings], path: Path | None, overrides: Sequence[str] = (), base: dict[str, Any] | None = None
-) -> Settings:
-    """As `load_config`, for any schema; `path` None: the overrides alone, on top of `base`."""
-    raw = dict(base or {}) if path is None else _read_sections(schema, path)
-    for key, value in parse_overrides(overrides):
-        _assign(raw, key, value)
-    return checked(schema, raw, "command line" if path is None else str(path))
-
-
-def checked(schema: type[Settings], raw: dict[str, Any], place: str) -> Settings:
-    """The settings in `raw`; SgpoError with one sentence per problem, each starting with `place`."""
-    try:
-        return schema.model_validate(raw)
-    except ValidationError as error:
-        raise SgpoError("; ".join(_sentence(schema, place, item) for item in error.errors())) from None
-
-
-def _read_sections(schema: type[BaseModel], path: Path) -> dict[str, Any]:
-    try:
-        raw = _read_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SgpoError(f"config {path} does not exist; give a YAML file such as configs/quickstart.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SgpoError(f"config {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise SgpoError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise SgpoError(f"config {path} must be a mapping of sections ({', '.join(schema.model_fields)})")
-    return raw
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without its surprises: `off` and `2024-01-05` are texts, and a key given twice is refused.
-
-    YAML 1.1 reads off, on, yes and no as booleans (pydantic still takes these words for a boolean knob), and keeps the
-    last of two equal keys without a word.
-    """
-
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":timestamp"))]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise yaml.constructor.ConstructorError(problem=f"{twice[0]} is given twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-
-
-def _read_yaml(text: str) -> Any:
-    loader = _Loader(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
-
-
-def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Yields (dotted key, value) from `--a.b value` and `--a.b=value`; values are read as YAML."""
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise SgpoError(f"unexpected argument {word!r}; options are written --section.key value")
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise SgpoError(f"option --{key} lacks a value; write --{key} VALUE")
-            value = rest.pop(0)
-        try:
-            yield key, _read_yaml(value)
-        except yaml.YAMLError:
-            raise SgpoError(f"the value of --{key}, {value!r}, is not readable as YAML") from None
-
-
-def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> pydantic field of every leaf."""
-    keys: dict[str, Any] = {}
-    for name, info in model.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            keys.update(known_keys(info.annotation, f"{prefix}{name}."))
-        else:
-            keys[prefix + name] = info
-    return keys
-
-
-def describe(schema: type[BaseModel] = Config) -> str:
-    """All knobs with type, default and meaning, for the help of a command."""
-    lines = []
-    for key, info in known_keys(schema).items():
-        default = "required" if info.is_required() else f"default {info.default!r}"
-        annotation = re.sub(r"Annotated\[(\w+), .*?\]\)\]", r"\1", str(info.annotation))
-        kind = annotation.replace("typing.", "").removeprefix("<class '").removesuffix("'>")
-        lines.append(f"  --{key}  ({kind}, {default})" + (f": {info.description}" if info.description else ""))
-    return "\n".join(lines)
-
-
-def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
-    *sections, leaf = key.split(".")
-    for section in sections:
-        child = raw.setdefault(section, {})
-        if not isinstance(child, dict):
-            raise SgpoError(f"option --{key}: {section!r} is not a section")
-        raw = child
-    raw[leaf] = value
-
-
-def _sentence(schema: type[BaseModel], place: str, item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        sections = [".".join(known.split(".")[:-1]) for known in known_keys(schema)]
-        close = difflib.get_close_matches(key, [*known_keys(schema), *sections], n=1, cutoff=0.5)
-        return f"{place}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
-    if item["type"] == "missing":
-        return f"{place}: {key} is required"
-    message = item["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(item["input"], dict | BaseModel) else f", got {item['input']!r}"
-    return f"{place}: {key + ': ' if key else ''}{message}{got}"

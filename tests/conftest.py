@@ -6,7 +6,10 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():
     # Triton's interpreter; it must be on before anything imports triton, which `import torch` does not.

@@ -14,15 +14,15 @@ ADAPTERS = {"rank": 4, "alpha": 8.0}
 
 def with_adapters(lm, dora=False):
     """As the trainer and its rollout engine both do it."""
-    from sgpo.engine.adapters import add_adapters
+    from sgpo.model.lora import add_adapters
 
-    add_adapters(lm, **ADAPTERS, targets=["all-linear"], dora=dora, seed=1)
+    add_adapters(lm, **ADAPTERS, modules=["all-linear"], dora=dora, seed=1)
     return lm
 
 
 def make_hf(folder, eos_ids, max_batch_tokens, *, adapters=False, dora=False):
     from sgpo.data.builtin import PAD, vocabulary
-    from sgpo.models import load_causal_lm
+    from sgpo.model.loading import load_causal_lm
     from sgpo.rollout.hf_engine import HfEngine
 
     lm = load_causal_lm(folder, dtype="float32")

@@ -2,7 +2,7 @@ r"""Strings made to hang, blow up or fool the reward, and what becomes of them.
 
     PYTHONPATH=.:kernels python tests/hostile_answers.py --count 10000
 
-prints the verdicts by kind of string, the time, and the largest memory of a worker and of this process. The strings
+prints the results by kind of string, the time, and the largest memory of a worker and of this process. The strings
 depend on the seed alone.
 """
 
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from sgpo.rewards import RewardItem, RewardPool
+from sgpo.rewards.pool import RewardItem, RewardPool
 
 
 def words(text: str) -> list[str]:
@@ -172,25 +172,25 @@ def run(count: int, seed: int, *, timeout_s: float, memory_mib: int, workers: in
         _PeakMemory() as peak,
     ):
         start = time.monotonic()
-        verdicts = [verdict for at in range(0, count, 500) for verdict in pool.score(items[at : at + 500])]
+        results = [result for at in range(0, count, 500) for result in pool.score(items[at : at + 500])]
         elapsed_s = time.monotonic() - start
         still_works = pool.score([RewardItem(r"\boxed{\frac{2}{4}}", "0.5"), RewardItem(r"\boxed{7}", "8")])
     rewarded = [
         (kind, item.completion[:80], item.gold)
-        for kind, item, verdict in zip(kinds, items, verdicts, strict=True)
-        if verdict.reward != 0
+        for kind, item, result in zip(kinds, items, results, strict=True)
+        if result.reward != 0
     ]
     return {
         "strings": count,
         "seconds": round(elapsed_s, 1),
-        "statuses": dict(Counter(verdict.status for verdict in verdicts)),
+        "statuses": dict(Counter(result.status for result in results)),
         "by_kind": {
-            kind: dict(Counter(v.status for k, v in zip(kinds, verdicts, strict=True) if k == kind))
+            kind: dict(Counter(v.status for k, v in zip(kinds, results, strict=True) if k == kind))
             for kind in sorted(set(kinds))
         },
         "rewarded": rewarded,
         "trap_sprung": Path(TRAP_FILE).exists(),
-        "works_afterwards": [verdict.reward for verdict in still_works] == [1.0, 0.0],
+        "works_afterwards": [result.reward for result in still_works] == [1.0, 0.0],
         "worker_peak_mib": peak.worker_mib,
         "own_growth_mib": peak.own_growth_mib,
     }

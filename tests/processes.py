@@ -4,10 +4,23 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# The time limits of the tests, for a machine however busy. Whoever waits for what must come waits so long, and nothing
+# is said about speed by it:
+PATIENCE_S = 1800.0
+# What must not wait for a limit of PATIENCE_S (or of a day) is over by then:
+PROMPT_S = 300.0
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not within {PATIENCE_S:.0f} s"
+        time.sleep(0.005)
 
 
 def start_ranks(
@@ -39,11 +52,11 @@ def start_ranks(
     ]
 
 
-def launch(arguments: list[str], *, processes: int = 1, timeout_s: float = 600) -> list[str]:
+def launch(arguments: list[str], *, processes: int = 1) -> list[str]:
     """Runs `python arguments` as so many ranks, all of which must succeed; returns their outputs in rank order."""
     running = start_ranks(arguments, processes=processes)
     try:
-        outputs = [process.communicate(timeout=timeout_s)[0] for process in running]
+        outputs = [process.communicate(timeout=PATIENCE_S)[0] for process in running]
     finally:
         for process in running:
             process.kill()

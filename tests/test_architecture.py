@@ -1,6 +1,11 @@
-"""The floors: an import only ever points to a lower number. Read from the source, so nothing has to be installed."""
+"""The floors: an import only ever points to a lower number. Read from the source, so nothing has to be installed.
+
+8 cli   7 commands   6 train analysis   5 builders   4 engine strategies evaluation
+3 model rollout rewards data planning reporting   2 algorithm config utils   1 types   0 sgpo_kernels
+"""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,53 +14,40 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Longest matching prefix counts. Two modules on one floor do not know each other, unless one package holds both.
+# Folders (and the files beside them). Two of one floor do not know each other; inside a folder there is no circle.
 FLOORS = {
     "sgpo_kernels": 0,
-    "sgpo.schema": 1,
-    "sgpo.seeds": 1,
-    "sgpo.checksums": 1,
-    "sgpo.adapter_names": 1,
-    "sgpo.provenance": 1,
-    "sgpo.sample_log": 2,
+    "sgpo.types": 1,
     "sgpo.config": 2,
+    "sgpo.utils": 2,
     "sgpo.algorithm": 2,
-    "sgpo.methods": 3,
-    "sgpo.activations": 2,
-    "sgpo.sequence_parallel": 3,
-    "sgpo.scores": 4,
-    "sgpo.data": 4,
+    "sgpo.model": 3,
+    "sgpo.rollout": 3,
+    "sgpo.rewards": 3,
+    "sgpo.data": 3,
+    "sgpo.planning": 3,
+    "sgpo.reporting": 3,
+    "sgpo.engine": 4,
     "sgpo.strategies": 4,
-    "sgpo.rewards": 4,
-    "sgpo.rollout": 4,
-    "sgpo.models": 4,
-    "sgpo.metrics": 4,
-    "sgpo.planning": 4,
-    "sgpo.plan": 5,
-    "sgpo.engine": 5,  # an adapter too, but it wraps sgpo.models
-    "sgpo.report": 5,
-    "sgpo.study_report": 6,
-    "sgpo.steps": 6,
-    "sgpo.study": 7,
-    "sgpo.synced": 7,
-    "sgpo.assembly": 8,
-    "sgpo.sampling": 9,
-    "sgpo.evaluate": 9,
-    "sgpo.evaluate_benchmarks": 9,
-    "sgpo.extract": 9,
-    "sgpo.analysis": 9,
-    "sgpo.preflight": 9,
-    "sgpo.step_metrics": 9,
-    "sgpo.profiling": 9,
-    "sgpo.warmup": 9,
-    "sgpo.analyze": 10,
-    "sgpo.gauge": 10,
-    "sgpo.trainer": 11,
-    "sgpo.cli": 12,
+    "sgpo.evaluation": 4,
+    "sgpo.builders": 5,
+    "sgpo.train": 6,
+    "sgpo.analysis": 6,
+    "sgpo.commands": 7,
+    "sgpo.cli": 8,
 }
-ADAPTERS = ("sgpo.data", "sgpo.strategies", "sgpo.rewards", "sgpo.rollout", "sgpo.models", "sgpo.metrics")
+ADAPTERS = ("sgpo.data", "sgpo.rewards", "sgpo.rollout", "sgpo.model", "sgpo.reporting", "sgpo.planning")
+PLAN = ["plan", "configs/qwen2.5-7b-1x80gb.yaml", "--plan.architecture", "qwen2.5-7b", "--rollout.engine", "hf"]
+# Functions of more than 60 lines, most of them arguments and what these mean. Whoever shortens one takes it out.
+LONG = {
+    "sgpo_kernels.divergence.linear_divergence",
+    "sgpo_kernels.fused.run_losses",
+    "sgpo_kernels.policy.linear_policy_loss",
+}
+CIRCLE = {"sgpo_kernels.contracts", "sgpo_kernels.fused", "sgpo_kernels.linear_rows"}  # for type checking only
+LOOSE = {"__init__.py", "cli.py", "config.py", "types.py", "py.typed"}
 HOMES = {
-    "deepspeed": {"sgpo.engine.zero", "sgpo.sequence_parallel"},
+    "deepspeed": {"sgpo.engine.zero", "sgpo.model.sequence_parallel"},
     "vllm": {"sgpo.rollout.vllm_engine", "sgpo.rollout.vllm_adapters"},
 }
 
@@ -73,18 +65,9 @@ SOURCES = _sources()
 
 
 def _imports(module: str) -> set[str]:
-    """Absolute names of all that a module imports, inside functions too, but not for type checking only."""
+    """Absolute names of all that a module imports: inside functions too, and for type checking only."""
     names: set[str] = set()
-    tree = ast.parse(SOURCES[module].read_text())
-    typing_only = {
-        node
-        for branch in ast.walk(tree)
-        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test)
-        for node in ast.walk(branch)
-    }
-    for node in ast.walk(tree):
-        if node in typing_only:
-            continue
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -103,6 +86,13 @@ def _unit(module: str) -> str | None:
 def test_every_module_has_a_floor():
     assert len(SOURCES) > 30
     assert [module for module in SOURCES if module != "sgpo" and _unit(module) is None] == []
+    assert set(FLOORS.values()) == set(range(9))
+
+
+def test_few_files_lie_loose():
+    assert {path.name for path in (ROOT / "sgpo").iterdir() if path.is_file()} <= LOOSE
+    folders = {path.name for path in (ROOT / "sgpo").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert {f"sgpo.{name}" for name in folders} <= set(FLOORS)
 
 
 @pytest.mark.parametrize("module", sorted(set(SOURCES) - {"sgpo"}))
@@ -113,6 +103,16 @@ def test_imports_point_down(module):
         if target is None or target == unit:
             continue
         assert FLOORS[target] < FLOORS[unit], f"{module} (floor {FLOORS[unit]}) imports {name} (floor {FLOORS[target]})"
+
+
+def test_nothing_goes_round_in_a_circle():
+    """Between files, inside folders too. What imports nothing that is left, or is imported by nothing, is in none."""
+    left = {module: _imports(module) & SOURCES.keys() - {module} for module in SOURCES}
+    while ends := left.keys() - {
+        m for m, names in left.items() if names and any(m in other for other in left.values())
+    }:
+        left = {module: names - ends for module, names in left.items() if module not in ends}
+    assert left.keys() == CIRCLE
 
 
 def test_adapters_do_not_know_each_other():
@@ -140,16 +140,76 @@ def test_kernels_import_only_torch_triton_and_the_standard_library():
     [
         ("import sgpo_kernels", ("transformers", "deepspeed", "vllm", "sgpo")),
         ("import sgpo.config", ("torch", "transformers", "deepspeed", "vllm")),
-        ("import sgpo.schema", ("torch",)),
-        ("import sgpo.cli", ("torch", "transformers")),
+        ("import sgpo.types", ("torch",)),
+        ("import sgpo.cli", ("torch", "transformers", "pydantic")),
+        ("from sgpo.cli import main; main([])", ("torch", "pydantic")),
+        ("import sgpo.commands.plan", ("torch", "transformers", "deepspeed", "vllm")),
+        (f"from sgpo.cli import main; main({PLAN!r})", ("transformers", "deepspeed", "vllm")),
         ("import sgpo.rewards.pool", ("torch", "transformers", "deepspeed")),
-        ("import sgpo.extract, sgpo.strategies.endpoint", ("torch", "transformers", "deepspeed")),
+        ("import sgpo.commands.extract, sgpo.strategies.endpoint", ("torch", "transformers", "deepspeed")),
     ],
 )
 def test_imports_stay_light(statement, forbidden):
     code = f"{statement}\nimport sys\nprint([name for name in {forbidden!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert result.stdout.strip() == "[]"
+    assert result.stdout.strip().splitlines()[-1] == "[]"
+
+
+def test_files_and_functions_can_be_read():
+    """No file over 500 lines, no function over 60, but for those that are named."""
+    files = {module: len(path.read_text().splitlines()) for module, path in SOURCES.items()}
+    assert [module for module, lines in files.items() if lines > 500] == ["sgpo.config"]  # every knob, by intent
+    functions = [
+        (f"{module}.{node.name}", (node.end_lineno or 0) - node.lineno + 1)
+        for module, path in SOURCES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    assert {name for name, lines in functions if lines > 60} == LONG
+
+
+def _public(node: ast.AST, name: str) -> list[tuple[str, bool]]:
+    """(name, has a docstring) of each public class, method and function below a module or class."""
+    found = []
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.ClassDef) and not child.name.startswith("_"):
+            found.append((f"{name}.{child.name}", ast.get_docstring(child) is not None))
+            if isinstance(child, ast.ClassDef):
+                found += _public(child, f"{name}.{child.name}")
+    return found
+
+
+# How many of the kernels' may still be without; 0 when their files have their new names.
+@pytest.mark.parametrize(("package", "most"), [("sgpo", 0), ("sgpo_kernels", 30)])
+def test_what_is_public_has_a_docstring(package, most):
+    everything = [
+        entry
+        for module, path in SOURCES.items()
+        if module.split(".")[0] == package
+        for entry in _public(ast.parse(path.read_text()), module)
+    ]
+    assert len(everything) > 50
+    bare = [name for name, documented in everything if not documented]
+    assert len(bare) <= most, bare
+
+
+WORDS = re.compile(
+    r"\bsettle|\bheat\b|\bGauge\b|\bgauge\b|\bverdicts?\b|\bVerdicts?\b|_named_losses|_surely|\blot\b|_lot\b|"
+    r"\brivals?\b|\bContests?\b|\bcontests?\b|SyncedRollouts|sgpo_objective"
+)
+
+
+def test_words_that_meant_something_else_are_gone():
+    """One word, one meaning."""
+    files = [path for folder in ("sgpo", "tests") for path in (ROOT / folder).rglob("*.py")]
+    kernels = {"sgpo_kernels", "test_frames.py"}  # their words are theirs
+    found = {
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in files
+        if path != Path(__file__).resolve() and not kernels & set(path.parts)
+        for match in WORDS.finditer(path.read_text())
+    }
+    assert found == set()
 
 
 def test_the_name_kernels_stays_free():

@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from sgpo.cli import main
-from sgpo.config import known_keys
+from sgpo.config import Config
+from sgpo.utils.config_file import known_keys
 
 ROWS = [
     {"id": f"p{i}", "problem": f"farm : {i} 2 3 4 . how many eggs ?", "answer": str(i), "strategy": "pick first ."}
@@ -267,5 +268,5 @@ def test_help_lists_every_knob(capsys):
         main(["train", "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    for key in known_keys():
+    for key in known_keys(Config):
         assert f"--{key} " in text

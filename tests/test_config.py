@@ -1,5 +1,6 @@
 """Every knob's range, every way of writing an override, and the one sentence that each mistake gets."""
 
+import copy
 import re
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sgpo.config import Config, describe, known_keys, load_config
-from sgpo.schema import SgpoError
+from sgpo.builders.run_folder import from_earlier_version
+from sgpo.config import GONE, RENAMED, Config
+from sgpo.types import SgpoError
+from sgpo.utils.config_file import describe, known_keys, load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 MINIMAL = "model: {path: m}\ndata: {train: t}\n"
@@ -21,7 +24,7 @@ def load(tmp_path):
 
     def loader(*overrides, text=MINIMAL):
         path.write_text(text, encoding="utf-8")
-        return load_config(path, overrides)
+        return load_settings(Config, path, overrides)
 
     return loader
 
@@ -54,7 +57,7 @@ BAD = [
     ("reward.workers", 0), ("reward.timeout_s", 0), ("reward.memory_mib", 63), ("reward.max_chars", 0),
     ("algorithm.method", "ppo"), ("algorithm.clip_low", -0.1), ("algorithm.clip_low", 1), ("algorithm.clip_high", -0.1),
     ("algorithm.dual_clip", 1), ("algorithm.mini_batches", 0), ("algorithm.distillation", "kl"),
-    ("algorithm.target", "max"), ("algorithm.over_limit", "clip"), ("algorithm.max_token_kl", 0),
+    ("algorithm.selection", "max"), ("algorithm.over_limit", "clip"), ("algorithm.max_token_kl", 0),
     ("algorithm.max_token_kl", ".nan"), ("algorithm.alpha", "none"), ("algorithm.alpha_0", -0.1),
     ("algorithm.alpha_gamma", 0), ("algorithm.alpha_max", -0.1), ("algorithm.alpha_fixed", -1),
     ("algorithm.normalize_std", 2),
@@ -128,7 +131,7 @@ def test_the_defaults_are_the_papers(load):
         0.8,
         "adaptive",
     )
-    assert (algorithm.distillation, algorithm.target, algorithm.over_limit) == ("forward_kl", "sum", "mask")
+    assert (algorithm.distillation, algorithm.selection, algorithm.over_limit) == ("forward_kl", "sum", "mask")
     assert (rollout.n_auto, rollout.n_guided, rollout.temperature, rollout.top_p) == (8, 4, 1.0, 0.95)
     assert (rollout.problems_per_step, rollout.max_new_tokens) == (128, 16384)
     assert (config.optim.lr, config.optim.betas, config.optim.weight_decay) == (1e-6, (0.9, 0.95), 0.0)
@@ -246,7 +249,7 @@ def test_words_that_yaml_1_1_takes_for_dates_and_booleans_are_texts(load, name):
     assert load(text=MINIMAL + f"run: {{name: {name}}}\n").run.name == name
 
 
-@pytest.mark.parametrize("value", ["mask", "clamp", "scale", "off"])
+@pytest.mark.parametrize("value", ["mask", "clamp", "scale"])
 def test_every_limit_can_be_written_without_quotes(load, value):
     assert load(f"--algorithm.over_limit={value}").algorithm.over_limit == value
     assert load(text=MINIMAL + f"algorithm: {{over_limit: {value}}}\n").algorithm.over_limit == value
@@ -266,12 +269,12 @@ def test_a_section_given_twice_is_refused(load):
 
 def test_a_missing_or_unreadable_file(tmp_path):
     with pytest.raises(SgpoError, match=r"nowhere\.yaml does not exist"):
-        load_config(tmp_path / "nowhere.yaml")
+        load_settings(Config, tmp_path / "nowhere.yaml")
     with pytest.raises(SgpoError, match="cannot be read"):
-        load_config(tmp_path)
+        load_settings(Config, tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"run: {name: \xff\xfe}")
     with pytest.raises(SgpoError, match=r"latin\.yaml cannot be read"):
-        load_config(tmp_path / "latin.yaml")
+        load_settings(Config, tmp_path / "latin.yaml")
 
 
 def test_required_keys(load):
@@ -321,12 +324,51 @@ def test_betas_of_one_are_refused_here_and_not_by_the_optimizer(load):
     assert "optim.betas" in sentence_of(load, "--optim.betas=[0.9, 1.0]")
 
 
+@pytest.mark.parametrize("value", ["true", "false"])
+@pytest.mark.parametrize("key", sorted(GONE.keys() - RENAMED))
+def test_a_key_that_is_gone_is_refused_with_what_there_is_instead(load, key, value):
+    sentence = sentence_of(load, f"--{key}={value}")
+    assert re.search(rf"{key} is gone: .+; remove the line$", sentence)
+    assert key not in known_keys(Config)
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_renamed_key_is_refused_with_its_new_name(load, old, new):
+    assert sentence_of(load, f"--{old}=all").endswith(f"{old} has another name now: write {new}")
+    assert old not in known_keys(Config)
+    assert new in known_keys(Config)
+
+
+def test_a_loss_without_a_limit_is_a_limit_of_null(load):
+    assert load("--algorithm.max_token_kl=null").algorithm.max_token_kl is None
+    assert "max_token_kl: null" in sentence_of(load, "--algorithm.over_limit=off")
+
+
+def test_off_is_none(load):
+    words = ["--algorithm.distillation=none", "--rollout.n_guided=0"]
+    assert load(*words).algorithm.distillation is None
+    assert load("--algorithm.distillation=null", *words[1:]).algorithm.distillation is None
+
+
+def test_the_settings_of_an_old_run_are_read_in_todays_words(load):
+    saved = load("--algorithm.selection=all", "--model.lora.modules=[q_proj]").model_dump(mode="json")
+    old = copy.deepcopy(saved)
+    old["algorithm"]["target"] = old["algorithm"].pop("selection")
+    old["model"]["lora"]["targets"] = old["model"]["lora"].pop("modules")
+    old["engine"]["shared_target_pass"] = True
+    assert from_earlier_version(old) == saved
+    old["algorithm"]["over_limit"] = "off"
+    saved["algorithm"]["max_token_kl"] = None
+    assert from_earlier_version(old) == saved
+    assert from_earlier_version(saved) == saved
+
+
 def test_the_run_folder(load):
     assert load("--run.name=x", "--run.output_dir=a/b").run.dir == Path("a/b/x")
 
 
 def test_known_keys_are_leaves():
-    keys = known_keys()
+    keys = known_keys(Config)
     assert len(keys) > 70
     assert {"run.seed", "warmup.optim.lr", "algorithm.alpha_gamma"} <= keys.keys()
     assert "warmup.optim" not in keys
@@ -334,10 +376,10 @@ def test_known_keys_are_leaves():
 
 
 def test_describe_lists_every_key_with_its_default(load):
-    lines = {line.split()[0]: line for line in describe().splitlines()}
-    assert list(lines) == [f"--{key}" for key in known_keys()]
+    lines = {line.split()[0]: line for line in describe(Config).splitlines()}
+    assert list(lines) == [f"--{key}" for key in known_keys(Config)]
     config = load("--rollout.engine", "hf")
-    for key, info in known_keys().items():
+    for key, info in known_keys(Config).items():
         if key == "rollout.engine":
             continue  # "auto" is what is described, the engine it stands for what is held
         wanted = "required" if info.is_required() else f"default {value_of(config, key)!r}"
@@ -345,7 +387,7 @@ def test_describe_lists_every_key_with_its_default(load):
 
 
 def test_describe_is_readable():
-    assert "FieldInfo" not in describe()
+    assert "FieldInfo" not in describe(Config)
 
 
 def test_every_shipped_config_loads():
@@ -353,7 +395,7 @@ def test_every_shipped_config_loads():
     assert paths
     for path in paths:
         if "variants" not in yaml.safe_load(path.read_text()):  # a study, see test_study.py
-            load_config(path)
+            load_settings(Config, path)
 
 
 def test_the_config_loads_without_torch():

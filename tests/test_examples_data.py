@@ -24,7 +24,7 @@ from examples.worked_arithmetic import (
 from sgpo.data.problems import check_disjoint, load_problems
 from sgpo.data.prompts import PromptTemplate
 from sgpo.rewards.answers import last_boxed
-from sgpo.schema import Problem, SgpoError
+from sgpo.types import Problem, SgpoError
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = ROOT / "sgpo/data/templates/arithmetic.yaml"

@@ -9,11 +9,17 @@ import subprocess
 from pathlib import Path
 
 import yaml
-from processes import start_ranks
+from processes import PATIENCE_S, start_ranks
 
 REWARD = """
 def even(completion, answer, problem):
     return float(len(completion.split()) % 2 == 0)
+
+def right(completion, answer, problem):
+    return 1.0
+
+def wrong(completion, answer, problem):
+    return 0.0
 """
 
 BASE = {
@@ -41,7 +47,7 @@ def start(folder: Path, *overrides: str, config: dict = BASE, **options) -> list
 
 def finish(folder: Path, *overrides: str, expect: int = 0, **options) -> str:
     running = start(folder, *overrides, **options)
-    outputs = [process.communicate(timeout=300)[0] for process in running]
+    outputs = [process.communicate(timeout=PATIENCE_S)[0] for process in running]
     assert {process.returncode for process in running} == {expect}, outputs[0][-3000:]
     return outputs[0]
 
@@ -53,7 +59,7 @@ def finish_all(folder: Path, runs: dict[str, list[str]], config: dict = BASE) ->
     commands = [["train", "config.yaml", "--run.name", name, *overrides] for name, overrides in runs.items()]
     program = f"from sgpo.cli import main; import sys; sys.exit(any([main(words) for words in {commands!r}]))"
     (running,) = start_ranks(["-c", program], folder=folder)
-    output = running.communicate(timeout=300)[0]
+    output = running.communicate(timeout=PATIENCE_S)[0]
     assert running.returncode == 0, output[-3000:]
     return output
 

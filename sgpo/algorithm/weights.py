@@ -8,9 +8,9 @@ def policy_token_weight(*, problems: int, group_size: int, length: int) -> float
     return 1.0 / (problems * group_size * length)
 
 
-def target_token_weight(*, alpha: float, problems: int, targets: int, length: int) -> float:
-    """alpha / (P K |o+|) with K targets of the problem (1, or all correct ones in Eq. 2).
+def distill_token_weight(*, alpha: float, problems: int, completions: int, length: int) -> float:
+    """alpha / (P K |o+|) with K distilled completions of the problem (1, or all correct ones in Eq. 2).
 
     The denominator is the full length, also where tokens are masked.
     """
-    return alpha / (problems * targets * length)
+    return alpha / (problems * completions * length)

@@ -1,0 +1,1 @@
+"""Are strategies reusable? What `sgpo strategies analyze` samples, measures and shows."""

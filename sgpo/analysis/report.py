@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from sgpo.report import BLUE, GREEN, GREY, ORANGE, legend, new_figure, note, page, plot_html, table, token_label
+from sgpo.reporting.figures import BLUE, GREEN, GREY, ORANGE, legend, new_figure, token_label
+from sgpo.reporting.html import note, page, plot_html, table
 
 Json = dict[str, Any]
 
@@ -61,6 +62,7 @@ def write_analysis_report(output: Path, result: Json) -> Path:
 
 
 def draw_arms(result: Json) -> Figure | None:
+    """Pass rate of each arm, with its interval."""
     arms = [arm for arm in result["arms"] if arm["rate"]["mean"] is not None]
     return _points(
         "Pass rate by whose strategy it is",
@@ -72,6 +74,7 @@ def draw_arms(result: Json) -> Figure | None:
 
 
 def draw_contrasts(result: Json) -> Figure | None:
+    """Differences between pairs of arms, with their intervals."""
     contrasts = [row for row in result["contrasts"] if row["difference"]["mean"] is not None]
     return _points(
         "Paired differences of pass rates",
@@ -83,6 +86,7 @@ def draw_contrasts(result: Json) -> Figure | None:
 
 
 def draw_matrix(result: Json) -> Figure | None:
+    """Pass rates by type of the strategy and type of the problem."""
     names = sorted({cell["problem_type"] for cell in result["matrix"]})
     if not names:
         return None
@@ -109,6 +113,7 @@ def draw_matrix(result: Json) -> Figure | None:
 
 
 def draw_help(result: Json) -> Figure | None:
+    """Problems that each kind of guidance helps, hurts or leaves alone."""
     rows = result["help_and_harm"]
     if not rows:
         return None
@@ -130,10 +135,12 @@ def draw_help(result: Json) -> Figure | None:
 
 
 def draw_similarity(result: Json) -> Figure | None:
+    """Gain against the similarity of the strategy to the problem's own."""
     return _bands("Gain from a foreign strategy", [("similarity to the own strategy", result["similarity_bands"])])
 
 
 def draw_quality(result: Json) -> Figure | None:
+    """Gain against the quality of the strategy."""
     quality = result["quality"]
     return _bands(
         "Gain from the own strategy",
@@ -142,6 +149,7 @@ def draw_quality(result: Json) -> Figure | None:
 
 
 def draw_kl(result: Json) -> Figure | None:
+    """Where along a solution the two contexts disagree."""
     kl = result["token_kl"]
     if kl is None:
         return None
@@ -235,7 +243,7 @@ def _setting(result: Json) -> str:
 def _arms_table(result: Json) -> str:
     header = (
         "strategy", "pass rate", "95 % interval", "problems", "without partner", "same text as own", "prompt tokens",
-        "tokens", "truncated", "no answer", "failed verdicts",
+        "tokens", "truncated", "no answer", "failed to score",
     )  # fmt: skip
     rows = [
         (

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sgpo.analysis.plan import Plan, Study
+from sgpo.analysis import effects, similarity
+from sgpo.analysis.design import Design, Study
 from sgpo.analysis.samples import Row
-from sgpo.schema import Problem
-from sgpo.strategies import effects, similarity
+from sgpo.analysis.settings import AnalyzeSection
+from sgpo.analysis.transfer import ARMS, FOREIGN, MATRIX, Draw
 from sgpo.strategies.leakage import Solution, find_leaks
-from sgpo.strategies.settings import AnalyzeSection
-from sgpo.strategies.transfer import ARMS, FOREIGN, MATRIX, Draw
+from sgpo.types import Problem
 
 CONTRASTS = (
     ("own", "none"),
@@ -28,13 +28,13 @@ class Results:
     """All that one analysis says, from its samples.
 
     Args:
-        rows: the judged row of every draw of the plan.
+        rows: the judged row of every draw of the design.
     """
 
-    def __init__(self, settings: AnalyzeSection, study: Study, plan: Plan, rows: Mapping[Draw, Row]) -> None:
-        self._settings, self._study, self._plan, self._rows = settings, study, plan, rows
+    def __init__(self, settings: AnalyzeSection, study: Study, design: Design, rows: Mapping[Draw, Row]) -> None:
+        self._settings, self._study, self._design, self._rows = settings, study, design, rows
         self.outcomes: dict[str, dict[int, list[bool]]] = {arm: {} for arm in (*ARMS, MATRIX)}
-        for draw in plan.draws:
+        for draw in design.draws:
             self.outcomes[draw.arm].setdefault(draw.problem, []).append(self._correct(draw))
         self._rates = {arm: effects.rates(found) for arm, found in self.outcomes.items()}
         self._leaking = [_leaks(problem) for problem in study.problems]
@@ -72,7 +72,7 @@ class Results:
                 "guidance_tokens": study.lengths[i],
                 "score": self._score(i),
                 "leaks": self._leaking[i],
-                "placeholder_excess_tokens": self._plan.placeholder_excess[i],
+                "placeholder_excess_tokens": self._design.placeholder_excess[i],
                 **{f"rate_{arm}": self._rates[arm].get(i) for arm in ARMS},
             }
             for i, problem in enumerate(study.problems)
@@ -82,7 +82,7 @@ class Results:
         return self._rows[draw]["reward"] > 0
 
     def _arm(self, arm: str) -> Row:
-        draws = [draw for draw in self._plan.draws if draw.arm == arm]
+        draws = [draw for draw in self._design.draws if draw.arm == arm]
         rows = [self._rows[draw] for draw in draws]
         found = {
             "arm": arm,
@@ -115,7 +115,7 @@ class Results:
 
     def _matrix(self) -> list[Row]:
         cells = []
-        for (source, target), draws in self._plan.cells.items():
+        for (source, target), draws in self._design.cells.items():
             found: dict[int, list[bool]] = {}
             for draw in draws:
                 found.setdefault(draw.problem, []).append(self._correct(draw))
@@ -124,7 +124,7 @@ class Results:
         return cells
 
     def _excess(self) -> Row:
-        excess = self._plan.placeholder_excess
+        excess = self._design.placeholder_excess
         return {"exact": excess.count(0), "least": min(excess), "most": max(excess)}
 
     def _clusters(self) -> Row:
@@ -162,7 +162,7 @@ class Results:
 
     def _similarity_bands(self) -> list[effects.Band]:
         """Foreign strategies by their similarity to the own one, against the rate above the plain prompt's."""
-        foreign = [d for d in self._plan.draws if d.arm in FOREIGN and d.source is not None]
+        foreign = [d for d in self._design.draws if d.arm in FOREIGN and d.source is not None]
         values = [float(self._study.alike[d.problem, d.source or 0]) for d in foreign]
         gains = [self._correct(d) - self._rates["none"][d.problem] for d in foreign]
         return effects.bands(values, gains, [d.problem for d in foreign], self._settings.bands)

@@ -10,42 +10,45 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sgpo import assembly
-from sgpo.analysis.plan import Plan, Study
+from sgpo.analysis import transfer
+from sgpo.analysis.design import Design, Study
+from sgpo.analysis.settings import AnalyzeConfig
+from sgpo.analysis.transfer import Draw
+from sgpo.builders.rollouts import build_rewards, build_rollouts
 from sgpo.rewards.pool import RewardItem, RewardPool
-from sgpo.schema import Problem, Rollout, RolloutRequest, SamplingParams, SgpoError, Verdict
-from sgpo.seeds import seed_of
-from sgpo.strategies import transfer
 from sgpo.strategies.display import ExtractDisplay
-from sgpo.strategies.lines import KeyedLines
-from sgpo.strategies.settings import AnalyzeConfig
-from sgpo.strategies.transfer import Draw
+from sgpo.types import Problem, RewardResult, Rollout, RolloutRequest, SamplingParams, SgpoError
+from sgpo.utils.append_log import KeyedLines
+from sgpo.utils.seeds import seed_of
 
 _CHUNK = 4096  # requests of one call of the engine
-_FAILED = ("timeout", "error")  # a verdict of the machine rather than of the answer: the next run asks for it again
+_FAILED = ("timeout", "error")  # a result of the machine rather than of the answer: the next run asks for it again
 
 Row = dict[str, Any]
 
 
 @dataclass
 class Progress:
+    """Counts for the display."""
+
     sampled: int = 0
     from_before: int = 0
     tokens: int = 0
 
     def status(self) -> str:
+        """The counts as one line."""
         parts = [f"{self.sampled} sampled", f"{self.from_before} from before" if self.from_before else ""]
         return "  ".join(filter(None, [*parts, f"{self.tokens:,} tokens"]))
 
 
 def collect(
-    config: AnalyzeConfig, folder: Path, tokenizer: Any, study: Study, plan: Plan, path: Path
+    config: AnalyzeConfig, folder: Path, tokenizer: Any, study: Study, design: Design, path: Path
 ) -> dict[Draw, Row]:
     """The sampled and judged row of every draw; takes from the file at `path` what it holds, and adds the rest.
 
-    A completion from before is judged again where the reward is another one now, or where its verdict failed.
+    A completion from before is judged again where the reward is another one now, or where its result failed.
 
-    Raises SgpoError where every verdict fails with an error of the reward itself.
+    Raises SgpoError where every result fails with an error of the reward itself.
     """
     identity = {
         "model": str(folder.resolve()),
@@ -54,22 +57,22 @@ def collect(
         "engine": config.rollout.engine,
     }
     sampling = SamplingParams(config.rollout.temperature, config.rollout.top_p, config.rollout.max_new_tokens)
-    requests = [_request(config.run.seed, study, plan, n) for n in range(len(plan.draws))]
+    requests = [_request(config.run.seed, study, design, n) for n in range(len(design.draws))]
     keys = [_digest(identity, asdict(sampling), request.prompt_ids, request.seed) for request in requests]
-    judges = [_judge(config, study.problems[draw.problem]) for draw in plan.draws]
+    judges = [_judge(config, study.problems[draw.problem]) for draw in design.draws]
     progress = Progress()
 
     def judge(n: int, row: Row) -> None:
-        judging.begin(keys[n], {**row, "judge": judges[n]}, study.problems[plan.draws[n].problem])
+        judging.begin(keys[n], {**row, "judge": judges[n]}, study.problems[design.draws[n].problem])
 
     def keep(rollout: Rollout) -> None:
         n = rollout.request.problem_index
         progress.sampled += 1
         progress.tokens += len(rollout.completion_ids)
-        judge(n, _row(tokenizer, study, plan.draws[n], rollout))
+        judge(n, _row(tokenizer, study, design.draws[n], rollout))
 
     display = ExtractDisplay(progress.status)
-    with _open_store(path) as store, assembly.build_rewards(config) as rewards, display:
+    with _open_store(path) as store, build_rewards(config) as rewards, display:
         judging = _Judging(rewards, store, display.advance)
         missing = [n for n, key in enumerate(keys) if store.get(key) is None]
         progress.from_before = len(keys) - len(missing)
@@ -82,7 +85,7 @@ def collect(
                 display.advance()
         judging.finish()
         if missing:
-            rollouts = assembly.build_rollouts(config, folder)
+            rollouts = build_rollouts(config, folder)
             try:
                 for start in range(0, len(missing), _CHUNK):
                     chosen = [requests[n] for n in missing[start : start + _CHUNK]]
@@ -90,7 +93,7 @@ def collect(
                     judging.finish()
             finally:
                 rollouts.close()
-        rows = {draw: store.get(key) for draw, key in zip(plan.draws, keys, strict=True)}
+        rows = {draw: store.get(key) for draw, key in zip(design.draws, keys, strict=True)}
         found = {draw: row for draw, row in rows.items() if row is not None}
         if all(row["status"] == "error" for row in found.values()):
             raise SgpoError(f"the reward {config.reward.kind!r} failed on every completion: {rewards.last_cause}")
@@ -102,31 +105,31 @@ class _Judging:
 
     def __init__(self, rewards: RewardPool, store: KeyedLines[Row], advance: Callable[[], None]) -> None:
         self._rewards, self._store, self._advance = rewards, store, advance
-        self._pending: dict[Future[Verdict], tuple[str, Row]] = {}
+        self._pending: dict[Future[RewardResult], tuple[str, Row]] = {}
 
     def begin(self, key: str, row: Row, problem: Problem) -> None:
         item = RewardItem(completion=row["text"], gold=problem.answer, problem=problem.problem)
         self._pending[self._rewards.submit(item)] = key, row
-        self._settle([future for future in self._pending if future.done()])
+        self._write_results([future for future in self._pending if future.done()])
 
     def finish(self) -> None:
-        self._settle(list(self._pending))
+        self._write_results(list(self._pending))
 
-    def _settle(self, futures: Sequence[Future[Verdict]]) -> None:
+    def _write_results(self, futures: Sequence[Future[RewardResult]]) -> None:
         for future in futures:
-            verdict = future.result()
+            result = future.result()
             key, row = self._pending.pop(future)
-            self._store.put(key, {**row, "reward": verdict.reward, "status": verdict.status})
+            self._store.put(key, {**row, "reward": result.reward, "status": result.status})
             self._advance()
 
 
-def _request(seed: int, study: Study, plan: Plan, n: int) -> RolloutRequest:
+def _request(seed: int, study: Study, design: Design, n: int) -> RolloutRequest:
     """`problem_index` holds the number of the draw, by which the rollout is known when it comes back."""
-    draw = plan.draws[n]
+    draw = design.draws[n]
     source = "" if draw.source is None else study.problems[draw.source].id
     of_draw = seed_of(seed, "strategies analyze", draw.arm, study.problems[draw.problem].id, source, draw.sample)
     kind = "auto" if draw.arm == "none" else "guided"
-    return RolloutRequest(n, kind, draw.sample, plan.prompts[draw], of_draw)
+    return RolloutRequest(n, kind, draw.sample, design.prompts[draw], of_draw)
 
 
 def _row(tokenizer: Any, study: Study, draw: Draw, rollout: Rollout) -> Row:

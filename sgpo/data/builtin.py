@@ -2,7 +2,7 @@
 
 Task. A problem shows a place, four digits and a thing: "farm : 3 8 2 5 . how many boxes ?". The answer takes four
 moves, each one of two: pick the first or the second digit, pick the third or the fourth, take their sum or their gap,
-double or triple it. The place settles the first two moves and the thing the last two, which gives sixteen families with
+double or triple it. The place fixes the first two moves and the thing the last two, which gives sixteen families with
 a procedure of their own. The surface does not say so; the strategy text names the moves, with no digit and no result. A
 family's procedure alone reaches the answer: digits for which any other of the sixteen gives the same number are left
 out, so a guess is right 1 time in 16.
@@ -28,11 +28,12 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sgpo.schema import Problem, SgpoError
+from sgpo.types import Problem, SgpoError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+BUILTIN = "builtin"  # what model.path and data.train call the built-in model and task
 Split = Literal["train", "eval"]
 Digits = tuple[int, int, int, int]
 Procedure = tuple[str, str, str, str]
@@ -119,6 +120,7 @@ def strategy_text(procedure: Procedure) -> str:
 
 
 def problem_text(family: Family, digits: Digits) -> str:
+    """The words of a problem of the built-in task."""
     return f"{family.place} : {' '.join(map(str, digits))} . how many {family.thing} ?"
 
 

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sgpo.schema import ChatTurn, Problem, SgpoError
+from sgpo.types import ChatTurn, Problem, SgpoError
 
 MAX_LISTED = 20
 """How many bad rows one error lists before it only counts the rest."""

@@ -19,7 +19,7 @@ import yaml
 from jinja2.exceptions import TemplateError
 
 from sgpo.data.problems import listing
-from sgpo.schema import Problem, PromptPair, SgpoError
+from sgpo.types import Problem, PromptPair, SgpoError
 
 _TEMPLATE_KEYS = ("system", "plain", "guided")
 _PLACEHOLDERS = {"system": frozenset(), "plain": {"problem"}, "guided": {"problem", "strategy"}}
@@ -33,7 +33,9 @@ class ChatTokenizer(Protocol):
     chat_template: Any
     eos_token_id: Any
 
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """The ids or the text of a conversation, as the model's own template writes it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sgpo.engine import ranks
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
+from sgpo.utils import distributed
 
 MANIFEST = "manifest.json"
 
@@ -26,9 +26,9 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     Raises SgpoError where it cannot be written (a full disk, say); what was there before stays.
     """
     temporary = folder.with_name(f".tmp-{folder.name}")
-    if ranks.is_main():
+    if distributed.is_main():
         shutil.rmtree(temporary, ignore_errors=True)
-    ranks.barrier()
+    distributed.barrier()
 
     def fill() -> None:
         temporary.mkdir(parents=True, exist_ok=True)
@@ -40,8 +40,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     except SgpoError as error:
         problem = str(error)
     # Every rank must learn of a failure on any of them, or the others would wait for it for ever.
-    problem = next((p for p in ranks.gather(problem) if p), None)
-    if ranks.is_main():
+    problem = next((p for p in distributed.gather(problem) if p), None)
+    if distributed.is_main():
         if problem is None:
             try:
                 _attempt(folder, lambda: _seal(temporary, folder))
@@ -49,7 +49,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
                 problem = str(error)
         if problem is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-    problem = ranks.broadcast(problem)
+    problem = distributed.broadcast(problem)
     if problem is not None:
         raise SgpoError(problem)
 
@@ -78,12 +78,12 @@ class Checkpoints:
 
         def write_all(folder: Path) -> None:
             write(folder)
-            if ranks.is_main():
+            if distributed.is_main():
                 (folder / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
 
         folder = self.root / f"step-{step:08d}"
         write_folder(folder, write_all)
-        if ranks.is_main():
+        if distributed.is_main():
             for old in self._folders()[: -self.keep_last]:
                 shutil.rmtree(old, ignore_errors=True)
         return folder
@@ -94,7 +94,7 @@ class Checkpoints:
         Raises SgpoError where there are checkpoints and none is whole. Collective.
         """
         found: Any = None
-        if ranks.is_main():
+        if distributed.is_main():
             folders = self._folders()
             whole = next((folder for folder in reversed(folders) if is_whole(folder)), None)
             if whole is not None:
@@ -106,7 +106,7 @@ class Checkpoints:
                     f"no checkpoint in {self.root} matches its manifest ({len(folders)} damaged); "
                     "restore one, or start afresh with --run.resume never"
                 )
-        found = ranks.broadcast(found)
+        found = distributed.broadcast(found)
         if isinstance(found, SgpoError):
             raise found
         if found is None:

@@ -7,9 +7,9 @@ from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 
-from sgpo.engine import ranks
 from sgpo.engine.checkpoint import write_folder
 from sgpo.engine.zero import ZeroEngine
+from sgpo.utils import distributed
 
 
 def export_model(engine: ZeroEngine, tokenizer: Any, folder: Path) -> None:
@@ -17,8 +17,10 @@ def export_model(engine: ZeroEngine, tokenizer: Any, folder: Path) -> None:
 
     def write(temporary: Path) -> None:
         # All ranks take part in gathering; only the first keeps what arrives.
-        weights = {name: tensor.to("cpu", copy=True) for name, tensor in engine.named_weights() if ranks.is_main()}
-        if ranks.is_main():
+        weights = {
+            name: tensor.to("cpu", copy=True) for name, tensor in engine.named_weights() if distributed.is_main()
+        }
+        if distributed.is_main():
             lm = engine.model.lm
             save_torch_state_dict(weights, temporary)
             lm.config.save_pretrained(temporary)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
 
 _BLOCK, _SMALLEST_BLOCK = 256, 32  # elements that share one scale of 8-bit moments
 
@@ -42,6 +42,7 @@ def build_optimizer(
 
 
 def is_8bit(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer keeps its moments in 8 bits."""
     return hasattr(optimizer, "block_size")
 
 

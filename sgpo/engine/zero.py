@@ -1,6 +1,6 @@
 """DeepSpeed as the training engine: ZeRO 0-3, accumulation with final weights, gathered weights, checkpoints.
 
-The only file that imports deepspeed, but for attention across ranks (sgpo.sequence_parallel). The loss of a
+The only file that imports deepspeed, but for attention across ranks (sgpo.model.sequence_parallel). The loss of a
 micro-batch is formed inside the wrapped model's forward, because ZeRO-3 only has the parameters there. Weights of all
 rows are final (global denominators), so micro-batches are summed: the gradient is the same however a step is split.
 DeepSpeed averages over ranks, so the loss is multiplied by their number.
@@ -20,16 +20,19 @@ from typing import Any, Literal
 
 import torch
 
-from sgpo.activations import tiled_mlps
-from sgpo.adapter_names import is_adapter, plain_name
-from sgpo.engine import ranks
-from sgpo.engine.adapters import merged_weights
 from sgpo.engine.optimizer import build_optimizer, fit_blocks, forget, is_8bit, set_lr, sketch_of_first_moments
-from sgpo.models import PolicyModel
+from sgpo.model.activations import tiled_mlps
+from sgpo.model.lora import merged_weights
+from sgpo.model.policy import PolicyModel
 from sgpo.planning.training import bucket_elements
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
+from sgpo.utils import distributed
+from sgpo.utils.lora_names import is_adapter, plain_name
 
 _BUCKET_BYTES = 256 * 2**20
+
+# (head, bias, hidden rows, teacher's hidden rows or None, micro-batch on the device) -> (loss, stats)
+MicroBatchLoss = Callable[..., tuple[torch.Tensor, Any]]
 
 # What is asked for of a model with adapters: a plain model; frozen weights, then adapters; adapters alone.
 Parts = Literal["merged", "apart", "adapters"]
@@ -47,14 +50,14 @@ def init_distributed(timeout_s: float) -> torch.device:
         os.environ["MASTER_PORT"] = str(_free_port())
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(ranks.local_rank())
+        torch.cuda.set_device(distributed.local_rank())
     else:
         # Its shared-memory collectives are compiled for half a minute at the first start; gloo serves as well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s), auto_mpi_discovery=False, verbose=False
     )
-    return torch.device("cuda", ranks.local_rank()) if cuda else torch.device("cpu")
+    return torch.device("cuda", distributed.local_rank()) if cuda else torch.device("cpu")
 
 
 def lr_factor(step: int, total_steps: int, *, warmup_ratio: float, schedule: str) -> float:
@@ -66,6 +69,30 @@ def lr_factor(step: int, total_steps: int, *, warmup_ratio: float, schedule: str
         return 1.0
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _deepspeed_config(
+    zero_stage: int, dtype: str, *, clip: float, elements: int, offloaded_from: torch.device | None
+) -> dict[str, Any]:
+    """DeepSpeed's own settings; `offloaded_from` is the device whose optimizer states wait on the host."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": clip,
+        "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": bucket_elements(elements)},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW needs no compiler on the machine
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 10**9,
+    }
+    if offloaded_from is not None:
+        config["zero_optimization"]["offload_optimizer"] = {
+            "device": "cpu",
+            "pin_memory": offloaded_from.type == "cuda",
+        }
+    if dtype == "bfloat16" and zero_stage > 0:  # DeepSpeed has no fp32 accumulation at stage 0, only fp32 masters
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
 
 
 class ZeroEngine:
@@ -103,23 +130,13 @@ class ZeroEngine:
         self._bare = zero_stage == 0 and dtype == "float32"
         if self._bare:
             optimizer.register_step_pre_hook(self._clip)
-        config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,
-            "managed_gradient_accumulation": False,
-            "gradient_clipping": 0.0 if self._bare else max_grad_norm,
-            "zero_optimization": {
-                "stage": zero_stage,
-                "reduce_bucket_size": bucket_elements(sum(p.numel() for p in parameters)),
-            },
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW needs no compiler on the machine
-            "bf16": {"enabled": dtype == "bfloat16"},
-            "steps_per_print": 10**9,
-        }
-        if optimizer_state == "cpu_offload":
-            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
-        if dtype == "bfloat16" and zero_stage > 0:  # DeepSpeed has no fp32 accumulation at stage 0, only fp32 masters
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config = _deepspeed_config(
+            zero_stage,
+            dtype,
+            clip=0.0 if self._bare else max_grad_norm,
+            elements=sum(p.numel() for p in parameters),
+            offloaded_from=device if optimizer_state == "cpu_offload" else None,
+        )
         if zero_stage == 3:
             for mlp in tiled_mlps(model):  # gathered once per pass: ranks may have different numbers of tiles
                 deepspeed.utils.set_z3_leaf_module(mlp, True)
@@ -127,6 +144,8 @@ class ZeroEngine:
         self._engine: Any
         self._optimizer: Any
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        # (loss, stats) = engine.loss(loss_object, micro_batch): PolicyModel.forward under DeepSpeed, no frame between.
+        self.loss: Callable[[MicroBatchLoss, Any], tuple[torch.Tensor, Any]] = self._engine
         masters = [p for group in optimizer.param_groups for p in group["params"]]
         if zero_stage == 3:  # it lends the optimizer its masters for the moment of a step only
             masters = self._optimizer.fp32_partitioned_groups_flat
@@ -139,19 +158,9 @@ class ZeroEngine:
         forget(optimizer)
         self.adam = optimizer  # on this rank's share of the fp32 masters
 
-    def loss(
-        self,
-        function: Callable[..., tuple[torch.Tensor, Any]],
-        batch: Any,
-        teacher: Any = None,
-        hidden: torch.Tensor | None = None,
-    ) -> Any:
-        """(loss, stats) of one micro-batch: `function` gets the head and the hidden rows, see PolicyModel.forward."""
-        return self._engine(function, batch, teacher, hidden)
-
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of `loss`, whose row weights already divide by the whole step's counts."""
-        self._engine.backward(loss * ranks.world_size())
+        self._engine.backward(loss * distributed.world_size())
 
     def step(self, lr: float) -> float:
         """Applies what has been accumulated and returns the gradient norm before clipping."""
@@ -163,15 +172,15 @@ class ZeroEngine:
             raise SgpoError(f"the gradient norm is {norm}; the last checkpoint is intact: lower the learning rate")
         return float(norm)
 
-    def rehearse(self, micro_batches: Iterable[tuple[Any, ...]]) -> tuple[float, torch.Tensor]:
+    def dry_step(self, loss: MicroBatchLoss, micro_batches: Iterable[Any]) -> tuple[float, torch.Tensor]:
         """(gradient norm, sketch of this rank's share of the gradient) of a step that leaves everything as it was.
 
-        A micro-batch is what `loss` takes. The way of a real step, reduction and offload included: Adam's first moment
+        The way of a real step, reduction and offload included: Adam's first moment
         after a step with learning rate 0 is the gradient. Only for an engine that has made no step yet. Collective.
         """
         counters = {name: getattr(self._engine, name) for name in ("global_steps", "global_samples", "micro_steps")}
         for micro_batch in micro_batches:
-            self.backward(self.loss(*micro_batch)[0])
+            self.backward(self.loss(loss, micro_batch)[0])
         norm, found = self.step(lr=0.0), sketch_of_first_moments(self.adam)
         forget(self.adam)
         for name, value in counters.items():
@@ -179,21 +188,9 @@ class ZeroEngine:
         return norm, found
 
     @torch.no_grad()
-    def evaluate(self, function: Callable[..., Any], batch: Any) -> Any:
-        """function(head, bias, hidden rows, None) without gradient."""
-        return self.model(function, batch)
-
-    def hidden_and(self, function: Callable[..., Any], batch: Any) -> tuple[torch.Tensor, Any]:
-        """(hidden rows [N, H], as `evaluate`): rows with a graph, which `loss` takes up in place of a forward pass.
-
-        As long as the rows are held, so is all that backward needs of the backbone.
-        """
-
-        def both(head: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor, _: None) -> Any:
-            with torch.no_grad():
-                return hidden, function(head, bias, hidden, None)
-
-        return self.model(both, batch)
+    def evaluate(self, score: Callable[..., Any], batch: Any) -> Any:
+        """score(head, bias, hidden rows, None, batch) without gradient."""
+        return self.model(score, batch)
 
     def named_weights(self, parts: Parts = "merged") -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full weight) of every parameter and saved buffer; under ZeRO-3 one bucket at a time.
@@ -266,8 +263,9 @@ class ZeroEngine:
             raise SgpoError(f"checkpoint {folder} holds no engine state; delete it to go on from the one before")
 
     def close(self) -> None:
+        """Lets go of DeepSpeed's engine and of its hooks."""
         self._engine.destroy()
-        del self._engine, self._optimizer, self.model
+        del self._engine, self._optimizer, self.model, self.loss
         gc.collect()
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,27 +27,32 @@ class Architecture:
 
     @property
     def query(self) -> int:
+        """Width of the queries of a layer."""
         return self.heads * self.head_dim
 
     @property
     def kv(self) -> int:
+        """Width of the keys of a layer, and of its values."""
         return self.kv_heads * self.head_dim
 
     @property
     def head_parameters(self) -> int:
+        """Weights of the output layer."""
         return self.vocab * self.hidden
 
     @property
     def layer_parameters(self) -> int:
+        """Weights of one block: attention, MLP, two norms."""
         attention = 2 * self.hidden * (self.query + self.kv) + (self.query + 2 * self.kv) * self.attention_bias
         return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
 
     @property
     def parameters(self) -> int:
+        """Weights of the model; a tied head counts once."""
         return self.layers * self.layer_parameters + self.hidden + self.head_parameters * (1 if self.tied else 2)
 
-    def linears(self, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of the linear layers of one block that `targets` name; "all-linear": all of them."""
+    def linears(self, modules: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of the linear layers of one block that `modules` name; "all-linear": all of them."""
         hidden, wide = self.hidden, self.intermediate
         shapes = {
             "q_proj": (hidden, self.query),
@@ -58,8 +63,8 @@ class Architecture:
             "up_proj": (hidden, wide),
             "down_proj": (wide, hidden),
         }
-        named = {target.rsplit(".", 1)[-1] for target in targets}
-        return {name: shape for name, shape in shapes.items() if "all-linear" in targets or name in named}
+        named = {module.rsplit(".", 1)[-1] for module in modules}
+        return {name: shape for name, shape in shapes.items() if "all-linear" in modules or name in named}
 
     def tensors(self) -> list[tuple[int, int]]:
         """(how many, elements) of the large weights; norms and biases are left out."""
@@ -114,3 +119,25 @@ def from_config(raw: dict[str, Any], place: str) -> Architecture:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise SgpoError(f"no plan: {place} lacks {error}; set plan.on_misfit: off to train without a plan") from None
+
+
+def check_sequence_parallel(size: int, *, processes: int, model: Mapping[str, Any]) -> None:
+    """Whether `size` ranks can share the forward passes of the model whose config.json is `model`.
+
+    Raises SgpoError where the processes do not split into such groups or the heads not among their members.
+    """
+    if size == 1:
+        return
+    key = "engine.sequence_parallel_size"
+    if processes % size:
+        raise SgpoError(
+            f"{key} = {size} must divide the number of processes, which is {processes} (planning: plan.gpus)"
+        )
+    text = model.get("text_config") or model
+    heads = text.get("num_attention_heads") or text.get("n_head") or 1
+    kv_heads = text.get("num_key_value_heads") or heads
+    if heads % size or (kv_heads % size and size % kv_heads):
+        raise SgpoError(
+            f"{key} = {size} must divide the {heads} attention heads of the model, and divide its {kv_heads} key/value "
+            "heads or be a multiple of them"
+        )

@@ -8,10 +8,11 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-from sgpo.config import Config, checked
+from sgpo.config import Config
 from sgpo.planning.architectures import Architecture
 from sgpo.planning.memory import CARDS_GIB, GIB, Place, Plan, Planner
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
+from sgpo.utils.config_file import checked
 
 Change = dict[str, Any]
 # What a change costs beside its keys: it alters what is learnt, or it needs another machine.

@@ -19,7 +19,6 @@ CUDA_CONTEXT, ASLEEP, PROCESS, REWARD_WORKER = 0.7 * GIB, 1.0 * GIB, 0.8 * GIB, 
 CARDS_GIB = {"24gb": 23.5, "80gb": 79.1, "141gb": 139.8}
 SYNC_BUCKET = 256 * 2**20
 HEADROOM = 0.97  # share of a GPU that may be planned: allocators fragment
-PHASES = ("load", "rollout", "score", "forward", "backward", "optimizer", "sync")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +32,29 @@ class Phase:
 
     @property
     def gpu_bytes(self) -> float:
+        """All terms on one GPU."""
         return sum(self.gpu.values())
 
     @property
     def host_bytes(self) -> float:
+        """All terms on one host."""
         return sum(self.host.values())
 
     @property
     def largest(self) -> str:
+        """The name of the largest term, on the GPU where there is one."""
         return self.largest_on("GPU" if self.gpu else "host")
 
     def largest_on(self, where: str) -> str:
+        """The name of the largest term on the "GPU" or the "host"."""
         terms = self.gpu if where == "GPU" else self.host
         return max(terms, key=lambda name: terms[name])
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
+    """What each phase of a step takes on a machine, and the changes of the config that would make it fit."""
+
     phases: dict[str, Phase]
     place: Place
     parameters: int
@@ -61,6 +66,7 @@ class Plan:
 
     @property
     def kv_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
         return int(self.kv_bytes // self.kv_bytes_per_token)
 
     @property
@@ -85,10 +91,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether every phase has room."""
         return not self.missing
 
     @property
     def step_seconds(self) -> float:
+        """Seconds of a step, an upper bound."""
         return sum(phase.seconds for phase in self.phases.values())
 
     def refusal(self) -> str:
@@ -103,6 +111,7 @@ class Plan:
 
 
 def describe_change(change: dict[str, Any]) -> str:
+    """The change as words of the command line."""
     return " and ".join(f"--{key} {value}" for key, value in change["set"].items())
 
 
@@ -110,6 +119,7 @@ class Planner(TrainingMemory):
     """The phases of a step, of one config on one place."""
 
     def plan(self) -> Plan:
+        """Every phase of a step with its terms."""
         beside = self._context() | self._asleep()
         training = self.training()
         phases = {
@@ -129,6 +139,7 @@ class Planner(TrainingMemory):
     # --- rollouts ---
 
     def kv_bytes_per_token(self) -> float:
+        """Keys and values of one token in all layers, on one GPU."""
         return 2.0 * self.sizes.layers * self.sizes.kv * self.s / self.config.rollout.vllm.tensor_parallel_size
 
     def _engine_weights(self) -> float:
@@ -189,8 +200,8 @@ class Planner(TrainingMemory):
     def _activations_on_host(self) -> Terms:
         if not (self.config.model.activation_offload and self.cuda):
             return {}
-        layers, count = self.sizes.layers, 1 + self.candidates_waiting()
-        return {"checkpoint boundaries": count * layers * self.pinned(self.boundaries() / layers)}
+        layers = self.sizes.layers
+        return {"checkpoint boundaries": layers * self.pinned(self.boundaries() / layers)}
 
     def _rollout(self) -> Phase:
         states, host = self._resident(), {}

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from sgpo.planning.memory import Planner
+from sgpo.planning.training import TrainingMemory
 
 # Assumptions, not measurements: training TFLOP/s, sampled tokens/s of a model of 1e9 weights, GiB/s to the host.
 CARD_RATES = {
@@ -16,7 +13,7 @@ CARD_RATES = {
 }
 
 
-def phase_seconds(planner: Planner, name: str) -> tuple[float, str]:
+def phase_seconds(planner: TrainingMemory, name: str) -> tuple[float, str]:
     """(seconds of a step, what they are spent on), all completions at full length: an upper bound.
 
     2 FLOP per weight and token forward, 4 backward, 2 more of all that is recomputed, and attention.

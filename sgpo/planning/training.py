@@ -20,7 +20,7 @@ from typing import Any
 
 from sgpo.config import Config
 from sgpo.planning.architectures import Architecture
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
 
 GIB = 2**30
 BUCKET_ELEMENTS = 100_000_000  # most that sgpo.engine.zero makes of DeepSpeed's reduce_bucket_size, by default 5e8
@@ -43,6 +43,7 @@ class Place:
 
     @property
     def device_type(self) -> str:
+        """torch's name of the device."""
         return "cpu" if self.gpu_bytes is None else "cuda"
 
 
@@ -53,6 +54,7 @@ def bucket_elements(trained: int) -> int:
 
 
 def fullest(*moments: Terms) -> Terms:
+    """The terms of the moment with the largest sum."""
     return max(moments, key=lambda terms: sum(terms.values()))
 
 
@@ -67,10 +69,10 @@ class TrainingMemory:
         self.stage, self.state = config.engine.zero_stage, config.engine.optimizer_state
         self.W = place.processes
         self.lora = config.model.lora if config.model.lora.rank else None
-        self.adapted = sizes.linears(self.lora.targets) if self.lora else {}
+        self.adapted = sizes.linears(self.lora.modules) if self.lora else {}
         if self.lora and not self.adapted:
             raise SgpoError(
-                f"no plan: it does not know model.lora.targets {list(self.lora.targets)}; set plan.on_misfit: off"
+                f"no plan: it does not know model.lora.modules {list(self.lora.modules)}; set plan.on_misfit: off"
             )
         adapters = sizes.adapter_parameters(self.adapted, self.lora.rank, dora=self.lora.dora) if self.lora else 0
         self.P = sizes.parameters
@@ -81,7 +83,7 @@ class TrainingMemory:
         shared = config.engine.sequence_parallel_size
         self.T = max(config.engine.micro_batch_tokens, self.sequence / shared)
         self.N = int(shared * self.T * config.rollout.max_new_tokens / self.sequence)
-        self.distils = config.algorithm.method == "sgpo" and config.algorithm.distillation != "none"
+        self.distils = config.algorithm.method == "sgpo" and config.algorithm.distillation is not None
         self.teaches = self.distils and config.algorithm.distillation != "sft"
         self.checkpointed = config.model.gradient_checkpointing
 
@@ -225,7 +227,7 @@ class TrainingMemory:
         return 2.0 * self.s * self.sizes.intermediate
 
     def per_sequence_attention(self) -> bool:
-        """Packed rows without flash-attn's varlen kernel (sgpo.activations.pack_attention)."""
+        """Packed rows without flash-attn's varlen kernel (sgpo.model.activations.pack_attention)."""
         named = self.config.model.attn_implementation.startswith("flash_attention")
         return self.config.engine.packing == "packed" and not named
 
@@ -252,6 +254,7 @@ class TrainingMemory:
         return {} if model.activation_offload and self.cuda else {"checkpoint boundaries": self.boundaries()}
 
     def boundaries(self) -> float:
+        """Bytes of the inputs of all layers, which gradient checkpointing keeps."""
         return self.sizes.layers * self.s * self.sizes.hidden * self.T
 
     # --- the phases ---
@@ -266,12 +269,7 @@ class TrainingMemory:
             "teacher's hidden states": self.s * states * self.teaches,
             "head": self.head(),
         }
-        best = self.candidates_waiting() * sum(self.activations().values())
-        return fullest(loss, self.activations() | self._layer_at_work() | {"best candidate's checkpoints": best})
-
-    def candidates_waiting(self) -> float:
-        """While o+ is chosen, the best candidate so far waits beside the next one: in micro-batches, 0 to 1."""
-        return self.sequence / self.T if self.sequence > self.config.contest_above_tokens() else 0.0
+        return fullest(loss, self.activations() | self._layer_at_work())
 
     def _layer_at_work(self) -> Terms:
         """A layer's forward pass beside what it keeps: in its MLP, three inner states beside input and residual."""

@@ -71,7 +71,7 @@ def wrap_boxed(answer: str) -> str:
 
 
 def condense(completion: str, require_box: bool = True) -> str:
-    r"""The shortest text with the same verdict: the last box after the thinking, re-wrapped; "" means no answer.
+    r"""The shortest text with the same reward: the last box after the thinking, re-wrapped; "" means no answer.
 
     Earlier boxes must go, because Math-Verify merges all boxes into one set. Without `require_box` a completion that
     has no box is represented by its whole text after the thinking. Idempotent.

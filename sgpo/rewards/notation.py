@@ -96,6 +96,7 @@ def without_unit(answer: str) -> str:
 
 
 def without_percent(answer: str) -> str:
+    """The answer without percent signs."""
     return answer.replace("\\%", "").replace("%", "").strip(" ~")
 
 

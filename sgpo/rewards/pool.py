@@ -1,7 +1,7 @@
 """Scores completions in worker processes that can be killed.
 
-Every verdict has a time limit, a memory limit and a length limit; what hits one gets reward 0 with a status that says
-so, and is counted. A verdict that sympy turns into an endless loop therefore costs `timeout_s` on one worker.
+Every result has a time limit, a memory limit and a length limit; what hits one gets reward 0 with a status that says
+so, and is counted. A result that sympy turns into an endless loop therefore costs `timeout_s` on one worker.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ from sgpo.rewards import worker_process
 from sgpo.rewards.answers import condense
 from sgpo.rewards.registry import BUILT_IN
 from sgpo.rewards.worker_process import Outcome
-from sgpo.schema import SgpoError, Verdict
+from sgpo.types import RewardResult, SgpoError
 
 logger = logging.getLogger(__name__)
 
 _START_S = 120.0  # for the first worker to import its reward
-_STALL_S = 60.0  # without any verdict, beyond the time-out of one, before the workers are replaced
+_STALL_S = 60.0  # without any result, beyond the time-out of one, before the workers are replaced
 
 _Task = tuple[str, str, str]
 
-_TOO_LONG = Outcome(Verdict(0.0, "too_long"))
-_LOST = Outcome(Verdict(0.0, "error"), "the reward workers broke down or the pool was closed", broken_reward=True)
+_TOO_LONG = Outcome(RewardResult(0.0, "too_long"))
+_LOST = Outcome(RewardResult(0.0, "error"), "the reward workers broke down or the pool was closed", broken_reward=True)
 
 
 @dataclass(frozen=True, slots=True)
 class RewardItem:
+    """A completion's text, the right answer, and the problem's text for rewards that read it."""
+
     completion: str
     gold: str
     problem: str = ""
@@ -47,13 +49,13 @@ class RewardPool:
     Args:
         reward: a name for `load_reward`; given by name because the workers load it themselves.
         workers: number of processes.
-        timeout_s: for one verdict; pebble looks every 0.1 s.
+        timeout_s: for one result; pebble looks every 0.1 s.
         memory_mib: address space a worker may use on top of what it has after loading the reward (Linux only).
         max_chars: a longer completion is "too_long" and never reaches a worker.
         require_box: see `verify_answer`.
 
     Attributes:
-        counts: verdicts so far by status: "ok", "no_answer", "too_long", "timeout", "error".
+        counts: results so far by status: "ok", "no_answer", "too_long", "timeout", "error".
         last_cause: what the latest "timeout" or "error" was about.
 
     Raises:
@@ -93,13 +95,13 @@ class RewardPool:
         self._check_start()
 
     def begin(self, item: RewardItem) -> None:
-        """Starts on an item that `score` will be asked for, so that verdicts come while rollouts go on."""
+        """Starts on an item that `score` will be asked for, so that results come while rollouts go on."""
         task = self._task(item)
         if task is not None and task not in self._begun:
             self._begun[task] = self._schedule(task)
 
-    def score(self, items: Sequence[RewardItem]) -> list[Verdict]:
-        """One verdict per item, in order. Items with the same final answer to the same gold are verified once.
+    def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
+        """One result per item, in order. Items with the same final answer to the same gold are verified once.
 
         Raises:
             SgpoError: every item failed with an error of the reward itself, or the workers could not be kept alive.
@@ -114,29 +116,29 @@ class RewardPool:
                 f"The reward {self._reward!r} failed on all {len(items)} completions; first cause: "
                 f"{item_outcomes[0].cause}"
             )
-        return [outcome.verdict for outcome in item_outcomes]
+        return [outcome.result for outcome in item_outcomes]
 
-    def submit(self, item: RewardItem) -> Future[Verdict]:
-        """The verdict of one item, to come. The future always gets one, "error" if the workers die or the pool closes.
+    def submit(self, item: RewardItem) -> Future[RewardResult]:
+        """The result of one item, to come. The future always gets one, "error" if the workers die or the pool closes.
 
         It cannot be cancelled.
         """
-        verdict: Future[Verdict] = Future()
-        verdict.set_running_or_notify_cancel()
+        result: Future[RewardResult] = Future()
+        result.set_running_or_notify_cancel()
 
-        def settle(outcome: Outcome) -> None:
+        def resolve(outcome: Outcome) -> None:
             self._count(outcome)
-            verdict.set_result(outcome.verdict)
+            result.set_result(outcome.result)
 
         task = self._task(item)
         if task is None:
-            settle(_TOO_LONG)
+            resolve(_TOO_LONG)
         else:
-            self._schedule(task).add_done_callback(lambda future: settle(self._outcome(future) or _LOST))
-        return verdict
+            self._schedule(task).add_done_callback(lambda future: resolve(self._outcome(future) or _LOST))
+        return result
 
     def close(self) -> None:
-        """Kills the workers, busy or not. Verdicts still to come become "error"."""
+        """Kills the workers, busy or not. Results still to come become "error"."""
         with self._pool_lock:
             if not self._closed:
                 self._closed = True
@@ -151,7 +153,7 @@ class RewardPool:
         self.close()
 
     def _task(self, item: RewardItem) -> _Task | None:
-        """What the workers need of the item, the same for items that must get the same verdict; None if too long."""
+        """What the workers need of the item, the same for items that must get the same result; None if too long."""
         if len(item.completion) > self._max_chars:
             return None
         if self._reward in BUILT_IN:
@@ -176,7 +178,7 @@ class RewardPool:
         )
 
     def _wait(self, futures: list[Future[Outcome]]) -> None:
-        """Until all are done; where nothing moves at all, the workers are replaced, which settles the futures."""
+        """Until all are done; where nothing moves at all, the workers are replaced, which ends the futures."""
         for future in futures:
             while not future.done():
                 finished_before = self._finished_tasks
@@ -212,15 +214,15 @@ class RewardPool:
         if error is None:
             return future.result()
         if isinstance(error, TimeoutError):
-            return Outcome(Verdict(0.0, "timeout"), f"no verdict within {self._timeout_s} s")
+            return Outcome(RewardResult(0.0, "timeout"), f"no result within {self._timeout_s} s")
         if isinstance(error, ProcessExpired):
-            return Outcome(Verdict(0.0, "error"), f"a reward worker died with exit code {error.exitcode}")
+            return Outcome(RewardResult(0.0, "error"), f"a reward worker died with exit code {error.exitcode}")
         if isinstance(error, (BrokenProcessPool, CancelledError)):
             return None
-        return Outcome(Verdict(0.0, "error"), f"{type(error).__name__}: {error}")
+        return Outcome(RewardResult(0.0, "error"), f"{type(error).__name__}: {error}")
 
     def _count(self, outcome: Outcome) -> None:
-        status = outcome.verdict.status
+        status = outcome.result.status
         with self._lock:
             self.counts[status] += 1
             first = bool(outcome.cause) and self.counts[status] == 1

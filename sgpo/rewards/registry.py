@@ -12,9 +12,9 @@ from numbers import Real
 from typing import Any
 
 from sgpo.rewards.answers import condense, normalised
-from sgpo.schema import SgpoError, Verdict
+from sgpo.types import RewardResult, SgpoError
 
-RewardFunction = Callable[[str, str, str], Verdict]
+RewardFunction = Callable[[str, str, str], RewardResult]
 
 BUILT_IN = ("math_verify", "exact")
 
@@ -40,15 +40,15 @@ def load_reward(spec: str, *, require_box: bool = True) -> RewardFunction:
     return _checked(_import_function(spec), spec)
 
 
-def exact_answer(completion: str, gold: str) -> Verdict:
+def exact_answer(completion: str, gold: str) -> RewardResult:
     r"""1 where the last `\boxed{}` after the thinking is the string `gold` up to white space and `$`, else 0."""
     answer = condense(completion)
     if not answer:
-        return Verdict(0.0, "no_answer")
-    return Verdict(float(normalised(answer) == normalised(gold)))
+        return RewardResult(0.0, "no_answer")
+    return RewardResult(float(normalised(answer) == normalised(gold)))
 
 
-def _without_problem(verify: Callable[[str, str], Verdict]) -> RewardFunction:
+def _without_problem(verify: Callable[[str, str], RewardResult]) -> RewardFunction:
     return lambda completion, gold, problem: verify(completion, gold)
 
 
@@ -79,10 +79,10 @@ def _import_function(spec: str) -> Callable[..., Any]:
 
 
 def _checked(function: Callable[..., Any], spec: str) -> RewardFunction:
-    def reward(completion: str, gold: str, problem: str) -> Verdict:
+    def reward(completion: str, gold: str, problem: str) -> RewardResult:
         value = function(completion, gold, problem)
         if not isinstance(value, Real) or not math.isfinite(value):
             raise SgpoError(f"The reward {spec!r} returned {value!r:.80}: expected a finite number.")
-        return Verdict(float(value))
+        return RewardResult(float(value))
 
     return reward

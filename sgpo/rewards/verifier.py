@@ -33,7 +33,7 @@ from sgpo.rewards.notation import (
     without_unit,
     words_of,
 )
-from sgpo.schema import SgpoError, Verdict
+from sgpo.types import RewardResult, SgpoError
 
 # At warning level Math-Verify only says that its time-outs are off, which is on purpose.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -49,7 +49,7 @@ _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _BASE = re.compile(r"([0-9A-Za-z]+)\s*_\s*\{?([0-9]{1,2})\}?")
 
 
-def verify_answer(completion: str, gold: str, *, require_box: bool = True) -> Verdict:
+def verify_answer(completion: str, gold: str, *, require_box: bool = True) -> RewardResult:
     r"""1 where the last `\boxed{}` after the thinking equals `gold` mathematically, else 0; may hang, see the module.
 
     Args:
@@ -63,36 +63,36 @@ def verify_answer(completion: str, gold: str, *, require_box: bool = True) -> Ve
     """
     answer = condense(completion, require_box)
     if not answer:
-        return Verdict(0.0, "no_answer")
+        return RewardResult(0.0, "no_answer")
     answer_text, gold_text = normalised(answer), normalised(gold)
     if _INTEGER.fullmatch(answer_text) and _INTEGER.fullmatch(gold_text):
-        return Verdict(float(int(answer_text) == int(gold_text)))  # the common case needs no sympy
+        return RewardResult(float(int(answer_text) == int(gold_text)))  # the common case needs no sympy
     parsed_gold = _parse_gold(gold)
     if answer_text == gold_text:
-        return Verdict(1.0)
+        return RewardResult(1.0)
     if len(answer) > _MAX_ANSWER_CHARS:
-        return Verdict(0.0, "too_long")
+        return RewardResult(0.0, "too_long")
     if answer.startswith("\\boxed{"):
         return _verify_boxed(bare_answer(answer), gold)
     parsed_answer = parse(answer, [_LATEX, _PLAIN], parsing_timeout=None)  # pyright: ignore
     if not parsed_answer:
-        return Verdict(0.0, "no_answer")
-    return Verdict(float(_verified(parsed_gold, tuple(parsed_answer))))
+        return RewardResult(0.0, "no_answer")
+    return RewardResult(float(_verified(parsed_gold, tuple(parsed_answer))))
 
 
-def _verify_boxed(answer: str, gold: str) -> Verdict:
+def _verify_boxed(answer: str, gold: str) -> RewardResult:
     gold, answer = tidy(bare_answer(gold)), tidy(answer)
     if not _parsed(answer):
-        return Verdict(0.0, "no_answer")
+        return RewardResult(0.0, "no_answer")
     items = gold_items(gold)
     if len(items) == 1 or not all(map(_parsed, items)):
-        return Verdict(float(_same_single(gold, answer)))
+        return RewardResult(float(_same_single(gold, answer)))
     readings = [reading for reading in answer_readings(answer) if len(reading) > 1]
     if any(_same_items(items, reading) for reading in readings):
-        return Verdict(1.0)
+        return RewardResult(1.0)
     is_union = any("\\cup" in text for text in (gold, answer))
     as_one = (not readings and is_grouped(answer)) or is_union
-    return Verdict(float(as_one and _same_single(gold, answer)))
+    return RewardResult(float(as_one and _same_single(gold, answer)))
 
 
 def _same_single(gold: str, answer: str) -> bool:

@@ -1,6 +1,6 @@
 """Imported by the server that forks the reward workers, for its side effect: Math-Verify is loaded and warm.
 
-The first verdict compiles large regular expressions and parser tables; that time would otherwise count against the
+The first result compiles large regular expressions and parser tables; that time would otherwise count against the
 first completion of every new worker.
 """
 

@@ -24,7 +24,7 @@ from pebble.common.process import process_execute
 from pebble.common.types import Result, ResultStatus
 
 from sgpo.rewards.registry import BUILT_IN, load_reward
-from sgpo.schema import SgpoError, Verdict
+from sgpo.types import RewardResult, SgpoError
 
 _PR_SET_PDEATHSIG = 1
 _SERVER = forkserver.ForkServer()
@@ -33,9 +33,9 @@ _SERVER.set_forkserver_preload(["sgpo.rewards.warm"])
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A verdict, and for "timeout" and "error" the cause; `broken_reward` where the cause is not just an odd answer."""
+    """A result, and for "timeout" and "error" the cause; `broken_reward` where the cause is not just an odd answer."""
 
-    verdict: Verdict
+    result: RewardResult
     cause: str = ""
     broken_reward: bool = False
 
@@ -104,16 +104,16 @@ def load_error() -> str:
 
 
 def run_reward(completion: str, gold: str, problem: str) -> Outcome:
-    """One verdict. Exceptions go home as text: pebble breaks the pool over one that cannot be unpickled."""
+    """One result. Exceptions go home as text: pebble breaks the pool over one that cannot be unpickled."""
     assert _reward is not None
     if _reward.status != ResultStatus.SUCCESS:
-        return Outcome(Verdict(0.0, "error"), load_error(), broken_reward=True)
+        return Outcome(RewardResult(0.0, "error"), load_error(), broken_reward=True)
     result = process_execute(_reward.value, completion, gold, problem)
     if result.status == ResultStatus.SUCCESS:
         return Outcome(result.value)
     error = result.value.exception
     broken = _is_plugin or isinstance(error, SgpoError)
-    return Outcome(Verdict(0.0, "error"), _sentence(error), broken_reward=broken)
+    return Outcome(RewardResult(0.0, "error"), _sentence(error), broken_reward=broken)
 
 
 def _sentence(error: BaseException) -> str:

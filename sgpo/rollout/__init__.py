@@ -1,0 +1,1 @@
+"""Engines that sample completions, behind one protocol (`sgpo.types.RolloutEngine`)."""

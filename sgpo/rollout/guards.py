@@ -27,6 +27,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, daemon=True, name="rollout watchdog")
 
     def beat(self) -> None:
+        """Says that the work still moves."""
         self._last = time.monotonic()
 
     def __enter__(self) -> Watchdog:

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from sgpo.adapter_names import is_adapter, plain_name
-from sgpo.checksums import checksum
 from sgpo.rollout.guards import Watchdog, is_out_of_memory
-from sgpo.schema import Rollout, RolloutRequest, SamplingParams, SgpoError, SyncReceipt
+from sgpo.types import Rollout, RolloutRequest, SamplingParams, SgpoError, SyncReceipt
+from sgpo.utils.checksums import checksum
+from sgpo.utils.lora_names import is_adapter, plain_name
 
 
 class HfEngine:
     """A RolloutEngine with its own copy of the weights. `lm` is a transformers causal language model, with adapters
-    (sgpo.engine.adapters.add_adapters) where a sync is to bring them instead of merged weights."""
+    (sgpo.model.lora.add_adapters) where a sync is to bring them instead of merged weights."""
 
     def __init__(
         self,
@@ -56,6 +56,7 @@ class HfEngine:
         on_progress: Callable[[int, int], None] | None = None,
         on_rollout: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
+        """As Sampler.generate."""
         if self.policy_version is None:
             raise SgpoError("the rollout engine holds no weights (a sync failed): call load_weights first")
         rollouts: dict[int, Rollout] = {}
@@ -83,6 +84,7 @@ class HfEngine:
     def load_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int, probe_ids: Sequence[int] = ()
     ) -> SyncReceipt:
+        """As RolloutEngine.load_weights."""
         self.policy_version = None
         checksums: dict[str, int] = {}
         seen = set()
@@ -106,6 +108,7 @@ class HfEngine:
         return SyncReceipt(checksums, self._probe(probe_ids))
 
     def holds_base(self) -> bool:
+        """As RolloutEngine.holds_base."""
         return self._holds_base
 
     def _probe(self, ids: Sequence[int]) -> tuple[float, ...]:
@@ -122,6 +125,7 @@ class HfEngine:
         """See sleep."""
 
     def close(self) -> None:
+        """As RolloutEngine.close."""
         self._weights = {}
         self._lm = None
 
@@ -222,7 +226,7 @@ class SeededSampler(LogitsProcessor):
         self.logprobs: list[torch.Tensor] = []
         self.watchdog: Watchdog | None = None
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:  # transformers says FloatTensor
         if self.watchdog is not None:
             self.watchdog.beat()
         scores = scores.float()

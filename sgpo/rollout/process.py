@@ -22,7 +22,7 @@ import torch
 
 from sgpo.rollout.guards import Watchdog
 from sgpo.rollout.transport import Named, buckets, receive, share
-from sgpo.schema import EngineFailure, Rollout, RolloutEngine, RolloutRequest, SamplingParams, SgpoError, SyncReceipt
+from sgpo.types import EngineFailure, Rollout, RolloutEngine, RolloutRequest, SamplingParams, SgpoError, SyncReceipt
 
 _BUCKET_BYTES = 256 * 2**20
 _HEARTBEAT_S = 1.0
@@ -55,6 +55,7 @@ class EngineProcess:
 
     @property
     def pid(self) -> int | None:
+        """Of the process that samples."""
         return None if self._process is None else self._process.pid
 
     def generate(
@@ -64,6 +65,8 @@ class EngineProcess:
         on_progress: Callable[[int, int], None] | None = None,
         on_rollout: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
+        """As Sampler.generate."""
+
         def event(kind: str, value: Any) -> None:
             if kind == "progress" and on_progress is not None:
                 on_progress(*value)
@@ -75,6 +78,7 @@ class EngineProcess:
     def load_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int, probe_ids: Sequence[int] = ()
     ) -> SyncReceipt:
+        """As RolloutEngine.load_weights."""
         if self._connection is None:
             self._start()
         self._send(("load_weights", (policy_version, tuple(probe_ids))), "weight sync")
@@ -94,18 +98,22 @@ class EngineProcess:
             self._hand_over(bucket)
 
     def holds_base(self) -> bool:
+        """As RolloutEngine.holds_base."""
         try:
             return self._call("holds_base", (), "weight sync")
         except EngineFailure:
             return False
 
     def sleep(self) -> None:
+        """As RolloutEngine.sleep."""
         self._call("sleep", (), "sleep")
 
     def wake(self) -> None:
+        """As RolloutEngine.wake."""
         self._call("wake", (), "wake")
 
     def close(self) -> None:
+        """As RolloutEngine.close."""
         if self._connection is not None:
             with suppress(OSError):
                 self._connection.send(("close", ()))

@@ -11,10 +11,10 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
 
 
-def adapter_options(rank: int, targets: tuple[str, ...] | None) -> dict[str, Any]:
+def adapter_options(rank: int, modules: tuple[str, ...] | None) -> dict[str, Any]:
     """Arguments of an LLM that is to sample with adapters. Raises SgpoError for a rank above vLLM's largest."""
     size = next((size for size in sorted(get_args(MaxLoRARanks)) if size >= rank), None)
     if size is None:
@@ -22,7 +22,7 @@ def adapter_options(rank: int, targets: tuple[str, ...] | None) -> dict[str, Any
             f"model.lora.rank = {rank} is more than vLLM takes ({max(get_args(MaxLoRARanks))}); lower it or set "
             "model.lora.sync to merged"
         )
-    named = None if targets is None else list(targets)
+    named = None if modules is None else list(modules)
     return {"enable_lora": True, "max_lora_rank": size, "max_loras": 1, "lora_target_modules": named}
 
 

@@ -40,11 +40,11 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.sampling_params import RequestOutputKind
 
-from sgpo.adapter_names import is_adapter
-from sgpo.checksums import checksum
+from sgpo.utils.lora_names import is_adapter
+from sgpo.utils.checksums import checksum
 from sgpo.rollout.guards import Watchdog, is_out_of_memory
 from sgpo.rollout.vllm_adapters import VllmAdapters, adapter_options
-from sgpo.schema import Rollout, RolloutRequest, SamplingParams, SgpoError, SyncReceipt
+from sgpo.types import Rollout, RolloutRequest, SamplingParams, SgpoError, SyncReceipt
 
 _PROGRESS_S = 0.5
 
@@ -57,7 +57,7 @@ class VllmOptions:
     what gpu_memory_utilization of the card leaves, on a CPU 512 MiB. sleep_level: 0 never sleeps, 1 keeps the weights
     in host memory, 2 drops them. from_scratch: start with meaningless weights, so that the first sync proves that
     each of them is replaced. lora_rank: above 0, the engine samples with adapters of this rank (LoRA; vLLM has no DoRA)
-    scaled by lora_alpha / lora_rank, beside the layers named in lora_targets (None: all that vLLM knows of).
+    scaled by lora_alpha / lora_rank, beside the layers named in lora_modules (None: all that vLLM knows of).
     """
 
     max_model_len: int
@@ -72,7 +72,7 @@ class VllmOptions:
     stall_s: float = 600.0
     lora_rank: int = 0
     lora_alpha: float = 1.0
-    lora_targets: tuple[str, ...] | None = None
+    lora_modules: tuple[str, ...] | None = None
 
 
 class VllmEngine:
@@ -101,6 +101,7 @@ class VllmEngine:
         on_progress: Callable[[int, int], None] | None = None,
         on_rollout: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
+        """As Sampler.generate."""
         self._check(requests)
         everyone, mine = self._of_the_group(list(requests))
         rollouts: dict[int, Rollout] = {}
@@ -132,6 +133,7 @@ class VllmEngine:
     def load_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int, probe_ids: Sequence[int] = ()
     ) -> SyncReceipt:
+        """As RolloutEngine.load_weights."""
         self.policy_version = None
         if self._asleep:
             self._wake("weights")
@@ -154,9 +156,11 @@ class VllmEngine:
         return SyncReceipt(checksums, self._probe(tuple(probe_ids)))
 
     def holds_base(self) -> bool:
+        """As RolloutEngine.holds_base."""
         return self._holds_base
 
     def sleep(self) -> None:
+        """As RolloutEngine.sleep."""
         level = self._options.sleep_level
         if level and not self._asleep:
             self._llm.sleep(level=level)
@@ -175,12 +179,14 @@ class VllmEngine:
         return CuMemAllocator.get_instance().get_current_usage()
 
     def wake(self) -> None:
+        """As RolloutEngine.wake."""
         if self._asleep:
             self._wake("weights")
             self._wake("kv_cache")
             self._asleep = False
 
     def close(self) -> None:
+        """As RolloutEngine.close."""
         if self._llm is not None:
             with _keeping_the_process_group() if self._is_guest else nullcontext():
                 self._engine.engine_core.shutdown()
@@ -406,7 +412,7 @@ def _build(folder: Path, dtype: str, options: VllmOptions, *, cuda: bool) -> LLM
         if options.max_num_batched_tokens is not None:
             sizes["max_num_batched_tokens"] = max(options.max_num_batched_tokens, options.max_model_len)
     if options.lora_rank:
-        sizes |= adapter_options(options.lora_rank, options.lora_targets)
+        sizes |= adapter_options(options.lora_rank, options.lora_modules)
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks > 1:
         sizes["distributed_executor_backend"] = "external_launcher"

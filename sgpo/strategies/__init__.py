@@ -1,0 +1,1 @@
+"""Strategies out of strong-model responses: asking, judging, checking for leaks."""

@@ -10,12 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sgpo.strategies.lines import KeyedLines
 from sgpo.strategies.prompts import Messages
+from sgpo.utils.append_log import KeyedLines
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
+    """How answers are sampled."""
+
     temperature: float
     top_p: float
     max_tokens: int
@@ -93,6 +95,7 @@ class Usage:
     without_token_count: int = 0
 
     def add(self, result: Answer | Failure, *, cached: bool) -> None:
+        """Counts one answer or failure; `cached`: it came from the disk."""
         if isinstance(result, Failure):
             self.failed += 1
             return

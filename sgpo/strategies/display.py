@@ -32,12 +32,14 @@ class ExtractDisplay:
         self._printed = time.monotonic()
 
     def start_round(self, name: str, total: int) -> None:
+        """A round of `total` questions begins."""
         self._name, self._done, self._total = name, 0, total
         if self._task is not None:
             self._progress.update(self._task, visible=False)
         self._task = self._progress.add_task(name, total=total, status=self._status())
 
     def advance(self, count: int = 1) -> None:
+        """`count` more questions are answered."""
         self._done += count
         if self._task is not None:
             self._progress.update(self._task, completed=self._done, status=self._status())

@@ -20,9 +20,9 @@ from typing import Any
 
 import httpx
 
-from sgpo.schema import SgpoError
 from sgpo.strategies.asking import Answer, Failure, Question
 from sgpo.strategies.settings import EndpointConfig
+from sgpo.types import SgpoError
 
 _TRANSIENT = frozenset((408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529))
 _FATAL = {401: "refuses the key", 402: "asks for payment", 403: "refuses access", 404: "knows no such model or address"}
@@ -65,6 +65,7 @@ class EndpointBackend:
         """Nothing is held: each call of `answer` has its own connections."""
 
     def answer(self, questions: Sequence[Question], on_result: OnResult) -> None:
+        """The answer to each question, several asked at a time."""
         asyncio.run(self._answer_all(questions, on_result))
 
     async def _answer_all(self, questions: Sequence[Question], on_result: OnResult) -> None:

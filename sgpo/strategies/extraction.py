@@ -12,17 +12,19 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from sgpo.schema import Problem
-from sgpo.seeds import seed_of
 from sgpo.strategies.asking import Answer, Asker, Failure, Question, Sampling
 from sgpo.strategies.leakage import Equal, Leak, Solution, find_leaks
 from sgpo.strategies.prompts import Malformed, Messages, Templates, parse_scores, parse_strategy
+from sgpo.types import Problem
+from sgpo.utils.seeds import seed_of
 
 _LISTED_LEAKS = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
+    """Candidates per problem, how often an unusable answer is asked for again, and how answers are sampled."""
+
     candidates: int
     max_asks: int
     sampling: Sampling
@@ -51,6 +53,7 @@ class Candidate:
 
     @property
     def score(self) -> float:
+        """The mean of its scores."""
         assert self.scores is not None
         return sum(self.scores.values()) / len(self.scores)
 

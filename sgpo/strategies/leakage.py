@@ -215,10 +215,10 @@ def _equal_leaks(formulas: Sequence[Expression], solution: Solution, equal: Equa
     asked = list(dict.fromkeys(asked))
     for start in range(0, len(asked), _COMPARED_AT_ONCE):
         some = asked[start : start + _COMPARED_AT_ONCE]
-        verdicts = equal([pair for _, pair in some])
+        results = equal([pair for _, pair in some])
         found = [
             leak if same else Leak("undecided", leak.text)
-            for (leak, _), same in zip(some, verdicts, strict=True)
+            for (leak, _), same in zip(some, results, strict=True)
             if same is not False
         ]
         if found:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from sgpo.schema import Rollout, RolloutEngine, RolloutRequest, SamplingParams, SgpoError
 from sgpo.strategies.asking import Answer, Failure, Question
+from sgpo.types import Rollout, RolloutEngine, RolloutRequest, SamplingParams, SgpoError
 
 
 class LocalBackend:
@@ -41,6 +41,7 @@ class LocalBackend:
         self._batch = batch
 
     def answer(self, questions: Sequence[Question], on_result: Callable[[Question, Answer | Failure], None]) -> None:
+        """The answer to each question, sampled by a model on this machine."""
         fitting: list[tuple[Question, tuple[int, ...]]] = []
         for question in questions:
             ids = self._prompt(question)
@@ -57,6 +58,7 @@ class LocalBackend:
                 self._generate(pairs[start : start + self._batch], params, on_result)
 
     def close(self) -> None:
+        """Ends the sampler."""
         self._engine.close()
 
     def _generate(

@@ -138,6 +138,7 @@ def number_words(text: str) -> Iterator[Number]:
 
 
 def fraction_words(text: str) -> Iterator[Number]:
+    """Fractions that are written as words, such as "half"."""
     for pattern, value in _FRACTION_WORDS:
         for match in pattern.finditer(text):
             yield Number(match[0], *match.span(), frozenset({value}), is_word=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
 
 CRITERIA = ("problem_type", "strategy", "steps", "no_results")
 MAX_STRATEGY_CHARS = 6000
@@ -71,6 +71,7 @@ class Templates:
         return self._turns(_fill(self.extract, problem=problem, solution=solution), reason)
 
     def scoring(self, problem: str, solution: str, strategy: str, reason: str = "") -> Messages:
+        """The question for the quality of a strategy; `reason` is what was wrong with the answer before."""
         return self._turns(_fill(self.score, problem=problem, solution=solution, strategy=strategy), reason)
 
     def _turns(self, text: str, reason: str) -> Messages:

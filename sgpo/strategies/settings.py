@@ -1,16 +1,17 @@
-"""Every knob of `sgpo strategies extract` and `sgpo strategies analyze`. Loads without torch."""
+"""Every knob of `sgpo strategies extract`. Loads without torch."""
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from sgpo.config import Config, Section
+from sgpo.config import Section
 
 
 class EndpointConfig(Section):
+    """A chat-completions endpoint, and how hard to try."""
+
     base_url: str = Field(default="https://api.openai.com/v1", description="up to, without, /chat/completions")
     model: str = Field(default="", description="name of the model as the endpoint knows it; required")
     api_key_env: str | None = Field(
@@ -31,12 +32,16 @@ class EndpointConfig(Section):
 
 
 class LeakConfig(Section):
+    """Limits of comparing formulas with the solution's."""
+
     workers: int = Field(default=2, ge=1, description="processes in which Math-Verify compares formulas")
     timeout_s: float = Field(default=3.0, gt=0, description="a comparison that takes longer counts as a leak")
     memory_mib: int = Field(default=1024, ge=64, description="memory that one comparison may take")
 
 
 class ExtractConfig(Section):
+    """What to extract, by which backend, and what to ask."""
+
     input: str = Field(description="JSONL file (or any form of data.train) with id, problem, answer and the response")
     output: str = Field(description="JSONL file to write: one problem with its strategy per line, ready for data.train")
     backend: Literal["openai", "local", "calculator_trace"] = Field(
@@ -66,48 +71,3 @@ class ExtractConfig(Section):
     )
     local_batch: int = Field(default=64, ge=1, description="backend local: questions per call of the engine")
     leaks: LeakConfig = LeakConfig()
-
-
-class AnalyzeSection(Section):
-    split: Literal["train", "eval"] = Field(default="train", description="problems of data.train or of data.eval")
-    output: str | None = Field(default=None, description="folder to write; default: RUN/strategies")
-    samples: int = Field(default=8, ge=1, description="completions per problem and arm")
-    partners: int = Field(
-        default=4, ge=1, description="other problems whose strategies a problem gets in one arm, taken in turn"
-    )
-    types: str = Field(
-        default="stated",
-        description="of a problem: stated (in its strategy), clusters (of similar strategies), or a field of the data",
-    )
-    matrix_draws: int = Field(default=8, ge=0, description="completions per cell of the type x type matrix; 0: none")
-    matrix_types: int = Field(default=8, ge=2, description="only so many types, the most frequent, are in the matrix")
-    placeholder: str = Field(default=".", min_length=1, description="what an empty strategy of the same length repeats")
-    similarity: Literal["tfidf", "hidden"] = Field(
-        default="tfidf", description="of strategies: by their words, or by the model's mean hidden states"
-    )
-    duplicate_similarity: float = Field(default=0.95, gt=0, le=1, description="from here on near-duplicates")
-    clusters: int | None = Field(
-        default=None, ge=1, description="number of clusters; default: that of the best silhouette"
-    )
-    score_key: str = Field(default="strategy_score", description="field that holds the quality of the strategy")
-    bands: int = Field(default=4, ge=2, description="bins of quality, length and similarity")
-    level: float = Field(default=0.05, gt=0, lt=1, description="of the test, problem by problem, of helps and hurts")
-    kl_rollouts: int = Field(default=256, ge=0, description="correct guided rollouts whose token KL is taken; 0: none")
-    step_pattern: str = Field(
-        default=r"\n+|(?<=[.!?])\s+", description="where a step of a completion ends, as a regular expression"
-    )
-
-    @field_validator("step_pattern")
-    @classmethod
-    def _compiles(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"not a regular expression ({error})") from None
-        return pattern
-
-
-class AnalyzeConfig(Config):
-    """All of `sgpo train`'s knobs, of which model, data, rollout, reward and engine count here, and its own."""
-
-    analyze: AnalyzeSection = AnalyzeSection()

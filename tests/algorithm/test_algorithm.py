@@ -1,4 +1,4 @@
-"""Advantages, alpha, targets, weights and intervals: hand-computed numbers of method.md, and what must always hold."""
+"""Advantages, alpha, o+, weights and intervals: hand-computed numbers of method.md, and what must always hold."""
 
 import math
 import random
@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgpo.algorithm.advantages import group_advantages
-from sgpo.algorithm.guidance import adaptive_alpha, group_advantage_alpha
+from sgpo.algorithm.alpha import adaptive_alpha, group_advantage_alpha
 from sgpo.algorithm.importance import gap_statistics, truncated_importance
-from sgpo.algorithm.intervals import bootstrap_interval
-from sgpo.algorithm.targets import reachable_target, target_score
-from sgpo.algorithm.weights import policy_token_weight, target_token_weight
+from sgpo.algorithm.selection import most_reachable, selection_score
+from sgpo.algorithm.weights import distill_token_weight, policy_token_weight
+from sgpo.utils.statistics import bootstrap_interval
 
 RATES = st.floats(0, 1)
 GROUPS = st.lists(st.floats(-5, 5, width=32), min_size=2, max_size=16)
@@ -143,20 +143,22 @@ def test_group_advantage_alpha_is_zero_where_the_target_is_nothing_special():
     ],
 )
 def test_the_reachable_target_and_ties(logprobs, by_sum, by_mean):
-    assert reachable_target(logprobs) == reachable_target(logprobs, score="sum") == by_sum
-    assert reachable_target(logprobs, score="mean") == by_mean
+    assert most_reachable(logprobs) == most_reachable(logprobs, score="sum") == by_sum
+    assert most_reachable(logprobs, score="mean") == by_mean
 
 
 def test_target_score_by_hand():
-    assert target_score([-1.0, -2.0, -3.0]) == -6.0
-    assert target_score([-1.0, -2.0, -3.0], score="mean") == -2.0
+    assert selection_score([-1.0, -2.0, -3.0]) == -6.0
+    assert selection_score([-1.0, -2.0, -3.0], score="mean") == -2.0
 
 
 @given(st.lists(st.lists(st.floats(-20, 0), min_size=1, max_size=6), min_size=1, max_size=6))
 def test_no_completion_scores_above_the_reachable_target(logprobs):
     for score in ("sum", "mean"):
-        best = reachable_target(logprobs, score=score)
-        assert all(target_score(row, score=score) <= target_score(logprobs[best], score=score) for row in logprobs)
+        best = most_reachable(logprobs, score=score)
+        assert all(
+            selection_score(row, score=score) <= selection_score(logprobs[best], score=score) for row in logprobs
+        )
 
 
 def test_token_weights_of_a_step_are_means_of_means():
@@ -173,7 +175,7 @@ def test_token_weights_of_a_step_are_means_of_means():
         alpha, kept = rng.random(), lengths[: rng.randint(1, len(lengths))]
         mean_alpha += alpha / problems
         target += sum(
-            length * target_token_weight(alpha=alpha, problems=problems, targets=len(kept), length=length)
+            length * distill_token_weight(alpha=alpha, problems=problems, completions=len(kept), length=length)
             for length in kept
         )
     assert policy == pytest.approx(1.0, rel=1e-12)
@@ -182,8 +184,8 @@ def test_token_weights_of_a_step_are_means_of_means():
 
 def test_token_weights_by_hand():
     assert policy_token_weight(problems=2, group_size=4, length=10) == float(Fraction(1, 80))
-    assert target_token_weight(alpha=0.8, problems=2, targets=1, length=10) == pytest.approx(0.04)
-    assert target_token_weight(alpha=0.8, problems=2, targets=4, length=10) == pytest.approx(0.01)
+    assert distill_token_weight(alpha=0.8, problems=2, completions=1, length=10) == pytest.approx(0.04)
+    assert distill_token_weight(alpha=0.8, problems=2, completions=4, length=10) == pytest.approx(0.01)
 
 
 def test_the_bootstrap_interval_of_a_known_distribution():

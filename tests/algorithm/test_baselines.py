@@ -6,13 +6,14 @@ Methods and objective are bound by the config, as the trainer binds them; the fo
 import pytest
 import torch
 
-from sgpo.assembly import policy_objective, training_method
+from sgpo.algorithm.dapo import dapo_sequences, is_informative, overlong_penalty
+from sgpo.algorithm.method import all_sequences
+from sgpo.builders.loss import training_loss, training_method
 from sgpo.config import Config
 from sgpo.data.builtin import make_model, vocabulary
-from sgpo.data.packing import collate_training
-from sgpo.methods.dapo import dapo_sequences, is_informative, overlong_penalty
-from sgpo.models import PolicyModel
-from sgpo.schema import Problem, PromptPair, Rollout, RolloutRequest, ScoredGroup, Verdict
+from sgpo.engine.batching import collate_training
+from sgpo.model.policy import PolicyModel
+from sgpo.types import Problem, PromptPair, RewardResult, Rollout, RolloutRequest, ScoredGroup
 
 LIMIT = 8  # rollout.max_new_tokens
 REWARDS = ((0, 1, 0), (1, 1, 1), (0, 0, 0), (1, 0, 1))
@@ -43,8 +44,8 @@ def groups():
                 PromptPair(prompt, None),
                 auto=tuple(rollout(prompt, k, (3, 5, 8)[k]) for k in range(3)),
                 guided=(),
-                auto_verdicts=tuple(Verdict(float(r)) for r in rewards),
-                guided_verdicts=(),
+                auto_results=tuple(RewardResult(float(r)) for r in rewards),
+                guided_results=(),
                 demo_ids=ids(6),
             )
         )
@@ -134,18 +135,13 @@ def grpo(lm, groups):
 
 
 def step_of(config, groups, lm):
-    sequences, guidance = training_method(config)(
-        groups, problems=len(groups), score=lambda contexts: [], total=lambda value: value
-    )
-    assert len(guidance) == len(groups)
-    objective, total = policy_objective(config), 0.0
+    steps = training_method(config)(groups, problems=len(groups), score=lambda contexts: [], total=lambda value: value)
+    assert [step.group for step in steps] == list(groups)
+    sequences = all_sequences(steps)
+    loss, total = training_loss(config), 0.0
     for part in (sequences[::2], sequences[1::2]):
         micro = collate_training(part, 0, with_teacher=False)
-
-        def loss(head, bias, hidden, teacher, micro=micro):
-            return objective(head, bias, hidden, teacher, micro)
-
-        total = total + PolicyModel(lm)(loss, micro.student, None)[0]
+        total = total + PolicyModel(lm)(loss, micro)[0]
     return total
 
 
@@ -163,14 +159,15 @@ def test_a_baseline_by_hand(lm, groups, method):
 
 def test_clips_hold_where_the_policy_has_moved(lm, groups):
     """DAPO's four regions: ratio above and below its clip, and the dual clip for a negative advantage."""
-    objective = policy_objective(config_of("dapo", dual_clip=1.5))
-    (first, *_), _ = dapo_sequences(groups[:1], problems=1, score=None, total=float, max_new_tokens=LIMIT)
+    objective = training_loss(config_of("dapo", dual_clip=1.5))
+    (step,) = dapo_sequences(groups[:1], problems=1, score=None, total=float, max_new_tokens=LIMIT)
+    first = step.sequences[0]
     for advantage, shift, value in ((1.0, 0.5, 1.28), (1.0, -0.5, None), (-1.0, -0.5, -0.8), (-1.0, 1.0, -1.5)):
         taken = logps(lm, first.prompt_ids, first.completion_ids).detach()
         old = tuple((taken - shift).tolist())
         moved = type(first)(first.prompt_ids, first.completion_ids, advantage, 1.0, old_logprobs=old)
         micro = collate_training([moved], 0, with_teacher=False)
-        loss = PolicyModel(lm)(lambda *args, m=micro: objective(*args, m), micro.student, None)[0]
+        loss = PolicyModel(lm)(objective, micro)[0]
         expected = (torch.tensor(shift).exp().item() if value is None else value) * len(first.completion_ids)
         sign = advantage if value is None else 1.0
         assert float(loss.detach()) == pytest.approx(-sign * expected, rel=1e-5)
@@ -186,8 +183,8 @@ def test_the_overlong_penalty_rises_from_the_zone_to_the_limit():
 
 def test_dapo_drops_what_all_or_none_solve(groups):
     assert [is_informative(g) for g in groups] == [True, False, False, True]
-    sequences, _ = training_method(config_of("dapo"))(groups[1:3], problems=2, score=None, total=lambda value: value)
-    assert sequences == []
+    steps = training_method(config_of("dapo"))(groups[1:3], problems=2, score=None, total=lambda value: value)
+    assert [step.sequences for step in steps] == [[], []]
 
 
 def test_the_constants_of_a_method_are_defaults():

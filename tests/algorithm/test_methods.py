@@ -5,14 +5,15 @@ import math
 import pytest
 import torch
 
-from sgpo.algorithm.objective import sgpo_objective
+from sgpo.algorithm.grpo import policy_sequences
+from sgpo.algorithm.loss import LossSettings, SgpoLoss
+from sgpo.algorithm.method import all_sequences
+from sgpo.algorithm.sft import sft_sequences
+from sgpo.algorithm.sgpo import SgpoSettings, sgpo_sequences
 from sgpo.data.builtin import make_model, vocabulary
-from sgpo.data.packing import collate_training
-from sgpo.methods.grpo import policy_sequences
-from sgpo.methods.sft import sft_sequences
-from sgpo.methods.sgpo import SgpoSettings, sgpo_sequences
-from sgpo.models import PolicyModel
-from sgpo.schema import Problem, PromptPair, Rollout, RolloutRequest, ScoredGroup, TrainSequence, Verdict
+from sgpo.engine.batching import collate_training
+from sgpo.model.policy import PolicyModel
+from sgpo.types import Problem, PromptPair, RewardResult, Rollout, RolloutRequest, ScoredGroup, TrainSequence
 
 PLAIN, GUIDED = (10, 11), (20, 21, 22)
 
@@ -30,8 +31,8 @@ def group(auto, guided=(), *, lengths=None, plain=PLAIN, guided_prompt=GUIDED):
         prompts=PromptPair(plain, guided_prompt),
         auto=tuple(rollout("auto", plain, [40 + i] * (i + 1)) for i in range(len(auto))),
         guided=tuple(rollout("guided", guided_prompt, [30 + i] * n) for i, n in enumerate(lengths)),
-        auto_verdicts=tuple(Verdict(r) for r in auto),
-        guided_verdicts=tuple(Verdict(r) for r in guided),
+        auto_results=tuple(RewardResult(r) for r in auto),
+        guided_results=tuple(RewardResult(r) for r in guided),
     )
 
 
@@ -47,10 +48,17 @@ class FakeScorer:
         return [[self.logprobs[completion[0]]] * len(completion) for _, completion in contexts]
 
 
+def step_of(groups, settings, **options):
+    """All sequences, and the guidance of each group."""
+    steps = sgpo_sequences(groups, settings, **options)
+    assert [step.group for step in steps] == list(groups)
+    return all_sequences(steps), [step.guidance for step in steps]
+
+
 def sequences_of(groups, scorer=None, problems=1, **settings):
     scorer = scorer or FakeScorer({30: -1.0, 31: -1.0, 32: -1.0, 33: -1.0})
-    found, guidance = sgpo_sequences(groups, SgpoSettings(**settings), problems=problems, score=scorer)
-    return [s for s in found if s.policy_weight], [s for s in found if s.target_weight], guidance, scorer
+    found, guidance = step_of(groups, SgpoSettings(**settings), problems=problems, score=scorer)
+    return [s for s in found if s.policy_weight], [s for s in found if s.distill_weight], guidance, scorer
 
 
 def test_policy_sequences_by_hand():
@@ -59,7 +67,7 @@ def test_policy_sequences_by_hand():
     assert [s.completion_ids for s in found] == [(40,), (41, 41), (42, 42, 42), (43, 43, 43, 43)]
     assert [s.advantage for s in found] == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-5)
     assert [s.policy_weight for s in found] == pytest.approx([1 / (5 * 4 * n) for n in (1, 2, 3, 4)])
-    assert all(s.target_weight == 0 and s.teacher_prompt_ids is None and s.old_logprobs is None for s in found)
+    assert all(s.distill_weight == 0 and s.teacher_prompt_ids is None and s.old_logprobs is None for s in found)
 
 
 def test_policy_sequences_without_the_division():
@@ -84,8 +92,8 @@ def test_a_rollout_at_the_mean_of_its_group_is_left_out_but_counts_in_the_denomi
 def test_sft_weighs_every_token_of_the_batch_alike():
     demos = [TrainSequence((1,), (2, 3)), TrainSequence((1,), (4,) * 6)]
     found = sft_sequences(demos, total_tokens=8)
-    assert [s.target_weight for s in found] == [1 / 8, 1 / 8]
-    assert sum(s.target_weight * len(s.completion_ids) for s in found) == 1
+    assert [s.distill_weight for s in found] == [1 / 8, 1 / 8]
+    assert sum(s.distill_weight * len(s.completion_ids) for s in found) == 1
     assert [s.completion_ids for s in found] == [d.completion_ids for d in demos]
     assert all(s.teacher_prompt_ids is None and s.policy_weight == 0 for s in found)
 
@@ -98,21 +106,21 @@ def test_the_target_is_scored_under_the_plain_prompt_and_distilled_from_the_guid
     assert policy == []
     (chosen,) = target
     assert (chosen.prompt_ids, chosen.teacher_prompt_ids, chosen.completion_ids) == (PLAIN, GUIDED, (33,) * 4)
-    assert chosen.target_weight == pytest.approx(0.8 / (3 * 1 * 4))
+    assert chosen.distill_weight == pytest.approx(0.8 / (3 * 1 * 4))
     assert chosen.policy_weight == chosen.advantage == 0
-    assert guidance[0].target_score == -2.0
+    assert guidance[0].selection_score == -2.0
     assert guidance[0].alpha == 0.8
     assert guidance[0].alpha_uncapped == pytest.approx(0.5 * 0.85 / 0.1)
-    assert [r.completion_ids for r in guidance[0].targets] == [(33,) * 4]
+    assert [r.completion_ids for r in guidance[0].teacher_completions] == [(33,) * 4]
 
 
 def test_the_mean_score_can_choose_another_target_than_the_sum():
     logprobs = {30: -1.5, 31: -1.0}  # sums -1.5 and -2, means -1.5 and -1
-    by_sum = sequences_of([group([0], [1, 1])], FakeScorer(logprobs), target="sum")
-    by_mean = sequences_of([group([0], [1, 1])], FakeScorer(logprobs), target="mean")
+    by_sum = sequences_of([group([0], [1, 1])], FakeScorer(logprobs), selection="sum")
+    by_mean = sequences_of([group([0], [1, 1])], FakeScorer(logprobs), selection="mean")
     assert by_sum[1][0].completion_ids == (30,)
     assert by_mean[1][0].completion_ids == (31, 31)
-    assert (by_sum[2][0].target_score, by_mean[2][0].target_score) == (-1.5, -1.0)
+    assert (by_sum[2][0].selection_score, by_mean[2][0].selection_score) == (-1.5, -1.0)
 
 
 def test_a_tie_goes_to_the_first():
@@ -127,7 +135,7 @@ def test_scoring_is_one_call_even_when_there_is_nothing_to_choose():
         [contested], [contested, contested],
     ):  # fmt: skip
         assert len(sequences_of(groups)[3].calls) == 1
-    for settings in ({"distillation": "none"}, {"target": "all"}, {"alpha": "fixed", "alpha_fixed": 0.0}):
+    for settings in ({"distillation": None}, {"selection": "all"}, {"alpha": "fixed", "alpha_fixed": 0.0}):
         assert sequences_of([contested], **settings)[3].calls == [[]]
     assert sequences_of([group([0, 0], [1, 0])])[3].calls == [[]]
 
@@ -141,59 +149,30 @@ def test_scores_return_to_their_own_group():
         calls.append(contexts)
         return [[-9.0] * 1, [-1.0] * 2, [-7.0] * 1, [-8.0] * 2, [-0.5] * 3]
 
-    found, guidance = sgpo_sequences(groups, SgpoSettings(), problems=4, score=score)
+    found, guidance = step_of(groups, SgpoSettings(), problems=4, score=score)
     assert [s.completion_ids for s in found] == [(31, 31), (31, 31), (32, 32, 32)]
-    assert [g.target_score for g in guidance] == [-2.0, None, None, -1.5]
+    assert [g.selection_score for g in guidance] == [-2.0, None, None, -1.5]
     assert len(calls[0]) == 5
 
 
-@pytest.mark.parametrize("target", ["sum", "mean"])
-def test_long_candidates_become_a_contest_that_the_step_decides(target):
-    """Guided contexts of 3 + 5 and 3 + 6 tokens; of 3 + 4 and 3 + 6; one correct; none."""
-    groups = [
-        group([0, 0, 0, 1], [1, 1, 0], lengths=[5, 6, 1]), group([0, 1], [1, 1], lengths=[4, 6]),
-        group([0, 0], [0, 1], lengths=[9, 9]), group([0, 0], [0]),
-    ]  # fmt: skip
-    scorer, settings = FakeScorer({30: -1.0, 31: -1.0}), SgpoSettings(target=target)
-    found, guidance = sgpo_sequences(groups, settings, problems=4, score=scorer, contest_above_tokens=7)
-    assert scorer.calls == [[(PLAIN, (30,) * 4), (PLAIN, (31,) * 6)]]
-    assert [s.completion_ids for s in found if s.target_weight] == [(30,) * 4, (31,) * 9]
-    assert [g.contest is None for g in guidance] == [False, True, True, True]
-    contest = guidance[0].contest
-    assert contest.score == target
-    # Each candidate as if it were o+: the sequence that the other way gives it, with all of alpha.
-    alpha = 0.5 * (2 / 3 - 0.25 + 0.1) / 0.35
-    assert [c.target_weight for c in contest.candidates] == pytest.approx([alpha / (4 * 5), alpha / (4 * 6)])
-    one_correct = [group([0, 0, 0, 1], rewards, lengths=[5, 6, 1]) for rewards in ([1, 0, 0], [0, 1, 0])]
-    alone = sequences_of(one_correct, problems=4)[1]
-    assert [(c.prompt_ids, c.teacher_prompt_ids, c.completion_ids) for c in contest.candidates] == [
-        (s.prompt_ids, s.teacher_prompt_ids, s.completion_ids) for s in alone
-    ]
-    outcome = guidance[0].decided(1, -2.5)
-    assert (outcome.targets, outcome.target_score, outcome.contest) == ((groups[0].guided[1],), -2.5, None)
-    assert (outcome.alpha, outcome.alpha_uncapped) == (guidance[0].alpha, guidance[0].alpha_uncapped)
-
-
-def test_all_correct_ones_are_learnt_without_a_contest_in_equation_2():
+def test_all_correct_ones_are_learnt_in_equation_2():
     groups = [group([0, 1], [1, 1], lengths=[5, 6])]
-    found, (chosen,) = sgpo_sequences(
-        groups, SgpoSettings(target="all"), problems=1, score=FakeScorer(), contest_above_tokens=0
-    )
-    assert chosen.contest is None
-    assert len([s for s in found if s.target_weight]) == 2
+    found, (chosen,) = step_of(groups, SgpoSettings(selection="all"), problems=1, score=FakeScorer())
+    assert len(chosen.teacher_completions) == 2
+    assert len([s for s in found if s.distill_weight]) == 2
 
 
 def test_no_correct_guided_rollout_leaves_no_target_and_no_alpha():
     _, target, guidance, _ = sequences_of([group([0, 1], [0, 0, 0])])
     assert target == []
-    assert (guidance[0].alpha, guidance[0].targets, guidance[0].target_score) == (0.0, (), None)
+    assert (guidance[0].alpha, guidance[0].teacher_completions, guidance[0].selection_score) == (0.0, (), None)
 
 
 def test_a_problem_without_guided_rollouts_is_plain_grpo():
     policy, target, guidance, _ = sequences_of([group([0, 1])])
     assert len(policy) == 2
     assert target == []
-    assert guidance[0].targets == ()
+    assert guidance[0].teacher_completions == ()
 
 
 def test_alpha_zero_gives_no_target_sequence():
@@ -205,28 +184,28 @@ def test_alpha_zero_gives_no_target_sequence():
 
 
 def test_every_correct_rollout_shares_alpha_in_equation_2():
-    _, target, guidance, scorer = sequences_of([group([0, 1], [1, 0, 1, 1])], problems=3, target="all")
+    _, target, guidance, scorer = sequences_of([group([0, 1], [1, 0, 1, 1])], problems=3, selection="all")
     alpha = 0.5 * (0.75 - 0.5 + 0.1) / 0.6
     assert [s.completion_ids[0] for s in target] == [30, 32, 33]
-    assert [s.target_weight for s in target] == pytest.approx([alpha / (3 * 3 * n) for n in (1, 3, 4)])
+    assert [s.distill_weight for s in target] == pytest.approx([alpha / (3 * 3 * n) for n in (1, 3, 4)])
     assert all(s.teacher_prompt_ids == GUIDED for s in target)
-    assert guidance[0].target_score is None
+    assert guidance[0].selection_score is None
     assert scorer.calls == [[]]
-    assert sum(s.target_weight * len(s.completion_ids) for s in target) == pytest.approx(alpha / 3)
+    assert sum(s.distill_weight * len(s.completion_ids) for s in target) == pytest.approx(alpha / 3)
 
 
-@pytest.mark.parametrize("distillation", ["forward_kl", "reverse_kl", "js", "sft", "none"])
+@pytest.mark.parametrize("distillation", ["forward_kl", "reverse_kl", "js", "sft", None])
 def test_the_kind_of_distillation(distillation):
     policy, target, guidance, _ = sequences_of([group([0, 1], [1, 1])], distillation=distillation)
     assert len(policy) == 2
-    if distillation == "none":
+    if distillation is None:
         assert target == []
         assert guidance[0].alpha == 0
         return
     assert len(target) == 1
     assert target[0].prompt_ids == PLAIN
     assert target[0].teacher_prompt_ids == (None if distillation == "sft" else GUIDED)
-    assert target[0].target_weight == pytest.approx(0.5)
+    assert target[0].distill_weight == pytest.approx(0.5)
 
 
 def test_distillation_only():
@@ -265,7 +244,7 @@ def test_guided_rollouts_never_enter_the_policy_loss():
 def test_alpha_of_a_group(auto, guided, settings, alpha):
     _, target, guidance, _ = sequences_of([group(auto, guided)], **settings)
     assert guidance[0].alpha == pytest.approx(alpha, rel=1e-5)
-    assert sum(s.target_weight * len(s.completion_ids) for s in target) == pytest.approx(alpha, rel=1e-5)
+    assert sum(s.distill_weight * len(s.completion_ids) for s in target) == pytest.approx(alpha, rel=1e-5)
 
 
 def test_alpha_counts_passes_and_not_reward_sums():
@@ -275,7 +254,7 @@ def test_alpha_counts_passes_and_not_reward_sums():
 
 def test_every_sequence_is_live():
     groups = [group([0, 1], [1, 1]), group([1, 1], [1, 0]), group([0, 0], [0, 0]), group([0.0, 0.5, 1.0])]
-    found, _ = sgpo_sequences(groups, SgpoSettings(), problems=4, score=FakeScorer({30: -1.0, 31: -2.0}))
+    found, _ = step_of(groups, SgpoSettings(), problems=4, score=FakeScorer({30: -1.0, 31: -2.0}))
     assert found
     assert all(s.is_live for s in found)
 
@@ -320,8 +299,8 @@ def step_groups():
                 Problem("p", "?", "1"), PromptPair(plain, guided_prompt),
                 auto=tuple(rollout("auto", plain, ids(2 + i)) for i in range(3)),
                 guided=tuple(rollout("guided", guided_prompt, ids(6 - i)) for i in range(3)),
-                auto_verdicts=tuple(Verdict(float(r)) for r in auto),
-                guided_verdicts=tuple(Verdict(float(r)) for r in guided),
+                auto_results=tuple(RewardResult(float(r)) for r in auto),
+                guided_results=tuple(RewardResult(float(r)) for r in guided),
             )
         )  # fmt: skip
     return groups
@@ -355,18 +334,10 @@ def total_by_hand(lm, groups, sum_of_logprobs=True):
 
 
 def total_of_sequences(lm, sequences, micro_batches):
-    model = PolicyModel(lm)
+    model, loss = PolicyModel(lm), SgpoLoss(LossSettings(**CLIPS, max_token_kl=DELTA))
     total = 0.0
     for micro in (collate_training(part, 0, with_teacher=True) for part in micro_batches(sequences)):
-
-        def loss(head, bias, hidden, teacher_hidden, micro=micro):
-            return sgpo_objective(
-                head, bias, hidden, teacher_hidden, targets=micro.student.targets, advantages=micro.advantages,
-                policy_weight=micro.policy_weight, old_logprobs=None, target_weight=micro.target_weight,
-                max_token_kl=DELTA, **CLIPS,
-            )  # fmt: skip
-
-        total = total + model(loss, micro.student, micro.teacher)[0]
+        total = total + model(loss, micro)[0]
     return total
 
 
@@ -382,9 +353,9 @@ def test_equation_7_equals_the_sum_over_the_sequences(lm, micro_batches):
         with torch.no_grad():
             return [taken(lm, prompt, completion).tolist() for prompt, completion in contexts]
 
-    sequences, guidance = sgpo_sequences(groups, SgpoSettings(), problems=len(groups), score=score)
+    sequences, guidance = step_of(groups, SgpoSettings(), problems=len(groups), score=score)
     assert len(sequences) == 6 + 2  # two mixed groups of three; of three problems with a target one has alpha 0
-    assert [bool(g.targets) for g in guidance] == [True, False, False, True]
+    assert [bool(g.teacher_completions) for g in guidance] == [True, False, False, True]
     expected, kept, masked = total_by_hand(lm, groups)
     assert min(kept, masked) > 0
 

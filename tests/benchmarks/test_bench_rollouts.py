@@ -9,7 +9,7 @@ from engine_builders import NO_VLLM
 
 from benchmarks import rollouts
 from benchmarks.rollouts import Completion, Peer
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
 
 EOS = 9
 LIMITS = [3, 3, 4]

@@ -17,7 +17,7 @@ from sgpo_kernels import reference
 from benchmarks import measure, ops, plots, run
 from benchmarks import peers as peer_registry
 from benchmarks import states as sources
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
 
 LIGER = importlib.util.find_spec("liger_kernel") is not None
 PEERS = "ours-torch,ours-torch-live,naive,torch-linear-ce,liger,ours-triton,quack"

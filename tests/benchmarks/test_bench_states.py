@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import states as sources
 from benchmarks.ops import logprobs
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
 
 
 def knot_value(knots, share: float) -> float:

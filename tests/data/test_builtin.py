@@ -9,7 +9,7 @@ import yaml
 
 from sgpo.data import builtin
 from sgpo.data.builtin import FAMILIES, PROCEDURES, make_demonstrations, make_problems
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
 
 TEMPLATE = Path(builtin.__file__).parent / "templates" / "builtin.yaml"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sgpo.data.problems import MAX_LISTED, check_disjoint, load_problems
-from sgpo.schema import ChatTurn, Problem, SgpoError
+from sgpo.types import ChatTurn, Problem, SgpoError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 

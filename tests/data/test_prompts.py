@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sgpo.data.prompts import PromptBuilder, PromptTemplate, eos_token_ids
-from sgpo.schema import ChatTurn, Problem, SgpoError
+from sgpo.types import ChatTurn, Problem, SgpoError
 
 CHAT = (
     "{% for turn in messages %}{{ '<s>' + turn['role'] + ':' + turn['content'] + '</s>' }}{% endfor %}"

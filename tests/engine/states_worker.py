@@ -13,12 +13,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from engine_builders import whole_weights_nowhere
+from processes import PATIENCE_S
 
-from sgpo.engine import ranks
-from sgpo.engine.selftest import check_gradients
+from sgpo.engine.gradient_check import check_gradients
+from sgpo.engine.step import optimizer_step
 from sgpo.engine.zero import ZeroEngine, init_distributed
-from sgpo.models import PolicyModel, load_causal_lm
-from sgpo.steps import optimizer_step
+from sgpo.model.loading import load_causal_lm
+from sgpo.model.policy import PolicyModel
+from sgpo.utils import distributed
 
 spec = importlib.util.spec_from_file_location("zero_worker", Path(__file__).with_name("zero_worker.py"))
 zero_worker = importlib.util.module_from_spec(spec)
@@ -35,8 +37,8 @@ def build(folder: str, case: str, device: torch.device) -> ZeroEngine:
 
 
 def step(engine: ZeroEngine, *, lr: float = 1e-3, budget: int = 100) -> float:
-    mine = zero_worker.make_sequences()[ranks.rank() :: ranks.world_size()]
-    return optimizer_step(engine, mine, zero_worker.objective, token_budget=budget, pad_id=0, lr=lr).grad_norm
+    mine = zero_worker.make_sequences()[distributed.rank() :: distributed.world_size()]
+    return optimizer_step(engine, mine, zero_worker.loss, token_budget=budget, pad_id=0, lr=lr).grad_norm
 
 
 def weights(engine: ZeroEngine) -> dict[str, torch.Tensor]:
@@ -99,7 +101,7 @@ def run_slowly(case: str, folder: str, device: torch.device) -> dict:
 
 def main() -> None:
     out, folder, *cases = sys.argv[1:]
-    device = init_distributed(300)
+    device = init_distributed(PATIENCE_S)
     whole_weights_nowhere()
     results = {}
     for k, case in enumerate(cases):
@@ -107,7 +109,7 @@ def main() -> None:
             results[case] = run_slowly(case.removeprefix("slow:"), folder, device)
         else:
             results[case] = run_case(case, folder, device, Path(out).parent / f"checkpoint-{k}")
-    if ranks.is_main():
+    if distributed.is_main():
         torch.save(results, out)
 
 

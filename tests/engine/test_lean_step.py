@@ -1,20 +1,21 @@
-"""What a whole optimizer step keeps in memory, in a real engine: scoring, contest, teacher, forward, backward, Adam."""
+"""What a whole optimizer step keeps in memory, in a real engine: scoring, teacher, forward, backward, Adam."""
 
 import math
 
 import deepspeed.utils.groups
 import pytest
 import torch
+from processes import PATIENCE_S
 from sgpo_kernels import launch
 from sgpo_kernels.testing import Peak, cpu_peak
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from sgpo import assembly
+from sgpo.builders.loss import training_loss
 from sgpo.config import Config
 from sgpo.engine import zero
-from sgpo.models import PolicyModel
-from sgpo.schema import Contest, TrainSequence
-from sgpo.steps import optimizer_step, score_contexts
+from sgpo.engine.step import optimizer_step, score_contexts
+from sgpo.model.policy import PolicyModel
+from sgpo.types import TrainSequence
 
 HIDDEN, SMALL, LARGE = 32, 1024, 3072
 PROMPT = 8
@@ -28,45 +29,42 @@ def device():
             patch.delenv(name)
         # DeepSpeed keeps its copy of a process group that another test of this process has destroyed.
         patch.setattr(deepspeed.utils.groups, "_WORLD_GROUP", None)
-        yield zero.init_distributed(60)
+        yield zero.init_distributed(PATIENCE_S)
         torch.distributed.destroy_process_group()
 
 
 def sequence(seed: int, tokens: int, **weights) -> TrainSequence:
     ids = torch.randint(64, (3 * PROMPT + tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
-    teacher = tuple(ids[PROMPT : 3 * PROMPT]) if "target_weight" in weights else None
+    teacher = tuple(ids[PROMPT : 3 * PROMPT]) if "distill_weight" in weights else None
     return TrainSequence(tuple(ids[:PROMPT]), tuple(ids[3 * PROMPT :]), teacher_prompt_ids=teacher, **weights)
 
 
-def step_peak(device, *, vocab: int, tokens: int, candidates: int = 2, layers: int = 1, **options) -> Peak:
-    """Of a step with completions of `tokens` tokens: two live ones that are scored before, a lone target, a contest
-    that the first candidate wins (0 candidates: no contest)."""
+def step_peak(device, *, vocab: int, tokens: int) -> Peak:
+    """Of a step with completions of `tokens` tokens: two live ones that are scored before, and two targets."""
     numbers = {"hidden_size": HIDDEN, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         lm = Qwen2ForCausalLM(
             Qwen2Config(
-                **numbers, vocab_size=vocab, num_hidden_layers=layers, tie_word_embeddings=False,
+                **numbers, vocab_size=vocab, num_hidden_layers=1, tie_word_embeddings=False,
                 max_position_embeddings=8192, attn_implementation="sdpa",
             )
         ).eval()  # fmt: skip
     engine = zero.ZeroEngine(
-        PolicyModel(lm, gradient_checkpointing=True, **options), device=device, zero_stage=0, dtype="float32", lr=1e-3,
+        PolicyModel(lm, gradient_checkpointing=True), device=device, zero_stage=0, dtype="float32", lr=1e-3,
         betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, max_grad_norm=1.0,
     )  # fmt: skip
     config = Config.model_validate(
         {"model": {"path": "builtin"}, "data": {"train": "builtin"}, "rollout": {"engine": "hf"}}
     )
     policy = [sequence(k, tokens, advantage=(-1.0) ** k, policy_weight=0.1) for k in range(2)]
-    rivals = [sequence(10 + k, tokens - 8 * (k == 0), target_weight=0.1) for k in range(candidates)]
-    contests = [Contest(tuple(rivals))] if rivals else []
     sizes = {"token_budget": tokens + 2 * PROMPT, "pad_id": 0}
 
     def step() -> None:
         score_contexts(engine, [(s.prompt_ids, s.completion_ids) for s in policy], **sizes)
-        live = [*policy, sequence(5, tokens, target_weight=0.1)]
-        result = optimizer_step(engine, live, assembly.policy_objective(config), lr=1e-3, contests=contests, **sizes)
-        assert len(result.passes) == 3 + len(contests)
+        live = [*policy, *(sequence(k, tokens - 8 * (k == 10), distill_weight=0.1) for k in (5, 10))]
+        result = optimizer_step(engine, live, training_loss(config), lr=1e-3, **sizes)
+        assert len(result.passes) == 4
         assert math.isfinite(result.loss)
         assert result.grad_norm is not None
 
@@ -89,10 +87,3 @@ def test_no_tensor_of_a_step_is_as_large_as_tokens_times_vocabulary(device, monk
     assert abs(slopes[1] - slopes[0]) < 0.01 * 4 * (many - few), slopes
     # Gradients, masters' update and dW: a few fp32 copies of the head and of the embedding, no logits.
     assert slopes[1] < 8 * 4 * 2 * HIDDEN, slopes
-
-
-def test_a_contest_keeps_two_candidates_whatever_their_number(device):
-    """Only the checkpoints of the second one come on top of what any other micro-batch takes."""
-    none, four = (step_peak(device, vocab=64, tokens=1024, candidates=k, layers=6).peak_bytes for k in (0, 4))
-    checkpoints = 6 * 1024 * HIDDEN * 4
-    assert four < none + 1.2 * checkpoints

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sgpo.config import Config, checked
+from sgpo.config import Config
 from sgpo.engine.optimizer import build_optimizer, fit_blocks
-from sgpo.schema import SgpoError
+from sgpo.types import SgpoError
+from sgpo.utils.config_file import checked
 
 WORKER = Path(__file__).with_name("states_worker.py")
 HERE = importlib.util.find_spec("torchao") is not None

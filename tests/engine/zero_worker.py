@@ -1,7 +1,7 @@
 """One rank of the engine tests: runs every case of the command line in one process and writes what came out.
 
-python zero_worker.py OUT.json MODEL_FOLDER CASE ...    STAGE:DTYPE:TOKEN_BUDGET[:OPTION...], or contest:CASE
-(contest_cases.py)
+python zero_worker.py OUT.json MODEL_FOLDER CASE ...    STAGE:DTYPE:TOKEN_BUDGET[:OPTION...], or step:CASE
+(step_cases.py)
 """
 
 import json
@@ -13,13 +13,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from engine_builders import whole_weights_nowhere
+from processes import PATIENCE_S
 
-from sgpo.algorithm.objective import sgpo_objective
-from sgpo.engine import ranks
+from sgpo.algorithm.loss import LossSettings, SgpoLoss
+from sgpo.engine.step import micro_batches, optimizer_step, score_contexts
 from sgpo.engine.zero import ZeroEngine, init_distributed
-from sgpo.models import PolicyModel, load_causal_lm
-from sgpo.schema import TrainSequence
-from sgpo.steps import micro_batches, optimizer_step, score_contexts
+from sgpo.model.loading import load_causal_lm
+from sgpo.model.policy import PolicyModel
+from sgpo.types import TrainSequence
+from sgpo.utils import distributed
 
 
 def make_sequences() -> list[TrainSequence]:
@@ -34,27 +36,12 @@ def make_sequences() -> list[TrainSequence]:
         for i in range(24)
     ]
     distilled = [
-        TrainSequence(ids(5, 12), ids(3, 14), target_weight=1 / 50, teacher_prompt_ids=ids(12, 22)) for _ in range(5)
+        TrainSequence(ids(5, 12), ids(3, 14), distill_weight=1 / 50, teacher_prompt_ids=ids(12, 22)) for _ in range(5)
     ]
     return policy + distilled
 
 
-def objective(head, bias, hidden, teacher_hidden, micro):
-    return sgpo_objective(
-        head,
-        bias,
-        hidden,
-        teacher_hidden,
-        targets=micro.student.targets,
-        advantages=micro.advantages,
-        policy_weight=micro.policy_weight,
-        old_logprobs=micro.old_logprobs,
-        target_weight=micro.target_weight,
-        clip_low=0.2,
-        clip_high=0.28,
-        over_limit="scale",
-        max_token_kl=1.0,
-    )
+loss = SgpoLoss(LossSettings(clip_low=0.2, clip_high=0.28, over_limit="scale", max_token_kl=1.0))
 
 
 def gradient(engine: ZeroEngine, stage: int) -> dict[str, list[float]]:
@@ -89,19 +76,19 @@ def run_case(case: str, folder: str, device: torch.device) -> dict:
     stage, dtype, budget, *options = case.split(":")
     model = PolicyModel(load_causal_lm(folder, dtype=dtype), **{k: v for o in options for k, v in OPTIONS[o].items()})
     engine = engine_of(model, device, int(stage), dtype)
-    mine = make_sequences()[ranks.rank() :: ranks.world_size()]
+    mine = make_sequences()[distributed.rank() :: distributed.world_size()]
     live = [sequence for sequence in mine if sequence.is_live]
     batches = sum(1 for _ in micro_batches(live, token_budget=int(budget), pad_id=0))
     losses, norms, first = [], [], {}
     for step in range(3):
-        result = optimizer_step(engine, mine, objective, token_budget=int(budget), pad_id=0, lr=1e-3)
-        losses.append(sum(ranks.gather(result.loss)))
+        result = optimizer_step(engine, mine, loss, token_budget=int(budget), pad_id=0, lr=1e-3)
+        losses.append(sum(distributed.gather(result.loss)))
         norms.append(result.grad_norm)
         if step == 0 and dtype == "float32":
             first = gradient(engine, int(stage))
     contexts = [(s.prompt_ids, s.completion_ids) for s in mine]
     scores = score_contexts(engine, contexts, token_budget=int(budget), pad_id=0)
-    nothing = optimizer_step(engine, [], objective, token_budget=int(budget), pad_id=0, lr=1e-3)
+    nothing = optimizer_step(engine, [], loss, token_budget=int(budget), pad_id=0, lr=1e-3)
     weights = {name: tensor.double().sum().item() for name, tensor in engine.named_weights()}
     masters = all(t.dtype == torch.float32 for g in engine._optimizer.param_groups for t in g["params"])
     engine.close()
@@ -110,7 +97,7 @@ def run_case(case: str, folder: str, device: torch.device) -> dict:
         "losses": losses,
         "norms": norms,
         "gradient": first,
-        "scores": [sum(row) for part in ranks.gather(scores) for row in part],
+        "scores": [sum(row) for part in distributed.gather(scores) for row in part],
         "stepped_on_nothing": nothing.grad_norm is not None,
         "weights": weights,
         "fp32_masters": masters,
@@ -119,17 +106,17 @@ def run_case(case: str, folder: str, device: torch.device) -> dict:
 
 def main() -> None:
     out, folder, *cases = sys.argv[1:]
-    device = init_distributed(300)
+    device = init_distributed(PATIENCE_S)
     whole_weights_nowhere()
     results = {}
     for case in cases:
-        if case.startswith("contest:"):
-            import contest_cases
+        if case.startswith("step:"):
+            import step_cases
 
-            results[case] = contest_cases.run_case(case.removeprefix("contest:"), folder, device)
+            results[case] = step_cases.run_case(case.removeprefix("step:"), folder, device)
         else:
             results[case] = run_case(case, folder, device)
-    if ranks.is_main():
+    if distributed.is_main():
         Path(out).write_text(json.dumps(results))
 
 

@@ -17,9 +17,11 @@ import torch
 import torch.distributed as dist
 from sgpo_kernels import launch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import conftest
 import test_kernel_properties as properties
+from processes import PATIENCE_S
 
 VOCAB = 240
 CUTS = {1: (0, VOCAB), 2: (0, 101, VOCAB), 3: (0, 7, 130, VOCAB)}
@@ -83,7 +85,7 @@ def op_results(options: dict[str, Any], cuts: tuple[int, int] | None) -> dict[st
 def main() -> None:
     folder, impl = Path(sys.argv[1]), sys.argv[2]
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE_S))
     start, end = CUTS[ranks][rank : rank + 2]
     # Two tiles per piece, and few of them for Triton's interpreter.
     small_tiles = {name: block._replace(rows=16, columns=64) for name, block in launch.DEFAULT_BLOCKS.items()}

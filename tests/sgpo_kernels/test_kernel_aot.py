@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import PATIENCE_S
 from sgpo_kernels import launch
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -17,7 +18,7 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 def test_resources(arch):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "sgpo_kernels.aot", "--json", "--arch", str(arch)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE_S)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, done.stderr
     assert len(rows) > 50

@@ -28,7 +28,7 @@ def ranks(request, launcher, tmp_path_factory) -> tuple[str, list[Any]]:
     """The implementation, and (live results, op results) of each rank."""
     impl, count = request.param
     folder = tmp_path_factory.mktemp("shards")
-    launcher([str(PATH), str(folder), impl], processes=count, timeout_s=240)
+    launcher([str(PATH), str(folder), impl], processes=count)
     return impl, [torch.load(folder / f"{count}-{rank}.pt") for rank in range(count)]
 
 

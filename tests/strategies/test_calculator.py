@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sgpo.schema import Problem
 from sgpo.strategies.calculator import attach_strategies, leaks, strategy_from_calculator_trace
+from sgpo.types import Problem
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 

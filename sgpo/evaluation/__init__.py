@@ -1,0 +1,1 @@
+"""How good a policy is: avg@k on held-out problems and benchmarks, with intervals and comparisons."""

@@ -1,0 +1,98 @@
+"""What a local Hugging Face folder holds: tokenizer, model, and the few facts of its config that the trainer needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from sgpo.types import SgpoError
+
+# Models that change the logits after the head: the fused losses would silently compute something else.
+# Each with the values that change nothing.
+_UNSUPPORTED_LOGITS = {
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "lm_head_multiplier": (None, 1),
+    "output_multiplier": (None, 1),
+}
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a local folder. Raises SgpoError where there is none, or it lacks an EOS token."""
+    from transformers import AutoTokenizer
+
+    _require_folder(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise SgpoError(f"no tokenizer can be loaded from {path}: {_first_line(error)}") from error
+    if not tokenizer.encode("1", add_special_tokens=False):
+        # For some model types transformers makes up an empty tokenizer where the files are missing.
+        raise SgpoError(f"no tokenizer can be loaded from {path}: it has no vocabulary; add the tokenizer's files")
+    if tokenizer.eos_token_id is None:
+        raise SgpoError(f"the tokenizer in {path} has no eos_token; completions could never end: set one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(path: str | Path, *, dtype: str, attn_implementation: str = "sdpa") -> Any:
+    """The model of a local folder in `dtype` ("float32" or "bfloat16"), safetensors only, no remote code."""
+    from transformers import AutoModelForCausalLM
+
+    _require_folder(path)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        raise SgpoError(f"no model can be loaded from {path}: {_first_line(error)}") from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise SgpoError(
+            f"the model in {path} lacks {', '.join(missing[:3])} ({len(missing)} weights in all), which would be "
+            "random numbers; copy the whole checkpoint"
+        )
+    settings = model.config.get_text_config()
+    for name, neutral in _UNSUPPORTED_LOGITS.items():
+        if getattr(settings, name, None) not in neutral:
+            raise SgpoError(f"the model in {path} sets {name}, which the fused loss does not support yet")
+    return model
+
+
+def eos_ids_of_folder(path: str | Path) -> int | list[int] | None:
+    """EOS of the model's generation config, or of its config where it has none."""
+    for name in ("generation_config.json", "config.json"):
+        if (file := Path(path) / name).is_file():
+            return json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    return None
+
+
+def positions_of(model_folder: Path) -> int | None:
+    """Longest sequence that the model was made for."""
+    return config_of(model_folder).get("max_position_embeddings")
+
+
+def config_of(model_folder: Path) -> dict[str, Any]:
+    """The folder's config.json."""
+    return json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _require_folder(path: str | Path) -> None:
+    if not (Path(path) / "config.json").is_file():
+        raise SgpoError(f"model folder {path} does not exist or has no config.json; give a local Hugging Face folder")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

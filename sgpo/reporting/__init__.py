@@ -1,0 +1,1 @@
+"""What people look at: log files, the live display, plots and HTML pages."""

@@ -1,0 +1,1 @@
+"""Small tools that any folder may use; they know nothing of training."""
