@@ -13,16 +13,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sgpo.utils.config_rules import GONE, check_pairs
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-# Keys of earlier versions, and what a config that has one is told. The config.yaml of an old run may have them.
-RENAMED = {"algorithm.target": "algorithm.selection", "model.lora.targets": "model.lora.modules"}
-GONE = {
-    "engine.shared_target_pass": "is gone: o+ is always chosen by a scoring pass before training; remove the line",
-    **{old: f"has another name now: write {new}" for old, new in RENAMED.items()},
-}
 
 
 class Section(BaseModel):
@@ -486,39 +480,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _pairs(self) -> Config:
-        method = self.algorithm.method
-        if method == "grpo" and not self.algorithm.autonomous_grpo:
-            raise ValueError("method: grpo and algorithm.autonomous_grpo: false leave no loss; switch the latter on")
-        if method != "sgpo" and self.rollout.n_guided > 0:
-            raise ValueError(f"method: {method} uses no guided rollouts; set rollout.n_guided to 0")
-        if (method == "sft") != (self.rollout.n_auto == 0):
-            raise ValueError(f"method: {method} and rollout.n_auto = {self.rollout.n_auto}: 0 is for sft, and only 0")
-        if self.algorithm.refill_rounds and self.rollout.overlap:
-            raise ValueError("algorithm.refill_rounds decides after sampling, rollout.overlap before; switch one off")
-        batch = self.rollout.problems_per_step * (self.rollout.n_auto + self.rollout.n_guided)
-        if self.train.max_rollouts is not None and not 0 < batch <= self.train.max_rollouts:
-            raise ValueError(f"train.max_rollouts must hold at least one batch of rollouts ({batch})")
-        needs_guided = method == "sgpo" and self.algorithm.distillation is not None
-        if needs_guided and self.rollout.n_guided == 0:
-            raise ValueError("rollout.n_guided = 0 leaves SGPO nothing to distil; raise it or use method: grpo")
-        if self.rollout.problems_per_step % self.algorithm.mini_batches:
-            raise ValueError("algorithm.mini_batches must divide rollout.problems_per_step")
-        if self.rollout.n_auto == 1 and self.algorithm.autonomous_grpo:
-            raise ValueError("rollout.n_auto = 1 gives no group to compare with; use at least 2")
-        if self.rollout.engine == "vllm" and max(self.rollout.temperature, self.eval.temperature) > 2:
-            raise ValueError(
-                "vLLM takes temperatures up to 2; lower rollout.temperature or eval.temperature, or use hf"
-            )
-        if self.engine.sequence_parallel_size > 1 and self.model.attn_implementation != "sdpa":
-            raise ValueError("engine.sequence_parallel_size above 1 needs model.attn_implementation: sdpa")
-        if self.model.lora.dora and self.model.lora.sync == "adapters" and self.rollout.engine == "vllm":
-            raise ValueError("vLLM has no DoRA adapters; set model.lora.sync to merged (or leave it at auto)")
-        if self.engine.offload_states_during_rollout and self.rollout.placement == "process":
-            raise ValueError(
-                "engine.offload_states_during_rollout is for rollout.placement: inprocess, where both share the memory"
-            )
-        if self.warmup.enabled and self.warmup.data is None:
-            raise ValueError("warmup.enabled needs warmup.data")
+        check_pairs(self)
         return self
 
     def syncs_adapters(self, *, cuda: bool) -> bool:

@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # Folders (and the files beside them). Two of one floor do not know each other; inside a folder there is no circle.
 FLOORS = {
     "sgpo_kernels": 0,
-    "sgpo.types": 1,
+    "sgpo.types": 0,
+    "sgpo.utils": 1,
     "sgpo.config": 2,
-    "sgpo.utils": 2,
     "sgpo.algorithm": 2,
     "sgpo.model": 3,
     "sgpo.rollout": 3,
@@ -156,9 +156,9 @@ def test_imports_stay_light(statement, forbidden):
 
 
 def test_files_and_functions_can_be_read():
-    """No file over 500 lines, no function over 60, but for those that are named."""
+    """No file over 500 lines, no function over 60, but for the functions that are named."""
     files = {module: len(path.read_text().splitlines()) for module, path in SOURCES.items()}
-    assert [module for module, lines in files.items() if lines > 500] == ["sgpo.config"]  # every knob, by intent
+    assert [module for module, lines in files.items() if lines > 500] == []
     functions = [
         (f"{module}.{node.name}", (node.end_lineno or 0) - node.lineno + 1)
         for module, path in SOURCES.items()

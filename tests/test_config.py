@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from sgpo.builders.run_folder import from_earlier_version
-from sgpo.config import GONE, RENAMED, Config
+from sgpo.config import Config
 from sgpo.types import SgpoError
 from sgpo.utils.config_file import describe, known_keys, load_settings
+from sgpo.utils.config_rules import GONE, RENAMED
 
 ROOT = Path(__file__).resolve().parents[1]
 MINIMAL = "model: {path: m}\ndata: {train: t}\n"

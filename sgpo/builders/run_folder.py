@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
-from sgpo.config import GONE, RENAMED, Config
+from sgpo.config import Config
 from sgpo.types import SgpoError
 from sgpo.utils.config_file import checked
+from sgpo.utils.config_rules import GONE, RENAMED
 from sgpo.utils.distributed import on_rank_zero_first
 from sgpo.utils.provenance import environment
 

@@ -15,9 +15,10 @@ import pytest
 import yaml
 from tiny_runs import BASE, WARMUP, digest, finish, finish_all, rows, start
 
-from sgpo.config import GONE, RENAMED, RolloutConfig
+from sgpo.config import RolloutConfig
 from sgpo.train import trainer
 from sgpo.types import TrainSequence
+from sgpo.utils.config_rules import GONE, RENAMED
 
 
 def wait_for_lines(process: subprocess.Popen, path: Path, count: int) -> None:
