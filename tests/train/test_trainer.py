@@ -16,7 +16,7 @@ import yaml
 from tiny_runs import BASE, WARMUP, digest, finish, finish_all, rows, start
 
 from sgpo.config import RolloutConfig
-from sgpo.train import trainer
+from sgpo.train import update
 from sgpo.types import TrainSequence
 from sgpo.utils.config_rules import GONE, RENAMED
 
@@ -150,7 +150,7 @@ def test_old_logprobs_are_computed_of_policy_sequences_alone():
         TrainSequence((1,), (4, 5), advantage=-1.0, policy_weight=0.5, rollout_logprobs=(-1.5, -0.5)),
         TrainSequence((1,), (6,), advantage=0.0, policy_weight=0.5, rollout_logprobs=(-1.0,)),
     ]
-    fixed = trainer._with_old_logprobs(made, score, RolloutConfig(importance_cap=2.0, importance_level="token"))
+    fixed = update._with_old_logprobs(made, score, RolloutConfig(importance_cap=2.0, importance_level="token"))
     assert asked == [((1,), (4, 5))]
     assert [s.old_logprobs for s in fixed] == [None, (-1.0, -1.0), None]
     assert fixed[1].importance == pytest.approx((math.exp(0.5), math.exp(-0.5)))
