@@ -3,7 +3,7 @@
     python -m sgpo_kernels.aot [--arch 80 90 100] [--json]
 
 What: every kernel, with the options that change its code (kind, bias, soft-cap, temperature, dtype of dz), at the
-  tiles of `launch.blocks`, for a head whose size allows aligned 16-byte accesses. Reported: registers and stack per
+  tiles of `sizes.blocks`, for a head whose size allows aligned 16-byte accesses. Reported: registers and stack per
   thread, spills (STL / LDL in the machine code), shared memory, and the widths of global loads and stores.
 Limits: not under TRITON_INTERPRET=1; needs the cuobjdump and nvdisasm that the triton package ships.
 """
@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sgpo_kernels import launch
+from sgpo_kernels import sizes
 from sgpo_kernels import triton_kernels as kernels
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -68,10 +68,10 @@ def variants() -> Iterator[Variant]:
     kinds = (kernels.SCORE, kernels.FORWARD_KL, kernels.REVERSE_KL, kernels.JS)
 
     def tile(name: str, columns: int | None = None) -> tuple[dict[str, Any], int]:
-        block = launch.blocks(name, None)
+        block = sizes.blocks(name, None)
         return {"BLOCK_R": block.rows, "BLOCK_V": columns or block.columns}, block.warps
 
-    scan_columns = launch.blocks("scan", None).columns
+    scan_columns = sizes.blocks("scan", None).columns
     for full in (False, True):
         one = {"HAS_BIAS": full, "HAS_SOFTCAP": full, "HAS_HEAT": full}
         two = {**one, "HAS_TEACHER_BIAS": full}
@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_LIMIT))
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of the table")
     options = parser.parse_args(arguments)
-    if launch.interpreting():
+    if sizes.interpreting():
         print("TRITON_INTERPRET=1 is set: unset it, kernels cannot be compiled in the interpreter.", file=sys.stderr)
         return 2
     rows = [compile_variant(variant, arch) for arch in options.arch for variant in variants()]

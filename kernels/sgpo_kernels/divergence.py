@@ -7,8 +7,8 @@ Equation: loss = sum_n w_n limit(d_n); forward_kl d = KL(p_T || p_S), reverse_kl
   times the constant delta / d.
 Source: arXiv 2606.24064 Eq. 3 (forward KL), Eq. 5 (mask; w_n = alpha / (P |o+|)); reverse KL is its ablation.
 Gradient: by the student's logits only: p_S - p_T (forward), p_S (u - d) (reverse), p_S (a - sum p_S a) (js), see
-  rowmath. Formed in forward; nothing flows to the teacher's states, head or bias.
-Memory: `launch.extra_bytes("divergence", ...)`, no term in N·V, + V·H·a for a separate half teacher head on the CPU.
+  backend_torch. Formed in forward; nothing flows to the teacher's states, head or bias.
+Memory: `sizes.extra_bytes("divergence", ...)`, no term in N·V, + V·H·a for a separate half teacher head on the CPU.
   Saved: dH [N, H], dW [V, H] in the input dtype (dW of a float16 head in float32), db [V].
 Precision: float32 logits and dz (float64 for float64 inputs); sums of terms >= 0, so equal states give exactly 0 and a
   zero gradient.
@@ -23,10 +23,10 @@ from typing import Literal
 import torch.distributed as dist
 from torch import Tensor
 
-from sgpo_kernels import contracts, launch
-from sgpo_kernels.fused import DistillInputs, DivergenceStats, Options, divergence_stats, fused_loss
+from sgpo_kernels import checks, sizes
+from sgpo_kernels.backend_torch import Rule
+from sgpo_kernels.custom_op import DistillInputs, DivergenceStats, Options, divergence_stats, fused_loss
 from sgpo_kernels.row_losses import row_losses
-from sgpo_kernels.rowmath import Rule
 
 Kind = Literal["forward_kl", "reverse_kl", "js"]
 OverLimit = Literal["mask", "clamp", "scale"]
@@ -50,7 +50,7 @@ def linear_divergence(
     head_grad: Tensor | None = None,
     vocab_group: dist.ProcessGroup | None = None,
     vocab_start: int = 0,
-    impl: launch.Impl = "auto",
+    impl: sizes.Impl = "auto",
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, DivergenceStats]:
     """Weighted sum of the limited per-token divergence, or with `token_weight=None` the value of each row.
@@ -65,13 +65,13 @@ def linear_divergence(
         teacher_head, teacher_bias: None means the student's, detached; a teacher_head goes with teacher_bias alone.
         logit_softcap: cap > 0 of cap tanh(z / cap), applied before the temperature; None for none.
         column_tolerance: 0 is exact. Above 0, backward multiplies only the vocabulary columns whose |dz| reaches the
-            tolerance times the row's weight for some row of the chunk (see linear_rows); `dropped` bounds the rest.
+            tolerance times the row's weight for some row of the chunk (see chunk_loop); `dropped` bounds the rest.
         head_grad: [V, H] float32 (float64) buffer to which backward adds the head's gradient, unrounded; head.grad
             then stays as it is.
         vocab_group, vocab_start: the process group over which the head's rows are sharded in contiguous pieces, and
             the first token id of this rank's piece. Every rank passes the same rows; losses, statistics and hidden
             gradients are then whole on every rank.
-        impl: "auto" (Triton on CUDA), "triton" or "torch". chunk_rows: rows per chunk, None for that of `launch`.
+        impl: "auto" (Triton on CUDA), "triton" or "torch". chunk_rows: rows per chunk, None for that of `sizes`.
 
     Returns: (loss, DivergenceStats): loss 0-d float32 (float64 for float64 inputs), differentiable in hidden, head
     and bias. With token_weight=None: losses [N] after the limit, whose backward takes any upstream gradient and
@@ -81,7 +81,7 @@ def linear_divergence(
     Raises: TypeError (dtype), ValueError (shape, device, value), NotImplementedError (impl="triton" where Triton cannot
     run, head_grad inside torch.compile, forward-mode derivatives), RuntimeError (second derivatives).
     """
-    contracts.check_head(hidden, head, bias)
+    checks.check_head(hidden, head, bias)
     rows = DistillInputs(
         hidden, teacher_hidden, teacher_head, teacher_bias, token_weight, Rule(kind, max_token_kl, over_limit)
     )

@@ -5,7 +5,7 @@ Equation: logp_n = z_n[y_n] - log sum_j exp z_nj; entropy_n = -sum_j p_nj log p_
 Source: log pi_theta of arXiv 2606.24064 Eq. 1 and Eq. 4.
 Gradient: d logp / dz = onehot - p; d entropy / dz_j = -p_j (log p_j + entropy). Backward recomputes the logits chunk
   by chunk, for the rows whose upstream gradient is not 0.
-Memory: C·V·a in forward; `launch.extra_bytes("logprob", ...)` in both, no term in N·V. Saved: the inputs.
+Memory: C·V·a in forward; `sizes.extra_bytes("logprob", ...)` in both, no term in N·V. Saved: the inputs.
 Precision: float32 logits and statistics (float64 for float64 inputs); dz is cast to the dtype of hidden for the
   products.
 Limits: finite logits; first derivatives only; on an accelerator one host sync in backward.
@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sgpo_kernels import contracts, launch
-from sgpo_kernels.heads import Shard
-from sgpo_kernels.linear_rows import Call, Chunk, Needs, RowGroup, live_index, rescaled, run
-from sgpo_kernels.rowmath import LOGPROB, ROW_ENTROPY
+from sgpo_kernels import checks, sizes
+from sgpo_kernels.backend_torch import LOGPROB, ROW_ENTROPY
+from sgpo_kernels.chunk_loop import Call, Chunk, Needs, RowGroup, live_index, rescaled, run
+from sgpo_kernels.head import Shard
 
 
 def linear_logprob(
@@ -35,7 +35,7 @@ def linear_logprob(
     logit_softcap: float | None = None,
     vocab_group: dist.ProcessGroup | None = None,
     vocab_start: int = 0,
-    impl: launch.Impl = "auto",
+    impl: sizes.Impl = "auto",
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each row's target and the entropy of its distribution, in nats.
@@ -47,7 +47,7 @@ def linear_logprob(
         logit_softcap: cap > 0 of cap tanh(z / cap), applied before the temperature; None for none.
         vocab_group, vocab_start: the process group over which the head's rows are sharded, and the first token id of
             this rank's piece (see `linear_policy_loss`).
-        impl: "auto" (Triton on CUDA), "triton" or "torch". chunk_rows: rows per chunk, None for that of `launch`.
+        impl: "auto" (Triton on CUDA), "triton" or "torch". chunk_rows: rows per chunk, None for that of `sizes`.
 
     Returns: (logprobs [N], entropy [N]), float32 (float64 for float64 inputs), both differentiable in hidden, head
     and bias.
@@ -56,14 +56,14 @@ def linear_logprob(
     NotImplementedError (impl="triton" where Triton cannot run, forward-mode derivatives), RuntimeError (second
     derivatives). On CUDA an id outside is a device-side assertion.
     """
-    contracts.check_head(hidden, head, bias)
-    contracts.check_targets(targets, hidden)
-    contracts.check_temperature(temperature, hidden.shape[0], hidden)
-    contracts.check_softcap(logit_softcap)
-    contracts.check_shard(vocab_group, vocab_start)
-    contracts.check_choice("impl", impl, ("auto", "triton", "torch"))
-    contracts.check_chunk_rows(chunk_rows)
-    contracts.check_no_tangents(hidden, head, bias)
+    checks.check_head(hidden, head, bias)
+    checks.check_targets(targets, hidden)
+    checks.check_temperature(temperature, hidden.shape[0], hidden)
+    checks.check_softcap(logit_softcap)
+    checks.check_shard(vocab_group, vocab_start)
+    checks.check_choice("impl", impl, ("auto", "triton", "torch"))
+    checks.check_chunk_rows(chunk_rows)
+    checks.check_no_tangents(hidden, head, bias)
     heat = temperature if isinstance(temperature, Tensor) else None
     group = None if vocab_group is None else vocab_group.group_name
     return _linear_logprob(
@@ -125,9 +125,9 @@ def _linear_logprob(
     impl: str,
     chunk_rows: int | None,
 ) -> tuple[Tensor, Tensor]:
-    contracts.check_temperature_values(row_temperature)
+    checks.check_temperature_values(row_temperature)
     if vocab_group is None:
-        contracts.check_live_targets(targets, head.shape[0])
+        checks.check_live_targets(targets, head.shape[0])
     rows = ScoreRows(hidden, targets, temperature if row_temperature is None else row_temperature)
     call = Call(head, bias, logit_softcap, Shard(vocab_group, vocab_start), impl, chunk_rows)
     run([rows], call, Needs(False, False, (False,)))
@@ -136,7 +136,7 @@ def _linear_logprob(
 
 @_linear_logprob.register_fake
 def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    acc = launch.accumulate_dtype(hidden.dtype)
+    acc = sizes.accumulate_dtype(hidden.dtype)
     return hidden.new_empty(hidden.shape[0], dtype=acc), hidden.new_empty(hidden.shape[0], dtype=acc)
 
 
@@ -178,7 +178,7 @@ def _(
     return tuple(torch.empty_like(x) if need and x is not None else head.new_empty(0) for x, need in wanted)  # type: ignore[return-value]
 
 
-_linear_logprob_backward.register_autograd(contracts.refuse_second_derivative)
+_linear_logprob_backward.register_autograd(checks.refuse_second_derivative)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from sgpo_kernels.combined import SgpoStats
-from sgpo_kernels.fused import DivergenceStats, PolicyStats
+from sgpo_kernels.custom_op import DivergenceStats, PolicyStats
+from sgpo_kernels.sgpo_loss import SgpoStats
 
 
 def _log_softmax(

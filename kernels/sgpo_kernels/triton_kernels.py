@@ -1,7 +1,7 @@
-"""The Triton kernels behind `triton_rows`: row arithmetic on tiles [BLOCK_R, BLOCK_V] of float32 products.
+"""The Triton kernels behind `backend_triton`: row arithmetic on tiles [BLOCK_R, BLOCK_V] of float32 products.
 
 What: per chunk `scan_tiles` -> `combine_tiles` -> `settle_*`, then `divergence_tiles`, `peak_tiles`, `gradient_tiles`
-  or `gradient_column_tiles`. Equations: see rowmath, whose functions are the same arithmetic in plain torch.
+  or `gradient_column_tiles`. Equations: see backend_torch, whose functions are the same arithmetic in plain torch.
 Order: every sum over the vocabulary is made of one partial sum per tile, added up in a fixed order: no atomics, the
   same bits each time. Gates are evaluated in the settle kernels from run-time arguments; nothing that is annealed is a
   compile-time constant.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
-    from sgpo_kernels.fused import Options
+    from sgpo_kernels.custom_op import Options
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KINDS = ("forward_kl", "reverse_kl", "js")

@@ -3,8 +3,8 @@
 What: the objective of a micro-batch; the two groups share the head's product operand and one dW accumulator.
 Equation: loss = linear_policy_loss(policy rows) + linear_divergence(distillation rows).
 Source: arXiv 2606.24064 Eq. 7, with 1/P, 1/G1, 1/|o| and alpha(q) inside the per-row weights.
-Gradient: the sum of the two (see policy.py and divergence.py), formed in forward.
-Memory: `launch.extra_bytes("sgpo", ...)`, N the rows of both groups, no term in N·V. Saved: one dH per group, one dW,
+Gradient: the sum of the two (see policy_loss.py and divergence.py), formed in forward.
+Memory: `sizes.extra_bytes("sgpo", ...)`, N the rows of both groups, no term in N·V. Saved: one dH per group, one dW,
   one db.
 Precision: as in the two ops; dW is summed over both groups in float32 and rounded once.
 Limits: as in the two ops; on an accelerator two host syncs (the counts of live rows).
@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from sgpo_kernels import contracts, launch
-from sgpo_kernels.divergence import Kind, OverLimit
-from sgpo_kernels.fused import (
+from sgpo_kernels import checks, sizes
+from sgpo_kernels.backend_torch import ROW_LOSS, Bounds, Rule
+from sgpo_kernels.custom_op import (
     DistillInputs,
     DivergenceStats,
     Options,
@@ -29,7 +29,7 @@ from sgpo_kernels.fused import (
     fused_loss,
     policy_stats,
 )
-from sgpo_kernels.rowmath import ROW_LOSS, Bounds, Rule
+from sgpo_kernels.divergence import Kind, OverLimit
 
 
 class SgpoStats(NamedTuple):
@@ -65,7 +65,7 @@ def sgpo_loss(
     head_grad: Tensor | None = None,
     vocab_group: dist.ProcessGroup | None = None,
     vocab_start: int = 0,
-    impl: launch.Impl = "auto",
+    impl: sizes.Impl = "auto",
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, SgpoStats]:
     """Policy loss plus divergence, each with its per-row weights.
@@ -83,8 +83,8 @@ def sgpo_loss(
 
     Raises: as `linear_policy_loss`.
     """
-    contracts.check_head(policy_hidden, head, bias, ("policy_hidden", "head", "bias"))
-    contracts.check_matrix("distill_hidden", distill_hidden, head.shape[1], head)
+    checks.check_head(policy_hidden, head, bias, ("policy_hidden", "head", "bias"))
+    checks.check_matrix("distill_hidden", distill_hidden, head.shape[1], head)
     policy = PolicyInputs(
         policy_hidden, policy_targets, old_logprobs, advantages, policy_weight, Bounds(clip_low, clip_high, dual_clip)
     )

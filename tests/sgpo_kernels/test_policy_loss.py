@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sgpo_kernels import reference
-from sgpo_kernels.rowmath import Bounds, clipped_surrogate
+from sgpo_kernels.backend_torch import Bounds, clipped_surrogate
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -4,9 +4,9 @@ What: `sgpo_kernels::fused_loss` takes both groups of rows (either may be absent
   and the gradients for an upstream gradient of 1; its autograd formula multiplies them by the real one. An operator
   with a fake implementation, so that `torch.compile(fullgraph=True)` keeps the graph whole around it, and so that
   clips, limits and weights stay run-time values.
-Equation, source: see policy.py, divergence.py, combined.py.
+Equation, source: see policy_loss.py, divergence.py, sgpo_loss.py.
 Gradient: to hidden states, head and bias of the student; first derivatives only.
-Memory: `launch.extra_bytes`. Saved: one dH [N, H] per group in its dtype, dW [V, H] and db [V] in the accumulation
+Memory: `sizes.extra_bytes`. Saved: one dH [N, H] per group in its dtype, dW [V, H] and db [V] in the accumulation
   dtype.
 """
 
@@ -18,10 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sgpo_kernels import contracts, launch, linear_rows
-from sgpo_kernels.heads import Head, Shard
-from sgpo_kernels.linear_rows import Call, Chunk, Needs, RowGroup, live_index
-from sgpo_kernels.rowmath import (
+from sgpo_kernels import checks, chunk_loop, sizes
+from sgpo_kernels.backend_torch import (
     CLIPPED,
     DIVERGENCE,
     DROPPED,
@@ -36,13 +34,15 @@ from sgpo_kernels.rowmath import (
     Bounds,
     Rule,
 )
+from sgpo_kernels.chunk_loop import Call, Chunk, Needs, RowGroup, live_index
+from sgpo_kernels.head import Head, Shard
 
 
 class PolicyStats(NamedTuple):
     """Per row, no gradient; rows that are not live hold zeros. Log-probs and entropy in nats.
 
     `dropped` bounds sum |d loss / d logit| over the columns that the backward left out, plus the size of their sum (0
-    with column_tolerance = 0; see linear_rows): |error of dH| <= dropped * max |W|;
+    with column_tolerance = 0; see chunk_loop): |error of dH| <= dropped * max |W|;
     `column_share` is the share of the vocabulary's columns that it multiplied for the row's chunk.
     """
 
@@ -207,7 +207,7 @@ def run_losses(
     head_grad: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """What the operator does; see FusedResult."""
-    contracts.check_temperature_values(row_temperature)
+    checks.check_temperature_values(row_temperature)
     *gates, temperature, column_tolerance = numbers.tolist()
     clip_low, clip_high, dual_clip, max_token_kl = (None if math.isnan(gate) else gate for gate in gates)
     split = 0 if policy_hidden is None else policy_hidden.shape[0]
@@ -223,7 +223,7 @@ def run_losses(
         if distill_hidden is not None:
             policy.targets_name = "policy_targets"
         if vocab_group is None:
-            contracts.check_live_targets(targets[policy.index], head.shape[0], policy.targets_name)
+            checks.check_live_targets(targets[policy.index], head.shape[0], policy.targets_name)
         groups.append(policy)
     if distill_hidden is not None:
         assert teacher_hidden is not None
@@ -235,7 +235,7 @@ def run_losses(
     shard = Shard(vocab_group, vocab_start)
     call = Call(head, bias, logit_softcap, shard, impl, chunk_rows, column_tolerance)
     wanted = [need_policy] * (policy_hidden is not None) + [need_distill] * (distill_hidden is not None)
-    grads = linear_rows.run(groups, call, Needs(need_head, need_bias, tuple(wanted)))
+    grads = chunk_loop.run(groups, call, Needs(need_head, need_bias, tuple(wanted)))
 
     def present(tensor: Tensor | None) -> Tensor:
         return head.new_empty(0) if tensor is None else tensor
@@ -258,7 +258,7 @@ def _(
     head: Tensor, bias: Tensor | None, policy_hidden: Tensor | None, distill_hidden: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     need_head, need_bias, need_policy, need_distill, _ = rest[-5:]
-    acc = launch.accumulate_dtype(head.dtype)
+    acc = sizes.accumulate_dtype(head.dtype)
 
     def empty(*shape: Any, dtype: torch.dtype = acc) -> Tensor:
         return head.new_empty(shape, dtype=dtype)
@@ -280,7 +280,7 @@ def _(
 @torch.library.custom_op("sgpo_kernels::scaled", mutates_args=())
 def _scaled(grad: Tensor, upstream: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """grad * upstream * scale in `dtype`."""
-    return linear_rows.rescaled(grad, upstream.to(scale.dtype) * scale, dtype)
+    return chunk_loop.rescaled(grad, upstream.to(scale.dtype) * scale, dtype)
 
 
 @_scaled.register_fake
@@ -288,7 +288,7 @@ def _(grad: Tensor, upstream: Tensor, scale: Tensor, dtype: torch.dtype) -> Tens
     return torch.empty_like(grad, dtype=dtype)
 
 
-_scaled.register_autograd(contracts.refuse_second_derivative)
+_scaled.register_autograd(checks.refuse_second_derivative)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -375,23 +375,21 @@ def checked_inputs(
     rows = 0
     both = policy is not None and distill is not None
     if policy is not None:
-        contracts.check_policy(policy.hidden, *policy[1:4], "policy_targets" if both else "targets")
+        checks.check_policy(policy.hidden, *policy[1:4], "policy_targets" if both else "targets")
         if both or policy.token_weight is not None:
             weight_name = "policy_weight" if both else "token_weight"
-            contracts.check_row_values(weight_name, policy.token_weight, policy.hidden)
-        contracts.check_clips(*policy.bounds)
+            checks.check_row_values(weight_name, policy.token_weight, policy.hidden)
+        checks.check_clips(*policy.bounds)
         rows += policy.hidden.shape[0]
     if distill is not None:
-        contracts.check_teacher(
-            distill.hidden, distill.teacher_hidden, head, distill.teacher_head, distill.teacher_bias
-        )
+        checks.check_teacher(distill.hidden, distill.teacher_hidden, head, distill.teacher_head, distill.teacher_bias)
         if both or distill.token_weight is not None:
             weight_name = "distill_weight" if both else "token_weight"
-            contracts.check_row_values(weight_name, distill.token_weight, distill.hidden)
-        contracts.check_divergence(*distill.rule)
+            checks.check_row_values(weight_name, distill.token_weight, distill.hidden)
+        checks.check_divergence(*distill.rule)
         rows += distill.hidden.shape[0]
-    contracts.check_options(options, rows, head)
-    contracts.check_no_tangents(head, bias, *(policy or ())[:5], *(distill or ())[:5])
+    checks.check_options(options, rows, head)
+    checks.check_no_tangents(head, bias, *(policy or ())[:5], *(distill or ())[:5])
     heat = options.temperature
     heat_rows = heat if isinstance(heat, Tensor) else None
     group = options.vocab_group

@@ -15,7 +15,7 @@ Centring: dz of a row sums to 0, so the sum of what it dropped is known. dH gets
   case |error of dH| <= dropped * max |W|. Not with a soft-cap or a vocabulary shard, whose dz does not sum to 0.
 Gradient: weights are known in the forward pass, so loss gradients are formed there; backward multiplies by the
   upstream gradient.
-Memory: `launch.extra_bytes`. No term in N·V.
+Memory: `sizes.extra_bytes`. No term in N·V.
 Precision: logits, row values and the dW accumulator are float32 (float64 for float64 inputs). dz is rounded to the
   dtype of hidden for the two products. Row gradients are divided by a power of two near the largest weight before
   they are rounded. dW and db stay in the accumulation dtype until they are multiplied back, and are rounded once: one
@@ -36,9 +36,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sgpo_kernels import contracts, launch
-from sgpo_kernels.heads import Head, Shard, add_mm, bmm, mm
-from sgpo_kernels.rowmath import DROPPED, SHARE, SLOPE, STRENGTH, TOTAL, VALUE_ROWS, Logits, power_of_two_scale
+from sgpo_kernels import checks, sizes
+from sgpo_kernels.backend_torch import DROPPED, SHARE, SLOPE, STRENGTH, TOTAL, VALUE_ROWS, Logits, power_of_two_scale
+from sgpo_kernels.head import Head, Shard, add_mm, bmm, mm
 
 # What float32 may lose in TOTAL - kept, relative to the row's |SLOPE| max(1, TOTAL), and in each of the probabilities.
 DROPPED_FLOOR, DROPPED_MARGIN = 2.0**-18, 1e-4
@@ -81,9 +81,9 @@ class Call:
     column_tolerance: float = 0.0
 
     def math(self) -> Any:
-        """The module with the row arithmetic: `rowmath` or `triton_rows`."""
-        name = launch.resolve_impl(self.impl, self.head.device.type, self.head.dtype)
-        return importlib.import_module("sgpo_kernels." + {"torch": "rowmath", "triton": "triton_rows"}[name])
+        """The module with the row arithmetic: `backend_torch` or `backend_triton`."""
+        name = sizes.resolve_impl(self.impl, self.head.device.type, self.head.dtype)
+        return importlib.import_module("sgpo_kernels." + {"torch": "backend_torch", "triton": "backend_triton"}[name])
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class RowGroup:
     with_entropy = False  # dz has an entropy part (upstream gradients of linear_logprob)
 
     def __init__(self, hidden: Tensor, index: Tensor, temperature: float | Tensor, targets: Tensor | None = None):
-        acc = launch.accumulate_dtype(hidden.dtype)
+        acc = sizes.accumulate_dtype(hidden.dtype)
         self.hidden, self.index, self.targets = hidden, index, targets
         self.values = torch.zeros(VALUE_ROWS, hidden.shape[0], dtype=acc, device=hidden.device)
         if isinstance(temperature, Tensor):
@@ -134,14 +134,14 @@ class RowGroup:
         raise NotImplementedError
 
     def settle(self, chunk: Chunk) -> Tensor:
-        """Writes the row values of the chunk and returns its table (see rowmath)."""
+        """Writes the row values of the chunk and returns its table (see backend_torch)."""
         raise NotImplementedError
 
     def gathered(self, chunk: Chunk) -> Tensor:
         """Row statistics of the student's logits from all shards, [ranks, 4, C]."""
         parts_R4C = chunk.shard.gather(chunk.math.scan(chunk.student, chunk.targets_C))
         if chunk.shard.group_name is not None:
-            contracts.check_found_targets(parts_R4C[:, 3].amax(0), self.targets_name)
+            checks.check_found_targets(parts_R4C[:, 3].amax(0), self.targets_name)
         return parts_R4C
 
 
@@ -154,7 +154,7 @@ def run(groups: Sequence[RowGroup], call: Call, needs: Needs) -> Grads:
     """Runs every live row of every group through the head once. Call it without gradient tracking."""
     head, bias = call.head, call.bias
     with torch.autocast(head.device.type, enabled=False):
-        scale = torch.ones((), dtype=launch.accumulate_dtype(head.dtype), device=head.device)
+        scale = torch.ones((), dtype=sizes.accumulate_dtype(head.dtype), device=head.device)
         hidden_grads = tuple(
             torch.zeros_like(g.hidden) if need else None for g, need in zip(groups, needs.hidden, strict=True)
         )
@@ -181,8 +181,8 @@ def padded_empty(rows: int, columns: int, *, like: Tensor, dtype: torch.dtype | 
 
 def rescaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """grad * factor (0-d) in `dtype`, multiplied in that of factor (a 0-d factor would be cast to half first)."""
-    if launch.takes_triton(grad) and grad.is_contiguous():
-        return importlib.import_module("sgpo_kernels.triton_rows").rescaled(grad, factor, dtype)
+    if sizes.takes_triton(grad) and grad.is_contiguous():
+        return importlib.import_module("sgpo_kernels.backend_triton").rescaled(grad, factor, dtype)
     return torch.mul(grad, factor.reshape(1), out=torch.empty_like(grad, dtype=dtype))
 
 
@@ -203,19 +203,19 @@ class _Loop:
         self.head_VH: Tensor | None = None
         self.bias_V: Tensor | None = None
         total = sum(group.index.numel() for group in groups)
-        self.slab_rows = launch.slab_rows(total, self.chunk) if needs.head else self.chunk
+        self.slab_rows = sizes.slab_rows(total, self.chunk) if needs.head else self.chunk
         self.slab: tuple[Tensor, Tensor] | None = None
         self.filled = 0
         self.centred = call.softcap is None and call.shard.group_name is None
         self.centre_H: Tensor | None = None
         # Ranks of a sharded vocabulary must take the same steps, so that none does a chunk again.
-        self.counts_each = launch.counts_are_free(call.head.device.type) or call.shard.group_name is not None
+        self.counts_each = sizes.counts_are_free(call.head.device.type) or call.shard.group_name is not None
         self.places: int | None = None
         self.guesses: list[tuple[Tensor, Tensor]] = []
 
     def _default_chunk(self, rows: int, width: int, vocab: int) -> int:
         device = self.call.head.device.type
-        chunk = launch.chunk_rows(rows, width, vocab, self.call.head.dtype, device)
+        chunk = sizes.chunk_rows(rows, width, vocab, self.call.head.dtype, device)
         # It depends on this rank's columns on a CPU only, and all ranks must take the same steps.
         return self.call.shard.smallest(chunk) if device == "cpu" else chunk
 
@@ -242,7 +242,7 @@ class _Loop:
         table = group.settle(chunk)
         if chunk.factor_C is None:
             return
-        contracts.check_half_range(table[SLOPE], group.hidden.dtype)
+        checks.check_half_range(table[SLOPE], group.hidden.dtype)
         live = None if dense else self._live_columns(group, chunk, table)
         if live is None:
             self._dense(group, chunk, table, hidden_CH, hidden_grad)
@@ -291,12 +291,12 @@ class _Loop:
             return LiveColumns(columns_A, torch.where(fit, count, 0))
         columns_A = live_index(live_V)
         count = columns_A.numel()
-        if count > launch.DENSE_SHARE * vocab:
+        if count > sizes.DENSE_SHARE * vocab:
             return None
         if count and first:
             self.centre_H = self._mean_head_row(peaks_V.index_fill_(0, columns_A, 0.0))
         if count and not self.counts_each:
-            self.places = launch.column_capacity(count, vocab)
+            self.places = sizes.column_capacity(count, vocab)
         return LiveColumns(columns_A, None)
 
     def _mean_head_row(self, weights_V: Tensor) -> Tensor:
@@ -355,7 +355,7 @@ class _Loop:
         group.values[SHARE].index_copy_(0, chunk.rows_C, share.expand(len(chunk.rows_C)))
         self._add_bias(columns_A, dz_CA)
         dz_CA = padded_empty(*dz_CA.shape, like=dz_CA, dtype=self.operand).copy_(dz_CA.to(group.hidden.dtype))
-        block = launch.head_block_rows(hidden_CH.shape[1], self.acc, hidden_CH.device.type)
+        block = sizes.head_block_rows(hidden_CH.shape[1], self.acc, hidden_CH.device.type)
         for columns, dz in zip(columns_A.split(block), dz_CA.split(block, 1), strict=True):
             if hidden_grad is not None:
                 dhidden_CH.add_(mm(dz, self.head.weight_VH[columns]))
@@ -367,7 +367,7 @@ class _Loop:
 
     def _store(self, hidden_grad: Tensor, chunk: Chunk, dhidden_CH: Tensor) -> None:
         dhidden_CH = self.call.shard.sum_(dhidden_CH)
-        contracts.check_half_range(dhidden_CH, hidden_grad.dtype)
+        checks.check_half_range(dhidden_CH, hidden_grad.dtype)
         hidden_grad[chunk.rows_C] = dhidden_CH.to(hidden_grad.dtype)
 
     def _head_sum(self) -> Tensor:
@@ -379,7 +379,7 @@ class _Loop:
         if self.head_VH is None:
             self.head_VH = mm(dz_SV.t(), hidden_SH)
         else:
-            block = launch.head_block_rows(hidden_SH.shape[1], self.acc, hidden_SH.device.type)
+            block = sizes.head_block_rows(hidden_SH.shape[1], self.acc, hidden_SH.device.type)
             add_mm(self.head_VH, dz_SV.t(), hidden_SH, block)
 
     def _add_bias(self, columns_A: Tensor | None, dz_CK: Tensor) -> None:

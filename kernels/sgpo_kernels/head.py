@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sgpo_kernels import launch
+from sgpo_kernels import sizes
 
 
 def mm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """left @ right with a float32 (float64) result; half operands only reach this on CUDA, where torch can widen the
     output."""
-    acc = launch.accumulate_dtype(left.dtype)
+    acc = sizes.accumulate_dtype(left.dtype)
     if left.dtype == acc:
         return torch.mm(left, right, out=out)
     return torch.mm(left, right, out_dtype=acc) if out is None else torch.mm(left, right, out_dtype=acc, out=out)
@@ -29,7 +29,7 @@ def mm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
 
 def bmm(left: Tensor, right: Tensor) -> Tensor:
     """left [B, M, K] @ right [B, K, N], with the result of `mm`."""
-    acc = launch.accumulate_dtype(left.dtype)
+    acc = sizes.accumulate_dtype(left.dtype)
     return torch.bmm(left, right) if left.dtype == acc else torch.bmm(left, right, out_dtype=acc)
 
 
@@ -112,7 +112,7 @@ class Head:
 
     @staticmethod
     def of(head: Tensor, bias: Tensor | None) -> Head:
-        acc = launch.accumulate_dtype(head.dtype)
+        acc = sizes.accumulate_dtype(head.dtype)
         operand = head.dtype if head.is_cuda else acc
         return Head(head.detach().to(operand), None if bias is None else bias.detach().to(acc))
 

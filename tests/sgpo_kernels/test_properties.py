@@ -17,7 +17,7 @@ from torch import Tensor
 IMPLS = ("torch",)
 KINDS = ("forward_kl", "reverse_kl", "js")
 LIMITS = ("mask", "clamp", "scale")
-# What `dropped` may add to the exact mass, relative to the row's gradient, its bound and its weight (linear_rows).
+# What `dropped` may add to the exact mass, relative to the row's gradient, its bound and its weight (chunk_loop).
 FLOOR, MARGIN = 2.0**-18, 1e-4
 
 

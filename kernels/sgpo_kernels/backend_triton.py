@@ -1,7 +1,7 @@
-"""Row arithmetic of one chunk in Triton: the functions of `rowmath`, by the same names, on the kernels of
+"""Row arithmetic of one chunk in Triton: the functions of `backend_torch`, by the same names, on the kernels of
 `triton_kernels`.
 
-What: launches; shapes, equations and the meaning of the tables are those of `rowmath`. Products stay as they are until
+What: launches; shapes, equations and the meaning of the tables are those of `backend_torch`. Products stay as they are until
   `gradient` writes dz (into `out_CV`, or over them).
 Memory: per chunk 3 C (V / 1024) floats of tile statistics, C/16 V of column peaks.
 Limits: float32 accumulators; CUDA, or a CPU under TRITON_INTERPRET=1.
@@ -16,13 +16,13 @@ import torch
 import triton
 from torch import Tensor
 
-from sgpo_kernels import launch, triton_kernels
-from sgpo_kernels.rowmath import TABLE_ROWS, Bounds, Logits, Rule
+from sgpo_kernels import sizes, triton_kernels
+from sgpo_kernels.backend_torch import TABLE_ROWS, Bounds, Logits, Rule
 
 # Launch syntax is beyond type checkers.
 kernels: Any = triton_kernels
 # The default of fused multiply-adds changes in Triton 3.10: said here.
-COMPILED: dict[str, Any] = {} if launch.interpreting() else {"enable_fp_fusion": True}
+COMPILED: dict[str, Any] = {} if sizes.interpreting() else {"enable_fp_fusion": True}
 KINDS = {
     "score": kernels.SCORE,
     "forward_kl": kernels.FORWARD_KL,
@@ -34,12 +34,12 @@ SETTLE_BLOCK = 128
 RESCALE_BLOCK = 2048
 
 
-def _blocks(kernel: str, like: Tensor) -> launch.Blocks:
+def _blocks(kernel: str, like: Tensor) -> sizes.Blocks:
     arch = torch.cuda.get_device_capability(like.device) if like.is_cuda else None
-    return launch.blocks(kernel, arch)
+    return sizes.blocks(kernel, arch)
 
 
-def _options(block: launch.Blocks) -> dict[str, Any]:
+def _options(block: sizes.Blocks) -> dict[str, Any]:
     return {"BLOCK_R": block.rows, "BLOCK_V": block.columns, "num_warps": block.warps, **COMPILED}
 
 

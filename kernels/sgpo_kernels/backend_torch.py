@@ -1,4 +1,4 @@
-"""Row arithmetic of one chunk in plain torch: softmax statistics, gates, divergences, dz. The twin of `triton_rows`.
+"""Row arithmetic of one chunk in plain torch: softmax statistics, gates, divergences, dz. The twin of `backend_triton`.
 
 A chunk passes through four stages, each a function here and there with the same name and meaning:
   scan      logits of one context -> per row max, sum of e^(z - max), sum of e^(z - max) (z - max), logit of the target
@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sgpo_kernels import launch
+from sgpo_kernels import sizes
 
 SERIES_BELOW = 0.05
 
@@ -75,7 +75,7 @@ class Logits(NamedTuple):
 
 def row_blocks(tensor_CV: Tensor) -> Iterator[slice]:
     """Slices of rows small enough that a chain of elementwise operations stays in the cache."""
-    rows = launch.block_rows(tensor_CV.shape[1], tensor_CV.dtype, tensor_CV.device.type)
+    rows = sizes.block_rows(tensor_CV.shape[1], tensor_CV.dtype, tensor_CV.device.type)
     for start in range(0, tensor_CV.shape[0], rows):
         yield slice(start, start + rows)
 

@@ -7,7 +7,7 @@ Equation: loss = sum_n w_n l_n, l_n = -min(r_n A_n, clip(r_n, 1 - clip_low, 1 + 
   with gradient A_n d logp_n.
 Source: arXiv 2606.24064 Eq. 1 (w_n = 1 / (P G1 |o_i|)); dual clip: arXiv 1912.09729.
 Gradient: dl/dz = -A r (onehot - p) / temperature, 0 where a bound is active. Formed in forward.
-Memory: `launch.extra_bytes("policy", ...)`, no term in N·V. Saved: dH [N, H], dW [V, H] in the
+Memory: `sizes.extra_bytes("policy", ...)`, no term in N·V. Saved: dH [N, H], dW [V, H] in the
   input dtype (dW of a float16 head in float32), db [V].
 Precision: float32 logits, ratio and dz (float64 for float64 inputs); dz is cast to the dtype of hidden for the
   products.
@@ -20,10 +20,10 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from sgpo_kernels import contracts, launch
-from sgpo_kernels.fused import Options, PolicyInputs, PolicyStats, fused_loss, policy_stats
+from sgpo_kernels import checks, sizes
+from sgpo_kernels.backend_torch import Bounds
+from sgpo_kernels.custom_op import Options, PolicyInputs, PolicyStats, fused_loss, policy_stats
 from sgpo_kernels.row_losses import row_losses
-from sgpo_kernels.rowmath import Bounds
 
 
 def linear_policy_loss(
@@ -44,7 +44,7 @@ def linear_policy_loss(
     head_grad: Tensor | None = None,
     vocab_group: dist.ProcessGroup | None = None,
     vocab_start: int = 0,
-    impl: launch.Impl = "auto",
+    impl: sizes.Impl = "auto",
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """Weighted sum of the clipped surrogate over the rows, or with `token_weight=None` the surrogate of each row.
@@ -60,13 +60,13 @@ def linear_policy_loss(
         temperature: a float > 0, or float32 [N].
         logit_softcap: cap > 0 of cap tanh(z / cap), applied before the temperature; None for none.
         column_tolerance: 0 is exact. Above 0, backward multiplies only the vocabulary columns whose |dz| reaches the
-            tolerance times the row's weight for some row of the chunk (see linear_rows); `dropped` bounds the rest.
+            tolerance times the row's weight for some row of the chunk (see chunk_loop); `dropped` bounds the rest.
         head_grad: [V, H] float32 (float64) buffer to which backward adds the head's gradient, unrounded; head.grad
             then stays as it is.
         vocab_group, vocab_start: the process group over which the head's rows are sharded in contiguous pieces, and
             the first token id of this rank's piece. Every rank passes the same rows; losses, statistics and hidden
             gradients are then whole on every rank.
-        impl: "auto" (Triton on CUDA), "triton" or "torch". chunk_rows: rows per chunk, None for that of `launch`.
+        impl: "auto" (Triton on CUDA), "triton" or "torch". chunk_rows: rows per chunk, None for that of `sizes`.
 
     Returns: (loss, PolicyStats): loss 0-d float32 (float64 for float64 inputs), differentiable in hidden, head and
     bias; `clipped` marks rows whose gradient a bound removed. With token_weight=None: losses [N], 0 where the advantage
@@ -78,7 +78,7 @@ def linear_policy_loss(
     head_grad inside torch.compile, forward-mode derivatives), RuntimeError (second derivatives). On CUDA an id outside
     is a device-side assertion.
     """
-    contracts.check_head(hidden, head, bias)
+    checks.check_head(hidden, head, bias)
     rows = PolicyInputs(hidden, targets, old_logprobs, advantages, token_weight, Bounds(clip_low, clip_high, dual_clip))
     options = Options(
         temperature, logit_softcap, column_tolerance, head_grad, vocab_group, vocab_start, impl, chunk_rows
