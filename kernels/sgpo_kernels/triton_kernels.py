@@ -443,8 +443,8 @@ def gradient_tiles(
 def gradient_column_tiles(
     products_ptr, stride, bias_ptr, teacher_ptr, teacher_stride, teacher_bias_ptr, heat_ptr, softcap, table_ptr,
     targets_ptr, live_ptr, count_ptr, out_ptr, out_stride, kept_ptr, C, A, T,
-    KIND: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_HEAT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
+    KIND: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_HEAT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """dz of the live columns into out [C, A], and their share of TOTAL per tile into kept [C, T]. With a count only so
     many of the A columns are live, and the dz of the others is 0."""

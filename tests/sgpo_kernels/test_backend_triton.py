@@ -282,6 +282,6 @@ def test_rescaled_rounds_once(dtype):
     grad, factor = torch.randn(3, 1001, device=DEVICE), torch.tensor(0.3, device=DEVICE)
     result = backend_triton.rescaled(grad, factor, dtype)
     assert result.dtype == dtype
-    torch.testing.assert_close(
-        result, (grad * factor).to(dtype), rtol=2.0**-8 if dtype == torch.bfloat16 else 2.0**-11, atol=0
-    )
+    # The interpreter truncates to bfloat16.
+    rtol = 2.0**-7 if dtype == torch.bfloat16 and DEVICE == "cpu" else 0.0
+    torch.testing.assert_close(result, (grad * factor).to(dtype), rtol=rtol, atol=0)

@@ -294,7 +294,7 @@ def test_places_that_are_guessed_give_the_same_as_counting(kind, slack, monkeypa
         assert torch.equal(one.grad, other.grad)
     if slack > 1:
         assert torch.equal(guessed[1].column_share, counted[1].column_share)
-        torch.testing.assert_close(guessed[1].dropped, counted[1].dropped)
+        torch.testing.assert_close(guessed[1].dropped, counted[1].dropped, rtol=0.05, atol=0)
         for one, other in zip(guessed[2:], counted[2:], strict=True):
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7 * float(other.grad.abs().max()))
     else:

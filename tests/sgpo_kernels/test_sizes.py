@@ -161,4 +161,4 @@ def test_slabs_are_about_equally_full():
 
 def test_places_for_live_columns():
     assert sizes.column_capacity(1000, 152064) == 1600
-    assert sizes.column_capacity(100_000, 152064) == 152064
+    assert sizes.column_capacity(120_000, 152064) == 152064
