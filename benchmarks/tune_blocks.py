@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sgpo_kernels import backend_torch, backend_triton, sizes
-from sgpo_kernels.backend_torch import Bounds, Logits, Rule
+from sgpo_kernels import backend_triton, sizes
+from sgpo_kernels.backend import VALUE_ROWS, Logits
+from sgpo_kernels.inputs import ClipRange, KlLimit
 from sgpo_kernels.sizes import Blocks
 
 from benchmarks import measure, states
@@ -60,26 +61,26 @@ class Chunk:
         self.rows = torch.arange(rows, device=device)
         self.one = torch.ones(rows, device=device)
         self.out = torch.empty(rows, found.vocab, device=device, dtype=torch.bfloat16)
-        self.values = torch.zeros(backend_torch.VALUE_ROWS, rows, device=device)
-        self.table = self.settle_policy()
-        self.pair = self.settle_pair()
+        self.values = torch.zeros(VALUE_ROWS, rows, device=device)
+        self.table = self.policy_row_values()
+        self.pair = self.pair_row_values()
         self.threshold = torch.full((), 2.0**-12, device=device)
         peaks = backend_triton.peaks("score", self.policy, None, self.table, self.targets, self.threshold)
         self.live = (peaks >= self.threshold).nonzero().squeeze(1)
 
-    def settle_policy(self) -> torch.Tensor:
+    def policy_row_values(self) -> torch.Tensor:
         parts = backend_triton.scan(self.policy, self.targets).unsqueeze(0)
-        bounds = Bounds(0.2, 0.28, None)
-        return backend_triton.settle_policy(
-            parts, 0, self.targets, None, self.one, self.one, bounds, self.rows, self.one, self.values
+        clip_range = ClipRange(0.2, 0.28, None)
+        return backend_triton.policy_row_values(
+            parts, 0, self.targets, None, self.one, self.one, clip_range, self.rows, self.one, self.values
         )
 
-    def settle_pair(self) -> torch.Tensor:
+    def pair_row_values(self) -> torch.Tensor:
         both = torch.cat([backend_triton.scan(side, None) for side in (self.student, self.teacher)]).unsqueeze(0)
-        table = backend_triton.settle_pair(both, 0, self.rows, self.values)
+        table = backend_triton.pair_row_values(both, 0, self.rows, self.values)
         sums = backend_triton.divergence_sums("forward_kl", self.student, self.teacher, table)
-        rule = Rule("forward_kl", 1.0, "mask")
-        backend_triton.settle_divergence(sums, self.one, rule, self.rows, self.one, self.values, table)
+        kl_limit = KlLimit("forward_kl", 1.0, "mask")
+        backend_triton.divergence_row_values(sums, self.one, kl_limit, self.rows, self.one, self.values, table)
         return table
 
     def calls(self) -> dict[str, tuple[Callable[[], Any], int]]:
@@ -114,12 +115,12 @@ def tune(chunk: Chunk, seconds: float) -> Iterator[dict[str, Any]]:
         sizes.DEFAULT_BLOCKS[kernel] = block
         try:
             if kernel in ("scan", "peaks"):  # peaks reads the tile maxima that scan left
-                chunk.settle_policy()
+                chunk.policy_row_values()
             ms = median_ms(call, chunk.one.device.type)
         finally:  # the columns of scan decide where peaks may skip: the default stays for the other kernels
             sizes.DEFAULT_BLOCKS[kernel] = default
             if kernel == "scan":
-                chunk.settle_policy()
+                chunk.policy_row_values()
         bytes_read = passes * chunk.policy.products_CV.nbytes
         yield {
             "kernel": kernel,

@@ -25,13 +25,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sgpo_kernels import sizes
-from sgpo_kernels import triton_kernels as kernels
+from sgpo_kernels import sizes, triton_gradients, triton_statistics
+from sgpo_kernels import triton_constants as const
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Shared memory that one block may take, bytes, by compute capability.
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
-POINTERS = {"targets_ptr": "*i64", "rows_ptr": "*i64", "live_ptr": "*i64", "count_ptr": "*i64"}
+POINTERS = {"labels_ptr": "*i64", "rows_ptr": "*i64", "live_ptr": "*i64", "count_ptr": "*i64"}
 INTEGERS = {"C", "N", "A", "T", "V", "rank"}
 
 
@@ -65,7 +65,7 @@ class Resources(NamedTuple):
 
 def variants() -> Iterator[Variant]:
     """Every kernel: each kind without options, and with all of them."""
-    kinds = (kernels.SCORE, kernels.FORWARD_KL, kernels.REVERSE_KL, kernels.JS)
+    kinds, score = const.KINDS.values(), const.KINDS["score"]
 
     def tile(name: str, columns: int | None = None) -> tuple[dict[str, Any], int]:
         block = sizes.blocks(name, None)
@@ -73,13 +73,13 @@ def variants() -> Iterator[Variant]:
 
     scan_columns = sizes.blocks("scan", None).columns
     for full in (False, True):
-        one = {"HAS_BIAS": full, "HAS_SOFTCAP": full, "HAS_HEAT": full}
+        one = {"HAS_BIAS": full, "HAS_SOFTCAP": full, "HAS_TEMPERATURE": full}
         two = {**one, "HAS_TEACHER_BIAS": full}
         block, warps = tile("scan")
         yield Variant("scan_tiles", {**one, **block}, warps)
-        yield Variant("combine_tiles", {**one, "HAS_TARGETS": full, "BLOCK_R": 4, "BLOCK_T": 256}, 4)
+        yield Variant("combine_tiles", {**one, "HAS_LABELS": full, "BLOCK_R": 4, "BLOCK_T": 256}, 4)
         for kind in kinds:
-            if kind != kernels.SCORE:
+            if kind != score:
                 block, warps = tile("divergence")
                 yield Variant("divergence_tiles", {"KIND": kind, **two, **block}, warps)
             block, warps = tile("peaks", scan_columns)
@@ -90,23 +90,24 @@ def variants() -> Iterator[Variant]:
                 yield Variant("gradient_column_tiles", options, warps, "fp32")
             block, warps = tile("gradient")
             for dz in ("bf16", "fp16", "fp32"):
-                entropy = full and kind == kernels.SCORE
+                entropy = full and kind == score
                 yield Variant("gradient_tiles", {"KIND": kind, "WITH_ENTROPY": entropy, **two, **block}, warps, dz)
     for dz in ("bf16", "fp16", "fp32"):
         yield Variant("rescale", {"BLOCK": 2048}, 4, dz)
-    settle = {"BLOCK": 128}
-    for mode, ranks in itertools.product((kernels.VALUES, kernels.UPSTREAM, kernels.POLICY), (1, 8)):
-        flags = {"MODE": mode, "HAS_OLD": mode == kernels.POLICY, "HAS_FACTOR": mode != kernels.VALUES}
-        yield Variant("settle_scores", {**flags, "RANKS": ranks, **settle}, 4)
+    block = {"BLOCK": 128}
+    for mode, ranks in itertools.product(const.MODES.values(), (1, 8)):
+        flags = {"MODE": mode, "HAS_OLD": mode == const.MODES["policy"], "HAS_FACTOR": mode != const.MODES["values"]}
+        yield Variant("label_row_values", {**flags, "RANKS": ranks, **block}, 4)
     for ranks in (1, 8):
-        yield Variant("settle_pair", {"RANKS": ranks, **settle}, 4)
-    for over in (kernels.MASK, kernels.CLAMP, kernels.SCALE):
-        yield Variant("settle_divergence", {"OVER": over, "HAS_FACTOR": True, **settle}, 4)
+        yield Variant("pair_row_values", {"RANKS": ranks, **block}, 4)
+    for over in const.LIMITS.values():
+        yield Variant("divergence_row_values", {"OVER": over, "HAS_FACTOR": True, **block}, 4)
 
 
 def compile_variant(variant: Variant, arch: int) -> Resources:
     """The resources of one variant on one compute capability (80, 90, 100)."""
-    function = getattr(kernels, variant.kernel)
+    module = triton_statistics if hasattr(triton_statistics, variant.kernel) else triton_gradients
+    function = getattr(module, variant.kernel)
     signature, attributes = {}, {}
     for position, name in enumerate(function.arg_names):
         if name in variant.options:

@@ -1,156 +1,87 @@
-"""The loss ops as one custom operator: policy rows and distillation rows against one head, gradients formed in forward.
+"""The losses as one custom operator: policy rows and distillation rows against one head, gradients formed in forward.
 
 What: `sgpo_kernels::fused_loss` takes both groups of rows (either may be absent) and returns the loss, the row values
   and the gradients for an upstream gradient of 1; its autograd formula multiplies them by the real one. An operator
   with a fake implementation, so that `torch.compile(fullgraph=True)` keeps the graph whole around it, and so that
   clips, limits and weights stay run-time values.
-Equation, source: see policy_loss.py, divergence.py, sgpo_loss.py.
+Equation: loss = sum of the policy rows' losses + sum of the distillation rows', each times its weight.
+Source: see policy_loss.py, divergence.py, sgpo_loss.py.
 Gradient: to hidden states, head and bias of the student; first derivatives only.
 Memory: `sizes.extra_bytes`. Saved: one dH [N, H] per group in its dtype, dW [V, H] and db [V] in the accumulation
   dtype.
+Precision: as the chunk loop; a gradient is rounded once, when backward multiplies it.
+Limits: an operator takes flat arguments only. `pack` and `unpack` are the one place where records become such
+  arguments and come back; everything else names fields.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 from sgpo_kernels import checks, chunk_loop, sizes
-from sgpo_kernels.backend_torch import (
-    CLIPPED,
-    DIVERGENCE,
-    DROPPED,
-    LOGPROB,
-    OVER,
-    RATIO,
-    ROW_ENTROPY,
-    ROW_LOSS,
-    SHARE,
-    TEACHER_ENTROPY,
-    VALUE_ROWS,
-    Bounds,
-    Rule,
-)
-from sgpo_kernels.chunk_loop import Call, Chunk, Needs, RowGroup, live_index
-from sgpo_kernels.head import Head, Shard
+from sgpo_kernels.backend import ROW_LOSS, VALUE_ROWS
+from sgpo_kernels.chunk_loop import NeedsGrad, SharedInputs
+from sgpo_kernels.head import Shard
+from sgpo_kernels.inputs import ClipRange, DistillInputs, KlLimit, LossOptions, PolicyInputs
+from sgpo_kernels.row_groups import DivergenceRows, PolicyRows
+
+# The border: records on the one side, flat arguments on the other.
 
 
-class PolicyStats(NamedTuple):
-    """Per row, no gradient; rows that are not live hold zeros. Log-probs and entropy in nats.
+class Numbers(NamedTuple):
+    """The numbers of a call that may change from step to step; None means off (temperature: it is given per row)."""
 
-    `dropped` bounds sum |d loss / d logit| over the columns that the backward left out, plus the size of their sum (0
-    with column_tolerance = 0; see chunk_loop): |error of dH| <= dropped * max |W|;
-    `column_share` is the share of the vocabulary's columns that it multiplied for the row's chunk.
-    """
-
-    logprobs: Tensor
-    entropy: Tensor
-    ratio: Tensor
-    clipped: Tensor
-    live: Tensor
-    dropped: Tensor
-    column_share: Tensor
+    clip_low: float | None
+    clip_high: float | None
+    dual_clip: float | None
+    max_token_kl: float | None
+    temperature: float | None
+    column_tolerance: float
 
 
-class DivergenceStats(NamedTuple):
-    """Per row, no gradient, in nats; rows of weight 0 hold zeros. `divergence` is the value before the limit.
-    `dropped` and `column_share` as in PolicyStats."""
+class OperatorInputs(NamedTuple):
+    """The flat arguments that the operators share, in the order of their schema; those with a gradient come first."""
 
-    divergence: Tensor
-    over_limit: Tensor
-    live: Tensor
-    entropy: Tensor
-    teacher_entropy: Tensor
-    dropped: Tensor
-    column_share: Tensor
-
-
-class PolicyRows(RowGroup):
-    """The policy rows of one call."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        targets: Tensor,
-        old_logprobs: Tensor | None,
-        advantages: Tensor,
-        token_weight: Tensor,
-        bounds: Bounds,
-        temperature: float | Tensor,
-    ):
-        self.live = (advantages != 0) & (token_weight != 0)
-        super().__init__(hidden, live_index(self.live), temperature, targets)
-        acc = self.values.dtype
-        self.advantages, self.token_weight, self.bounds = advantages.to(acc), token_weight.to(acc), bounds
-        self.old_logprobs = None if old_logprobs is None else old_logprobs.to(acc)
-
-    def weights(self) -> Tensor:
-        return (self.advantages * self.token_weight)[self.index]
-
-    def settle(self, chunk: Chunk) -> Tensor:
-        return chunk.math.settle_policy(
-            self.gathered(chunk),
-            chunk.shard.rank,
-            chunk.targets_C,
-            self.old_logprobs,
-            self.advantages,
-            self.token_weight,
-            self.bounds,
-            chunk.rows_C,
-            chunk.factor_C,
-            self.values,
-        )
+    head: Tensor
+    bias: Tensor | None
+    policy_hidden: Tensor | None
+    distill_hidden: Tensor | None
+    labels: Tensor | None
+    old_logprobs: Tensor | None
+    advantages: Tensor | None
+    policy_weight: Tensor | None
+    teacher_hidden: Tensor | None
+    teacher_head: Tensor | None
+    teacher_bias: Tensor | None
+    distill_weight: Tensor | None
+    kind: str
+    over_limit: str
+    numbers: Tensor  # `Numbers` as float64 on the CPU
+    row_temperature: Tensor | None  # policy rows first
+    logit_softcap: float | None
+    impl: str
+    chunk_rows: int | None
+    vocab_group: str | None
+    vocab_start: int
 
 
-class DivergenceRows(RowGroup):
-    """The distillation rows of one call."""
+class WantedGrads(NamedTuple):
+    """Which of the inputs want a gradient: the first fields of OperatorInputs, by the same names."""
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        teacher_hidden: Tensor,
-        teacher_head: Tensor | None,
-        teacher_bias: Tensor | None,
-        token_weight: Tensor,
-        rule: Rule,
-        temperature: float | Tensor,
-    ):
-        self.live = token_weight != 0
-        super().__init__(hidden, live_index(self.live), temperature)
-        self.token_weight, self.rule, self.kind = token_weight.to(self.values.dtype), rule, rule.kind
-        self.teacher_hidden, self.teacher_head, self.teacher_bias = teacher_hidden, teacher_head, teacher_bias
-        self._teacher: tuple[Tensor, Head] | None = None
-
-    def teacher(self, head: Head) -> tuple[Tensor, Head]:
-        if self._teacher is None:
-            own_bias = None if self.teacher_bias is None else self.teacher_bias.detach().to(self.values.dtype)
-            if self.teacher_head is not None:
-                teacher_head = Head.of(self.teacher_head, self.teacher_bias)
-            else:
-                teacher_head = head if own_bias is None else Head(head.weight_VH, own_bias)
-            self._teacher = self.teacher_hidden, teacher_head
-        return self._teacher
-
-    def weights(self) -> Tensor:
-        return self.token_weight[self.index]
-
-    def settle(self, chunk: Chunk) -> Tensor:
-        math, shard = chunk.math, chunk.shard
-        assert chunk.teacher is not None
-        both = shard.gather(torch.cat([math.scan(chunk.student, None), math.scan(chunk.teacher, None)]))
-        table = math.settle_pair(both, shard.rank, chunk.rows_C, self.values)
-        sums_3C = math.divergence_sums(self.kind, chunk.student, chunk.teacher, table)
-        # The third row bounds what this shard drops, and stays with it.
-        shard.sum_(sums_3C[:2])
-        math.settle_divergence(sums_3C, self.token_weight, self.rule, chunk.rows_C, chunk.factor_C, self.values, table)
-        return table
+    head: bool
+    bias: bool
+    policy_hidden: bool
+    distill_hidden: bool
 
 
 class FusedResult(NamedTuple):
-    """The outputs of the operator; gradients that are not wanted, and groups that are absent, are empty tensors."""
+    """The outputs of the operator; gradients that are not wanted, and groups that are absent, are empty tensors. The
+    gradients, divided by `scale`, are those of the fields of WantedGrads."""
 
     loss: Tensor  # 0-d
     policy_values: Tensor  # [VALUE_ROWS, Np]
@@ -158,285 +89,291 @@ class FusedResult(NamedTuple):
     distill_values: Tensor  # [VALUE_ROWS, Nd]
     distill_live: Tensor  # bool [Nd]
     scale: Tensor  # 0-d
-    dhead: Tensor
-    dbias: Tensor
-    dpolicy: Tensor
-    ddistill: Tensor
+    dhead: Tensor  # [V, H]
+    dbias: Tensor  # [V]
+    dpolicy: Tensor  # [Np, H]
+    ddistill: Tensor  # [Nd, H]
 
 
-_NAN = float("nan")
-# `numbers`: clip_low, clip_high, dual_clip, max_token_kl, temperature, column_tolerance; NaN where one is off.
-INPUTS = """Tensor head, Tensor? bias,
-    Tensor? policy_hidden, Tensor? distill_hidden,
-    Tensor? targets, Tensor? old_logprobs, Tensor? advantages, Tensor? policy_weight,
-    Tensor? teacher_hidden, Tensor? teacher_head, Tensor? teacher_bias, Tensor? distill_weight,
-    str kind, str over_limit, Tensor numbers, Tensor? row_temperature, float? logit_softcap,
-    str impl, int? chunk_rows, str? vocab_group, int vocab_start"""
-_SCHEMA = f"""({INPUTS},
-    bool need_head, bool need_bias, bool need_policy, bool need_distill,
-    Tensor? head_grad
-) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"""
+class LossInputs(NamedTuple):
+    """What `unpack` brings back: the rows of both groups, each with its temperature, and what they share."""
+
+    shared: SharedInputs
+    policy: PolicyInputs | None
+    policy_temperature: float | Tensor
+    distill: DistillInputs | None
+    distill_temperature: float | Tensor
 
 
-def run_losses(
-    head: Tensor,
-    bias: Tensor | None,
-    policy_hidden: Tensor | None,
-    distill_hidden: Tensor | None,
-    targets: Tensor | None,
-    old_logprobs: Tensor | None,
-    advantages: Tensor | None,
-    policy_weight: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | None,
-    teacher_bias: Tensor | None,
-    distill_weight: Tensor | None,
-    kind: str,
-    over_limit: str,
-    numbers: Tensor,
-    row_temperature: Tensor | None,
-    logit_softcap: float | None,
-    impl: str,
-    chunk_rows: int | None,
-    vocab_group: str | None,
-    vocab_start: int,
-    need_head: bool,
-    need_bias: bool,
-    need_policy: bool,
-    need_distill: bool,
-    head_grad: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """What the operator does; see FusedResult."""
-    checks.check_temperature_values(row_temperature)
-    *gates, temperature, column_tolerance = numbers.tolist()
-    clip_low, clip_high, dual_clip, max_token_kl = (None if math.isnan(gate) else gate for gate in gates)
-    split = 0 if policy_hidden is None else policy_hidden.shape[0]
-    first: float | Tensor = temperature if row_temperature is None else row_temperature[:split]
-    second: float | Tensor = temperature if row_temperature is None else row_temperature[split:]
-    groups: list[RowGroup] = []
-    if policy_hidden is not None:
-        assert targets is not None
-        assert advantages is not None
-        assert policy_weight is not None
-        bounds = Bounds(clip_low, clip_high, dual_clip)
-        policy = PolicyRows(policy_hidden, targets, old_logprobs, advantages, policy_weight, bounds, first)
-        if distill_hidden is not None:
-            policy.targets_name = "policy_targets"
-        if vocab_group is None:
-            checks.check_live_targets(targets[policy.index], head.shape[0], policy.targets_name)
-        groups.append(policy)
-    if distill_hidden is not None:
-        assert teacher_hidden is not None
-        assert distill_weight is not None
-        rule = Rule(kind, max_token_kl, over_limit)
-        groups.append(
-            DivergenceRows(distill_hidden, teacher_hidden, teacher_head, teacher_bias, distill_weight, rule, second)
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    str: "str",
+    str | None: "str?",
+    int: "int",
+    int | None: "int?",
+    float | None: "float?",
+    bool: "bool",
+}
+
+
+def schema_of(record: Any) -> str:
+    """The fields of a NamedTuple as arguments of an operator's schema."""
+    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(record).items())
+
+
+def pack(
+    head: Tensor, bias: Tensor | None, policy: PolicyInputs | None, distill: DistillInputs | None, options: LossOptions
+) -> OperatorInputs:
+    """The records as flat arguments. Of an absent group every field is None, and its limits are those that are off."""
+    clip_range = ClipRange(None, None, None) if policy is None else policy.clip_range
+    kl_limit = KlLimit("forward_kl", None, "mask") if distill is None else distill.kl_limit
+    per_row = options.temperature if isinstance(options.temperature, Tensor) else None
+    numbers = Numbers(
+        clip_low=clip_range.clip_low,
+        clip_high=clip_range.clip_high,
+        dual_clip=clip_range.dual_clip,
+        max_token_kl=kl_limit.max_token_kl,
+        temperature=None if isinstance(options.temperature, Tensor) else options.temperature,
+        column_tolerance=options.column_tolerance,
+    )
+    return OperatorInputs(
+        head=head,
+        bias=bias,
+        policy_hidden=None if policy is None else policy.hidden,
+        distill_hidden=None if distill is None else distill.hidden,
+        labels=None if policy is None else policy.labels,
+        old_logprobs=None if policy is None else policy.old_logprobs,
+        advantages=None if policy is None else policy.advantages,
+        policy_weight=None if policy is None else policy.token_weight,
+        teacher_hidden=None if distill is None else distill.teacher_hidden,
+        teacher_head=None if distill is None else distill.teacher_head,
+        teacher_bias=None if distill is None else distill.teacher_bias,
+        distill_weight=None if distill is None else distill.token_weight,
+        kind=kl_limit.kind,
+        over_limit=kl_limit.over_limit,
+        numbers=pack_numbers(numbers),
+        row_temperature=per_row,
+        logit_softcap=options.logit_softcap,
+        impl=options.impl,
+        chunk_rows=options.chunk_rows,
+        vocab_group=None if options.vocab_group is None else options.vocab_group.group_name,
+        vocab_start=options.vocab_start,
+    )
+
+
+def unpack(inputs: OperatorInputs) -> LossInputs:
+    """The records that `pack` was given, inside the operator."""
+    x, numbers = inputs, unpack_numbers(inputs.numbers)
+    policy, distill = None, None
+    if x.policy_hidden is not None:
+        assert x.labels is not None
+        assert x.advantages is not None
+        clip_range = ClipRange(numbers.clip_low, numbers.clip_high, numbers.dual_clip)
+        policy = PolicyInputs(x.policy_hidden, x.labels, x.old_logprobs, x.advantages, x.policy_weight, clip_range)
+    if x.distill_hidden is not None:
+        assert x.teacher_hidden is not None
+        kl_limit = KlLimit(x.kind, numbers.max_token_kl, x.over_limit)
+        distill = DistillInputs(
+            x.distill_hidden, x.teacher_hidden, x.teacher_head, x.teacher_bias, x.distill_weight, kl_limit
         )
-    shard = Shard(vocab_group, vocab_start)
-    call = Call(head, bias, logit_softcap, shard, impl, chunk_rows, column_tolerance)
-    wanted = [need_policy] * (policy_hidden is not None) + [need_distill] * (distill_hidden is not None)
-    grads = chunk_loop.run(groups, call, Needs(need_head, need_bias, tuple(wanted)))
+    shared = SharedInputs(
+        head=x.head,
+        bias=x.bias,
+        softcap=x.logit_softcap,
+        shard=Shard(x.vocab_group, x.vocab_start),
+        impl=x.impl,
+        chunk_rows=x.chunk_rows,
+        column_tolerance=numbers.column_tolerance,
+    )
+    if x.row_temperature is not None:
+        split = 0 if policy is None else policy.hidden.shape[0]
+        return LossInputs(shared, policy, x.row_temperature[:split], distill, x.row_temperature[split:])
+    assert numbers.temperature is not None
+    return LossInputs(shared, policy, numbers.temperature, distill, numbers.temperature)
+
+
+def pack_numbers(numbers: Numbers) -> Tensor:
+    """float64, one per field, NaN for None. A float argument would be a constant of a compiled graph; as a tensor on
+    the CPU it can be annealed. Times 1 and not `scalar_tensor`: torch.compile keeps a float as a run-time value
+    through arithmetic only."""
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return torch.stack([one * (math.nan if x is None else x) for x in numbers])
+
+
+def unpack_numbers(packed: Tensor) -> Numbers:
+    """What `pack_numbers` was given."""
+    return Numbers(*(None if math.isnan(x) else x for x in packed.tolist()))  # type: ignore[arg-type]
+
+
+def split_arguments(arguments: Sequence[Any]) -> tuple[OperatorInputs, WantedGrads, Tensor | None]:
+    """The three parts of the operator's arguments; the last is `head_grad`."""
+    count = len(OperatorInputs._fields)
+    *wanted, head_grad = arguments[count:]
+    return OperatorInputs(*arguments[:count]), WantedGrads(*wanted), head_grad
+
+
+# The operator.
+
+
+def fused_loss(
+    head: Tensor, bias: Tensor | None, policy: PolicyInputs | None, distill: DistillInputs | None, options: LossOptions
+) -> FusedResult:
+    """Checks all inputs and calls the operator: the loss over both groups (either may be None) and its statistics."""
+    checks.check_losses(head, bias, policy, distill, options)
+    inputs = pack(head, bias, policy, distill, options)
+    differentiable = (inputs.head, inputs.bias, inputs.policy_hidden, inputs.distill_hidden)
+    tracking = torch.is_grad_enabled()
+    wanted = WantedGrads(*(tracking and tensor is not None and tensor.requires_grad for tensor in differentiable))
+    return FusedResult(*fused_loss_op(*inputs, *wanted, options.head_grad))
+
+
+def run_losses(*arguments: Any) -> tuple[Tensor, ...]:
+    """What the operator does. Arguments: the fields of OperatorInputs, those of WantedGrads, head_grad; returns the
+    fields of FusedResult."""
+    inputs, wanted, _ = split_arguments(arguments)
+    checks.check_temperature_values(inputs.row_temperature)
+    shared, policy_inputs, policy_temperature, distill_inputs, distill_temperature = unpack(inputs)
+    policy, distill = None, None
+    if policy_inputs is not None:
+        labels_name = "targets" if distill_inputs is None else "policy_targets"
+        policy = PolicyRows(policy_inputs, policy_temperature, labels_name)
+        if shared.shard.group_name is None:
+            checks.check_live_labels(policy_inputs.labels[policy.index], shared.head.shape[0], labels_name)
+    if distill_inputs is not None:
+        distill = DivergenceRows(distill_inputs, distill_temperature)
+    both = ((policy, wanted.policy_hidden), (distill, wanted.distill_hidden))
+    groups = [group for group, _ in both if group is not None]
+    needs = NeedsGrad(wanted.head, wanted.bias, tuple(need for group, need in both if group is not None))
+    grads = chunk_loop.run(groups, shared, needs)
 
     def present(tensor: Tensor | None) -> Tensor:
-        return head.new_empty(0) if tensor is None else tensor
+        return shared.head.new_empty(0) if tensor is None else tensor
 
-    outputs: list[Tensor] = [torch.stack([group.values[ROW_LOSS].sum() for group in groups]).sum()]
-    found = iter(zip(groups, grads.hidden, strict=True))
-    hidden_grads = []
-    for hidden in (policy_hidden, distill_hidden):
-        group, grad = (None, None) if hidden is None else next(found)
-        outputs += [present(None), present(None)] if group is None else [group.values, group.live]  # type: ignore[attr-defined]
-        hidden_grads.append(present(grad))
-    return (*outputs, grads.scale, present(grads.head), present(grads.bias), *hidden_grads)
+    hidden_grads = iter(grads.hidden)
+    return tuple(
+        FusedResult(
+            loss=torch.stack([group.values[ROW_LOSS].sum() for group in groups]).sum(),
+            policy_values=present(policy and policy.values),
+            policy_live=present(policy and policy.live),
+            distill_values=present(distill and distill.values),
+            distill_live=present(distill and distill.live),
+            scale=grads.scale,
+            dhead=present(grads.head),
+            dbias=present(grads.bias),
+            dpolicy=present(policy and next(hidden_grads)),
+            ddistill=present(distill and next(hidden_grads)),
+        )
+    )
 
 
-_fused_loss = torch.library.custom_op("sgpo_kernels::fused_loss", run_losses, mutates_args=(), schema=_SCHEMA)
+fused_loss_op = torch.library.custom_op(
+    "sgpo_kernels::fused_loss",
+    run_losses,
+    mutates_args=(),
+    schema=f"({schema_of(OperatorInputs)}, {', '.join(f'bool need_{name}' for name in WantedGrads._fields)}, "
+    f"Tensor? head_grad) -> ({', '.join(['Tensor'] * len(FusedResult._fields))})",
+)
 
 
-@_fused_loss.register_fake
-def _(
-    head: Tensor, bias: Tensor | None, policy_hidden: Tensor | None, distill_hidden: Tensor | None, *rest: Any
-) -> tuple[Tensor, ...]:
-    need_head, need_bias, need_policy, need_distill, _ = rest[-5:]
-    acc = sizes.accumulate_dtype(head.dtype)
+@fused_loss_op.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, wanted, _ = split_arguments(arguments)
+    head, acc = inputs.head, sizes.accumulate_dtype(inputs.head.dtype)
 
-    def empty(*shape: Any, dtype: torch.dtype = acc) -> Tensor:
-        return head.new_empty(shape, dtype=dtype)
+    def values(hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        if hidden is None:
+            return head.new_empty(0), head.new_empty(0)
+        rows = hidden.shape[0]
+        return head.new_empty((VALUE_ROWS, rows), dtype=acc), head.new_empty(rows, dtype=torch.bool)
 
-    outputs = [empty()]
-    for hidden in (policy_hidden, distill_hidden):
-        rows = None if hidden is None else hidden.shape[0]
-        outputs += [empty(0), empty(0)] if rows is None else [empty(VALUE_ROWS, rows), empty(rows, dtype=torch.bool)]
-    none = head.new_empty(0)
-    dhead = empty(*head.shape) if need_head else none
-    dbias = empty(*bias.shape) if need_bias and bias is not None else none
-    grads = [
-        torch.empty_like(hidden) if need and hidden is not None else none
-        for hidden, need in ((policy_hidden, need_policy), (distill_hidden, need_distill))
-    ]
-    return (*outputs, empty(), dhead.clone(), dbias.clone(), *(grad.clone() for grad in grads))
+    def grad(like: Tensor | None, need: bool, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty_like(like, dtype=dtype) if need and like is not None else head.new_empty(0)
+
+    policy_values, policy_live = values(inputs.policy_hidden)
+    distill_values, distill_live = values(inputs.distill_hidden)
+    return tuple(
+        FusedResult(
+            loss=head.new_empty((), dtype=acc),
+            policy_values=policy_values,
+            policy_live=policy_live,
+            distill_values=distill_values,
+            distill_live=distill_live,
+            scale=head.new_empty((), dtype=acc),
+            dhead=head.new_empty(head.shape, dtype=acc) if wanted.head else head.new_empty(0),
+            dbias=grad(inputs.bias, wanted.bias, acc),
+            dpolicy=grad(inputs.policy_hidden, wanted.policy_hidden),
+            ddistill=grad(inputs.distill_hidden, wanted.distill_hidden),
+        )
+    )
+
+
+# Its gradient.
 
 
 @torch.library.custom_op("sgpo_kernels::scaled", mutates_args=())
-def _scaled(grad: Tensor, upstream: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * upstream * scale in `dtype`."""
+def scaled_op(grad: Tensor, upstream: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * upstream * scale in `dtype`; upstream and scale 0-d."""
     return chunk_loop.rescaled(grad, upstream.to(scale.dtype) * scale, dtype)
 
 
-@_scaled.register_fake
+@scaled_op.register_fake
 def _(grad: Tensor, upstream: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(grad, dtype=dtype)
 
 
-_scaled.register_autograd(checks.refuse_second_derivative)
+scaled_op.register_autograd(checks.refuse_second_derivative)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    result = FusedResult(*output)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(result.scale, result.dhead, result.dbias, result.dpolicy, result.ddistill)
-    ctx.inputs, ctx.wanted, ctx.head_grad = len(inputs), inputs[-5:-1], inputs[-1]
-    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:4]]
+class SavedGrads(NamedTuple):
+    """What backward needs of a result: the gradients of the fields of WantedGrads, the scale that they were divided
+    by, and the dtypes that they are rounded to (None where the input is absent)."""
+
+    scale: Tensor
+    dhead: Tensor
+    dbias: Tensor
+    dpolicy: Tensor
+    ddistill: Tensor
+    dtypes: tuple[torch.dtype | None, ...]
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    scale, *saved = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * ctx.inputs
-    if grad_loss is None:
-        return tuple(grads)
-    upstream, need = grad_loss.detach(), list(ctx.wanted)
-    if ctx.head_grad is not None:
-        ctx.head_grad.addcmul_(saved[0], (upstream * scale).reshape(1, 1))
-        need[0] = False
+def dtypes_of(inputs: OperatorInputs) -> tuple[torch.dtype | None, ...]:
+    """The dtypes of the inputs that WantedGrads names."""
+    tensors = (inputs.head, inputs.bias, inputs.policy_hidden, inputs.distill_hidden)
+    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+
+
+def input_grads(
+    result: SavedGrads, upstream: Tensor, wanted: WantedGrads, head_grad: Tensor | None, arguments: int
+) -> tuple[Tensor | None, ...]:
+    """What the backward of an operator returns whose first of so many arguments are OperatorInputs: the wanted
+    gradients times `upstream` (0-d), None for the rest. The head's goes to `head_grad` instead where that is given."""
+    if head_grad is not None:
+        head_grad.addcmul_(result.dhead, (upstream * result.scale).reshape(1, 1))
+        wanted = wanted._replace(head=False)
     if torch.is_grad_enabled():
         # create_graph: the saved gradients are constants to autograd, so that a second derivative would lack its larger
         # part without a word. This way it raises.
         upstream.requires_grad_()
-    for position, (grad, dtype) in enumerate(zip(saved, ctx.dtypes, strict=True)):
-        grads[position] = _scaled(grad, upstream, scale, dtype) if need[position] else None
-    return tuple(grads)
+    parts = zip(wanted, (result.dhead, result.dbias, result.dpolicy, result.ddistill), result.dtypes, strict=True)
+    found = [scaled_op(grad, upstream, result.scale, dtype) if need else None for need, grad, dtype in parts]
+    return (*found, *[None] * (arguments - len(found)))
 
 
-_fused_loss.register_autograd(_backward, setup_context=_save)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    result = FusedResult(*output)
+    given, ctx.wanted, ctx.head_grad = split_arguments(inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(result.scale, result.dhead, result.dbias, result.dpolicy, result.ddistill)
+    ctx.dtypes, ctx.arguments = dtypes_of(given), len(inputs)
 
 
-class Options(NamedTuple):
-    """The arguments that all loss ops share, in the operator's terms."""
-
-    temperature: float | Tensor
-    logit_softcap: float | None
-    column_tolerance: float
-    head_grad: Tensor | None
-    vocab_group: Any
-    vocab_start: int
-    impl: str
-    chunk_rows: int | None
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * ctx.arguments
+    saved = SavedGrads(*ctx.saved_tensors, dtypes=ctx.dtypes)
+    return input_grads(saved, grad_loss.detach(), ctx.wanted, ctx.head_grad, ctx.arguments)
 
 
-class PolicyInputs(NamedTuple):
-    hidden: Tensor
-    targets: Tensor
-    old_logprobs: Tensor | None
-    advantages: Tensor
-    token_weight: Tensor | None
-    bounds: Bounds
-
-
-class DistillInputs(NamedTuple):
-    hidden: Tensor
-    teacher_hidden: Tensor
-    teacher_head: Tensor | None
-    teacher_bias: Tensor | None
-    token_weight: Tensor | None
-    rule: Rule
-
-
-def fused_loss(
-    head: Tensor, bias: Tensor | None, policy: PolicyInputs | None, distill: DistillInputs | None, options: Options
-) -> FusedResult:
-    """Checks the inputs that both groups share with the head, and calls the operator."""
-    grad, p, d = torch.is_grad_enabled(), policy, distill
-    output = _fused_loss(
-        *checked_inputs(head, bias, policy, distill, options),
-        grad and head.requires_grad,
-        grad and bias is not None and bias.requires_grad,
-        grad and p is not None and p.hidden.requires_grad,
-        grad and d is not None and d.hidden.requires_grad,
-        options.head_grad,
-    )
-    return FusedResult(*output)
-
-
-def checked_inputs(
-    head: Tensor, bias: Tensor | None, policy: PolicyInputs | None, distill: DistillInputs | None, options: Options
-) -> tuple[Any, ...]:
-    """The arguments named in INPUTS, after the checks of what both groups share with the head."""
-    rows = 0
-    both = policy is not None and distill is not None
-    if policy is not None:
-        checks.check_policy(policy.hidden, *policy[1:4], "policy_targets" if both else "targets")
-        if both or policy.token_weight is not None:
-            weight_name = "policy_weight" if both else "token_weight"
-            checks.check_row_values(weight_name, policy.token_weight, policy.hidden)
-        checks.check_clips(*policy.bounds)
-        rows += policy.hidden.shape[0]
-    if distill is not None:
-        checks.check_teacher(distill.hidden, distill.teacher_hidden, head, distill.teacher_head, distill.teacher_bias)
-        if both or distill.token_weight is not None:
-            weight_name = "distill_weight" if both else "token_weight"
-            checks.check_row_values(weight_name, distill.token_weight, distill.hidden)
-        checks.check_divergence(*distill.rule)
-        rows += distill.hidden.shape[0]
-    checks.check_options(options, rows, head)
-    checks.check_no_tangents(head, bias, *(policy or ())[:5], *(distill or ())[:5])
-    heat = options.temperature
-    heat_rows = heat if isinstance(heat, Tensor) else None
-    group = options.vocab_group
-    p, d = policy, distill
-    bounds = Bounds(None, None, None) if p is None else p.bounds
-    rule = Rule("forward_kl", None, "mask") if d is None else d.rule
-    scalars = (*bounds, rule.max_token_kl, 1.0 if isinstance(heat, Tensor) else heat, options.column_tolerance)
-    # A float argument would be a constant of a compiled graph; as a tensor on the CPU it can be annealed. Times 1 and
-    # not `scalar_tensor`: torch.compile keeps a float as a run-time value through arithmetic only.
-    one = torch.ones((), dtype=torch.float64, device="cpu")
-    numbers = torch.stack([one * (_NAN if x is None else x) for x in scalars])
-    return (
-        head,
-        bias,
-        None if p is None else p.hidden,
-        None if d is None else d.hidden,
-        *((None,) * 4 if p is None else p[1:5]),
-        *((None,) * 4 if d is None else d[1:5]),
-        rule.kind,
-        rule.over_limit,
-        numbers,
-        heat_rows,
-        options.logit_softcap,
-        options.impl,
-        options.chunk_rows,
-        None if group is None else group.group_name,
-        options.vocab_start,
-    )
-
-
-def policy_stats(values: Tensor, live: Tensor) -> PolicyStats:
-    """From the group's row values [VALUE_ROWS, N] and its live rows."""
-    clipped = values[CLIPPED] != 0
-    return PolicyStats(
-        values[LOGPROB], values[ROW_ENTROPY], values[RATIO], clipped, live, values[DROPPED], values[SHARE]
-    )
-
-
-def divergence_stats(values: Tensor, live: Tensor) -> DivergenceStats:
-    """From the group's row values [VALUE_ROWS, N] and its live rows."""
-    over = values[OVER] != 0
-    return DivergenceStats(
-        values[DIVERGENCE],
-        over,
-        live,
-        values[ROW_ENTROPY],
-        values[TEACHER_ENTROPY],
-        values[DROPPED],
-        values[SHARE],
-    )
+fused_loss_op.register_autograd(_backward, setup_context=_save)

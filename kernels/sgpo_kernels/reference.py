@@ -11,8 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from sgpo_kernels.custom_op import DivergenceStats, PolicyStats
-from sgpo_kernels.sgpo_loss import SgpoStats
+from sgpo_kernels.stats import DivergenceStats, PolicyStats, SgpoStats
 
 
 def _log_softmax(

@@ -12,33 +12,14 @@ Limits: as in the two ops; on an accelerator two host syncs (the counts of live 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch.distributed as dist
 from torch import Tensor
 
-from sgpo_kernels import checks, sizes
-from sgpo_kernels.backend_torch import ROW_LOSS, Bounds, Rule
-from sgpo_kernels.custom_op import (
-    DistillInputs,
-    DivergenceStats,
-    Options,
-    PolicyInputs,
-    PolicyStats,
-    divergence_stats,
-    fused_loss,
-    policy_stats,
-)
-from sgpo_kernels.divergence import Kind, OverLimit
-
-
-class SgpoStats(NamedTuple):
-    """Statistics of both groups and the two parts of the loss (0-d), all without gradient."""
-
-    policy: PolicyStats
-    divergence: DivergenceStats
-    policy_loss: Tensor
-    distill_loss: Tensor
+from sgpo_kernels.backend import ROW_LOSS
+from sgpo_kernels.custom_op import fused_loss
+from sgpo_kernels.inputs import ClipRange, DistillInputs, Kind, KlLimit, LossOptions, OverLimit, PolicyInputs
+from sgpo_kernels.sizes import Impl
+from sgpo_kernels.stats import SgpoStats, divergence_stats, policy_stats
 
 
 def sgpo_loss(
@@ -65,13 +46,13 @@ def sgpo_loss(
     head_grad: Tensor | None = None,
     vocab_group: dist.ProcessGroup | None = None,
     vocab_start: int = 0,
-    impl: sizes.Impl = "auto",
+    impl: Impl = "auto",
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, SgpoStats]:
     """Policy loss plus divergence, each with its per-row weights.
 
     Args:
-        policy_hidden: [Np, H]; policy_targets: int64 [Np].
+        policy_hidden: [Np, H] float16, bfloat16, float32 or float64. policy_targets: int64 [Np].
         old_logprobs (or None), advantages, policy_weight: float32 [Np].
         distill_hidden, teacher_hidden: [Nd, H]; distill_weight: float32 [Nd]. Either group may have 0 rows.
         head: [V, H], the dtype of the hidden states. bias: [V] or None.
@@ -83,18 +64,17 @@ def sgpo_loss(
 
     Raises: as `linear_policy_loss`.
     """
-    checks.check_head(policy_hidden, head, bias, ("policy_hidden", "head", "bias"))
-    checks.check_matrix("distill_hidden", distill_hidden, head.shape[1], head)
-    policy = PolicyInputs(
-        policy_hidden, policy_targets, old_logprobs, advantages, policy_weight, Bounds(clip_low, clip_high, dual_clip)
-    )
-    distill = DistillInputs(
-        distill_hidden, teacher_hidden, None, None, distill_weight, Rule(kind, max_token_kl, over_limit)
-    )
-    options = Options(
+    clip_range, kl_limit = ClipRange(clip_low, clip_high, dual_clip), KlLimit(kind, max_token_kl, over_limit)
+    policy = PolicyInputs(policy_hidden, policy_targets, old_logprobs, advantages, policy_weight, clip_range)
+    distill = DistillInputs(distill_hidden, teacher_hidden, None, None, distill_weight, kl_limit)
+    options = LossOptions(
         temperature, logit_softcap, column_tolerance, head_grad, vocab_group, vocab_start, impl, chunk_rows
     )
     result = fused_loss(head, bias, policy, distill, options)
-    parts = result.policy_values[ROW_LOSS].sum(), result.distill_values[ROW_LOSS].sum()
-    stats = policy_stats(result.policy_values, result.policy_live)
-    return result.loss, SgpoStats(stats, divergence_stats(result.distill_values, result.distill_live), *parts)
+    stats = SgpoStats(
+        policy=policy_stats(result.policy_values, result.policy_live),
+        divergence=divergence_stats(result.distill_values, result.distill_live),
+        policy_loss=result.policy_values[ROW_LOSS].sum(),
+        distill_loss=result.distill_values[ROW_LOSS].sum(),
+    )
+    return result.loss, stats

@@ -8,7 +8,8 @@ import warnings
 import pytest
 import sgpo_kernels
 import torch
-from sgpo_kernels import backend_torch, reference, sizes, testing
+from sgpo_kernels import backend, backend_torch, reference, sizes, testing
+from sgpo_kernels.inputs import ClipRange, KlLimit
 from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -185,12 +186,12 @@ def test_tiles_that_are_not_read_hold_no_live_column(make_case):
     tolerance = torch.tensor(0.01)
     found = {}
     for name, module in {"triton": backend_triton, "torch": backend_torch}.items():
-        logits = backend_torch.Logits(z.clone(), None, None, None, {})
+        logits = backend.Logits(z.clone(), None, None, None, {})
         parts = module.scan(logits, targets).unsqueeze(0)
-        values = torch.zeros(backend_torch.VALUE_ROWS, 8)
+        values = torch.zeros(backend.VALUE_ROWS, 8)
         one = torch.ones(8)
-        table = module.settle_policy(
-            parts, 0, targets, None, one, one, backend_torch.Bounds(None, None, None), torch.arange(8), one, values
+        table = module.policy_row_values(
+            parts, 0, targets, None, one, one, ClipRange(None, None, None), torch.arange(8), one, values
         )
         found[name] = module.peaks("score", logits, None, table, targets, tolerance)
         everything = module.peaks("score", logits, None, table, targets, torch.zeros(()))
@@ -208,22 +209,22 @@ def row_kernels(products: Tensor, teacher: Tensor, out: Tensor, kind: str) -> li
     from sgpo_kernels import backend_triton
 
     rows, vocab = products.shape
-    bias, heat = torch.linspace(-1, 1, vocab, device=DEVICE), torch.full((rows,), 0.8, device=DEVICE)
-    student, other = (backend_torch.Logits(side, bias, 3.0, heat, {}) for side in (products, teacher))
-    values = torch.zeros(backend_torch.VALUE_ROWS, rows, device=DEVICE)
+    bias, inverse = torch.linspace(-1, 1, vocab, device=DEVICE), torch.full((rows,), 0.8, device=DEVICE)
+    student, other = (backend.Logits(side, bias, 3.0, inverse, {}) for side in (products, teacher))
+    values = torch.zeros(backend.VALUE_ROWS, rows, device=DEVICE)
     index, one = torch.arange(rows, device=DEVICE), torch.ones(rows, device=DEVICE)
     if kind == "score":
         targets, side = index + 1, None
         parts = backend_triton.scan(student, targets).unsqueeze(0)
-        bounds = backend_torch.Bounds(None, None, None)
-        table = backend_triton.settle_policy(parts, 0, targets, None, one, one, bounds, index, one, values)
+        clip_range = ClipRange(None, None, None)
+        table = backend_triton.policy_row_values(parts, 0, targets, None, one, one, clip_range, index, one, values)
     else:
         targets, side = None, other
         parts = torch.cat([backend_triton.scan(student, None), backend_triton.scan(other, None)]).unsqueeze(0)
-        table = backend_triton.settle_pair(parts, 0, index, values)
+        table = backend_triton.pair_row_values(parts, 0, index, values)
         sums = backend_triton.divergence_sums(kind, student, other, table)
-        rule = backend_torch.Rule(kind, None, "mask")
-        backend_triton.settle_divergence(sums, one, rule, index, one, values, table)
+        kl_limit = KlLimit(kind, None, "mask")
+        backend_triton.divergence_row_values(sums, one, kl_limit, index, one, values, table)
     columns = torch.tensor([1, 5, 7, vocab - 1], device=DEVICE)
     live, kept = backend_triton.gradient_columns(kind, student, side, table, targets, columns)
     places = torch.cat([columns, columns[-1:].expand(3)])

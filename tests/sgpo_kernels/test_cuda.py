@@ -177,9 +177,10 @@ def test_peak_is_below_the_formula(make_case, op, formula, tolerance):
 
 def test_annealing_does_not_recompile(make_case):
     """Clips, limit, tolerance and weights are run-time arguments of the compiled kernels."""
-    from sgpo_kernels import triton_kernels
+    from sgpo_kernels import triton_gradients, triton_statistics
 
-    kernels = (triton_kernels.settle_scores, triton_kernels.settle_divergence, triton_kernels.peak_tiles)
+    row_values = (triton_statistics.label_row_values, triton_statistics.divergence_row_values)
+    kernels = (*row_values, triton_gradients.peak_tiles)
 
     def compiled() -> int:
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())

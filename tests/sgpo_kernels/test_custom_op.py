@@ -27,7 +27,7 @@ def scalar(case, leaves: dict[str, Tensor], **extra) -> Tensor:
 @pytest.mark.parametrize("module", [custom_op, logprob], ids=["fused_loss", "logprob"])
 def test_torch_checks_the_operators_of_a_backward_pass(make_case, module, impl, monkeypatch):
     """Schema, aliasing and fake implementation of what backward calls, on the arguments of a real call."""
-    name = "_scaled" if module is custom_op else "_linear_logprob_backward"
+    name = "scaled_op" if module is custom_op else "_linear_logprob_backward"
     operator, calls = getattr(module, name), []
     monkeypatch.setattr(module, name, lambda *args: calls.append(args) or operator(*args))
     case = make_case("sgpo" if module is custom_op else "logprob")
@@ -43,8 +43,8 @@ def test_torch_checks_the_operators_of_a_backward_pass(make_case, module, impl, 
 @pytest.mark.parametrize("options", [{}, {"column_tolerance": 0.02, "logit_softcap": 3.0}], ids=["exact", "live"])
 def test_torch_checks_the_loss_operator_with_absent_arguments(make_case, op, options, impl, monkeypatch):
     """Absent groups, bias and old log-probs, frozen inputs: each of them changes the shapes that the fake returns."""
-    operator, calls = custom_op._fused_loss, []
-    monkeypatch.setattr(custom_op, "_fused_loss", lambda *args: calls.append(args) or operator(*args))
+    operator, calls = custom_op.fused_loss_op, []
+    monkeypatch.setattr(custom_op, "fused_loss_op", lambda *args: calls.append(args) or operator(*args))
     case = make_case(op, bias=op == "sgpo", **options)
     for frozen in ((), ("head",), tuple(name for name in case.leaves if "hidden" in name)):
         case.frozen = set(frozen)

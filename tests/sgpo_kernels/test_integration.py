@@ -144,7 +144,7 @@ def test_a_wrong_softcap_is_refused(make_case, op, value, kind):
 @pytest.mark.parametrize("op", ["logprob", "policy", "forward_kl", "sgpo"])
 def test_torch_checks_the_operators(make_case, op, monkeypatch):
     """Schema, fake implementation and autograd registration, by torch's own checks on the arguments of a real call."""
-    module, name = (logprob, "_linear_logprob") if op == "logprob" else (custom_op, "_fused_loss")
+    module, name = (logprob, "_linear_logprob") if op == "logprob" else (custom_op, "fused_loss_op")
     operator, seen = getattr(module, name), []
     monkeypatch.setattr(module, name, lambda *args: seen.append(args) or operator(*args))
     make_case(op).call(sgpo_kernels)

@@ -134,15 +134,15 @@ def test_on_cuda_a_device_side_assertion_watches_the_ids(monkeypatch, value, sha
     if sharded:
         logits = torch.where(targets == value, -torch.inf, 0.0).as_subclass(Cuda)
         with pytest.raises(RuntimeError, match="token ids that lie on some rank's piece"):
-            checks.check_found_targets(logits)
-        checks.check_found_targets(logits[:2])
-        checks.check_found_targets(logits[:0])
+            checks.check_found_labels(logits)
+        checks.check_found_labels(logits[:2])
+        checks.check_found_labels(logits[:0])
     else:
         ids = targets.as_subclass(Cuda)
         with pytest.raises(RuntimeError, match=r"token ids in \[0, 37\)"):
-            checks.check_live_targets(ids, 37)
-        checks.check_live_targets(ids[:2], 37)
-        checks.check_live_targets(ids[:0], 37)
+            checks.check_live_labels(ids, 37)
+        checks.check_live_labels(ids[:2], 37)
+        checks.check_live_labels(ids[:0], 37)
 
 
 # default devices

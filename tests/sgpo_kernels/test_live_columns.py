@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import sgpo_kernels
 import torch
-from sgpo_kernels import backend_torch, reference, sizes
+from sgpo_kernels import backend, backend_torch, reference, sizes
+from sgpo_kernels.inputs import ClipRange
 from torch import Tensor
 
 LOSSES = ("policy", "policy_on", "policy_dual", "forward_kl", "reverse_kl", "js", "sgpo")
@@ -265,12 +266,12 @@ def test_targets_outside_the_live_columns_are_no_one_hot_elsewhere():
     z = torch.full((2, 8), -40.0)
     z[0, 5], z[1, 2], z[1, 3] = 40.0, 1.0, 1.0
     targets = torch.tensor([5, 2])
-    side = backend_torch.Logits(z, None, None, None)
+    side = backend.Logits(z, None, None, None)
     one, rows = torch.ones(2), torch.arange(2)
-    values = torch.zeros(backend_torch.VALUE_ROWS, 2)
-    bounds = backend_torch.Bounds(None, None, None)
+    values = torch.zeros(backend.VALUE_ROWS, 2)
+    clip_range = ClipRange(None, None, None)
     parts = backend_torch.scan(side, targets).unsqueeze(0)
-    table = backend_torch.settle_policy(parts, 0, targets, None, one, one, bounds, rows, one, values)
+    table = backend_torch.policy_row_values(parts, 0, targets, None, one, one, clip_range, rows, one, values)
     dz, _ = backend_torch.gradient_columns("score", side, None, table, targets, torch.tensor([2, 3]))
     torch.testing.assert_close(dz, torch.tensor([[0.0, 0.0], [-0.5, 0.5]]))
 

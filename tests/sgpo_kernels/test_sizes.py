@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sgpo_kernels import backend_torch, sizes, testing
+from sgpo_kernels import backend, backend_torch, sizes, testing
+from sgpo_kernels.inputs import ClipRange
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -75,20 +76,20 @@ def test_scale_of_nothing_usable_is_one(values):
     assert backend_torch.power_of_two_scale(torch.tensor(values)).item() == 1
 
 
-def score_table(logits: torch.Tensor, targets: torch.Tensor) -> tuple[backend_torch.Logits, torch.Tensor]:
+def score_table(logits: torch.Tensor, targets: torch.Tensor) -> tuple[backend.Logits, torch.Tensor]:
     """Finished logits and the row table of policy rows of weight and advantage 1, exactly on-policy."""
-    side = backend_torch.Logits(logits.clone(), None, None, None)
+    side = backend.Logits(logits.clone(), None, None, None)
     parts = backend_torch.scan(side, targets).unsqueeze(0)
     one, rows = torch.ones(len(logits), dtype=logits.dtype), torch.arange(len(logits))
-    values = logits.new_zeros(backend_torch.VALUE_ROWS, len(logits))
-    bounds = backend_torch.Bounds(None, None, None)
-    return side, backend_torch.settle_policy(parts, 0, targets, None, one, one, bounds, rows, one, values)
+    values = logits.new_zeros(backend.VALUE_ROWS, len(logits))
+    clip_range = ClipRange(None, None, None)
+    return side, backend_torch.policy_row_values(parts, 0, targets, None, one, one, clip_range, rows, one, values)
 
 
 def test_log_probabilities_keep_their_accuracy_for_large_logits():
     values = (torch.randn(8, 100, dtype=torch.float64) + 1000).float()
     _, table = score_table(values, torch.zeros(8, dtype=torch.int64))
-    ours = backend_torch.log_probs(values, table[backend_torch.MAX], table[backend_torch.LOG_SUM])
+    ours = backend_torch.log_probs(values, table[backend.MAX], table[backend.LOG_SUM])
     assert (ours - values.double().log_softmax(1)).abs().max() < 2e-6
 
 
@@ -104,7 +105,7 @@ def test_total_is_the_sum_of_the_core():
     logits, targets = torch.randn(6, 9, dtype=torch.float64), torch.randint(9, (6,))
     side, table = score_table(logits, targets)
     core, _ = backend_torch.core("score", side.products_CV, None, table, targets)
-    torch.testing.assert_close(table[backend_torch.TOTAL], core.abs().sum(1))
+    torch.testing.assert_close(table[backend.TOTAL], core.abs().sum(1))
 
 
 @pytest.mark.parametrize(("shift", "passes"), [(0.0, True), (1.5e-3, True), (2.5e-3, False), (torch.nan, False)])
