@@ -45,6 +45,7 @@ class Variant(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Kernel, flags without tiles, and the dtype of dz: the row's name in the table."""
         flags = [f"{key.lower()}={int(value)}" for key, value in self.options.items() if not key.startswith("BLOCK")]
         return f"{self.kernel}[{' '.join([*flags, self.dz])}]"
 
@@ -170,6 +171,7 @@ def table(rows: list[Resources]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command line; 1 where a kernel spills or takes too much shared memory, 2 in Triton's interpreter."""
     parser = argparse.ArgumentParser(description="Compile the kernels ahead of time and report their resources.")
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_LIMIT))
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of the table")

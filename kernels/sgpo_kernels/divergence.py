@@ -13,7 +13,7 @@ Memory: `sizes.extra_bytes("divergence", ...)`, no term in N·V, + V·H·a for a
 Precision: float32 logits and dz (float64 for float64 inputs); sums of terms >= 0, so equal states give exactly 0 and a
   zero gradient.
 Limits: finite logits; first derivatives only; on an accelerator one host sync (the count of live rows), with a column
-  tolerance one more per chunk; masked rows of a dense chunk still pay their products.
+  tolerance two more (vocabulary shards: one per chunk); masked rows of a dense chunk still pay their products.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 What: `mm`, `bmm` and `add_mm` are torch's products with a wide result; `Head` holds W and b ready for them; `Shard`
   says which rows of W this rank holds and talks to the other ranks.
 Equation: products = h Wᵀ; the logits z = softcap(products + b) / temperature are made later, by the row arithmetic.
+Gradient: none here; the chunk loop multiplies dz by W and h itself.
 Memory: on the CPU half heads are copied once per call in float32; on CUDA nothing of the head's size.
 Precision: products of half operands accumulate and come out in float32.
 Limits: vocabulary shards (tensor parallel): every rank holds all rows h and the head rows [start, start + V_r); per

@@ -12,7 +12,7 @@ Memory: `sizes.extra_bytes("policy", ...)`, no term in N·V. Saved: dH [N, H], d
 Precision: float32 logits, ratio and dz (float64 for float64 inputs); dz is cast to the dtype of hidden for the
   products.
 Limits: finite logits; first derivatives only; on an accelerator one host sync (the count of live rows), with a column
-  tolerance one more per chunk. Advantages, weights and old log-probs are constants.
+  tolerance two more (vocabulary shards: one per chunk). Advantages, weights and old log-probs are constants.
 """
 
 from __future__ import annotations

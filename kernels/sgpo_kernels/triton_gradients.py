@@ -3,6 +3,8 @@
 What: per chunk `divergence_tiles` (distillation rows, before their values), `peak_tiles` (with a column tolerance),
   then `gradient_tiles` or `gradient_column_tiles`; `rescale` for the finished gradients.
 Equation: backend_torch.py has the same arithmetic in plain torch; dz = SLOPE * core.
+Source: as backend_torch.py.
+Gradient: d loss / d (product + bias): the derivative of the soft-cap is in it.
 Memory: [3, C, T] partial sums for T column tiles; [C / BLOCK_R, V] column peaks.
 Precision: float32 throughout, dz rounded to the dtype of its buffer; one partial sum per tile, added up in a fixed
   order, no atomics. Products are read once per kernel.

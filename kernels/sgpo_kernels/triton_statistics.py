@@ -3,6 +3,8 @@
 What: per chunk `scan_tiles` -> `combine_tiles` -> `label_row_values`, or `pair_row_values` and, after the sums of
   `triton_gradients.divergence_tiles`, `divergence_row_values`.
 Equation: backend_torch.py has the same arithmetic in plain torch.
+Source: as backend_torch.py.
+Gradient: the table's planes; dz is formed from them in triton_gradients.py.
 Memory: the tile statistics, [3, C, T] for T column tiles.
 Precision: float32 throughout. Every sum over the vocabulary is made of one partial sum per tile, added up in a fixed
   order: no atomics, the same bits each time.
@@ -52,7 +54,7 @@ def combine_tiles(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, HAS_LABELS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """stats [4, C]: max, sum, weighted sum of the whole row, and the label's logit (-inf without one)."""
+    """stats [STAT_ROWS, C]: max, sum, weighted sum of the whole row, and the label's logit (-inf without one)."""
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     tiles = tl.arange(0, BLOCK_T)
     row_inside = rows < C

@@ -3,6 +3,7 @@
 What: `load_tile` gives the logits of a tile [BLOCK_R, BLOCK_V] of float32 products and, for the soft-cap, d logit /
   d product.
 Equation: z = softcap(product + b) * inv_temperature, softcap(x) = cap tanh(x / cap).
+Gradient: the second result, without the temperature, which SLOPE holds.
 Precision: float32 throughout; -inf outside the vocabulary.
 Limits: finite logits; row offsets are 64-bit.
 """
