@@ -65,8 +65,10 @@ class Chunk:
         self.table = self.policy_row_values()
         self.pair = self.pair_row_values()
         self.threshold = torch.full((), 2.0**-12, device=device)
-        peaks = backend_triton.peaks("score", self.policy, None, self.table, self.targets, self.threshold)
-        self.live = (peaks >= self.threshold).nonzero().squeeze(1)
+        live, _ = backend_triton.live_columns(
+            "score", self.policy, None, self.table, self.targets, self.threshold, all_peaks=False
+        )
+        self.live = live.nonzero().squeeze(1)
 
     def policy_row_values(self) -> torch.Tensor:
         parts = backend_triton.scan(self.policy, self.targets).unsqueeze(0)
@@ -90,9 +92,9 @@ class Chunk:
         return {
             "scan": (lambda: backend_triton.scan(self.policy, self.targets), 1),
             "divergence": (lambda: backend_triton.divergence_sums(*pair[:4]), 2),
-            "peaks": (lambda: backend_triton.peaks(*score, self.threshold), 1),
+            "peaks": (lambda: backend_triton.live_columns(*score, self.threshold, all_peaks=False), 1),
             "gradient": (lambda: backend_triton.gradient(*pair, self.out), 2),
-            "columns": (lambda: backend_triton.gradient_columns(*score, self.live), 0),
+            "columns": (lambda: backend_triton.gradient_columns(*score, self.live, None, torch.bfloat16), 0),
         }
 
 

@@ -31,7 +31,7 @@ from sgpo_kernels import triton_constants as const
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Shared memory that one block may take, bytes, by compute capability.
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
-POINTERS = {"labels_ptr": "*i64", "rows_ptr": "*i64", "live_ptr": "*i64", "count_ptr": "*i64"}
+POINTERS = {"labels_ptr": "*i64", "rows_ptr": "*i64", "live_ptr": "*i64", "count_ptr": "*i64", "alive_ptr": "*i1"}
 INTEGERS = {"C", "N", "A", "T", "V", "rank"}
 
 
@@ -64,15 +64,15 @@ class Resources(NamedTuple):
     stores: dict[str, int]
 
 
-def variants() -> Iterator[Variant]:
-    """Every kernel: each kind without options, and with all of them."""
+def variants(arch: int) -> Iterator[Variant]:
+    """Every kernel with the tiles of a compute capability: each kind without options, and with all of them."""
     kinds, score = const.KINDS.values(), const.KINDS["score"]
 
     def tile(name: str, columns: int | None = None) -> tuple[dict[str, Any], int]:
-        block = sizes.blocks(name, None)
+        block = sizes.blocks(name, divmod(arch, 10))
         return {"BLOCK_R": block.rows, "BLOCK_V": columns or block.columns}, block.warps
 
-    scan_columns = sizes.blocks("scan", None).columns
+    scan_columns = sizes.blocks("scan", divmod(arch, 10)).columns
     for full in (False, True):
         one = {"HAS_BIAS": full, "HAS_SOFTCAP": full, "HAS_TEMPERATURE": full}
         two = {**one, "HAS_TEACHER_BIAS": full}
@@ -84,18 +84,23 @@ def variants() -> Iterator[Variant]:
                 block, warps = tile("divergence")
                 yield Variant("divergence_tiles", {"KIND": kind, **two, **block}, warps)
             block, warps = tile("peaks", scan_columns)
-            yield Variant("peak_tiles", {"KIND": kind, **two, **block}, warps)
+            skip = kind in (score, const.KINDS["forward_kl"])
+            yield Variant("peak_tiles", {"KIND": kind, "SKIP": skip, **two, **block}, warps)
             block, warps = tile("columns")
             for counted in (False, True):
                 options = {"KIND": kind, "HAS_COUNT": counted, **two, **block}
-                yield Variant("gradient_column_tiles", options, warps, "fp32")
+                yield Variant("gradient_column_tiles", options, warps)
             block, warps = tile("gradient")
             for dz in ("bf16", "fp16", "fp32"):
                 entropy = full and kind == score
                 yield Variant("gradient_tiles", {"KIND": kind, "WITH_ENTROPY": entropy, **two, **block}, warps, dz)
     for dz in ("bf16", "fp16", "fp32"):
         yield Variant("rescale", {"BLOCK": 2048}, 4, dz)
+    yield Variant("column_threshold", {"BLOCK": 1024}, 4)
+    yield Variant("live_columns", {"BLOCK_T": 128, "BLOCK_V": 64}, 4)
     block = {"BLOCK": 128}
+    for known in (False, True):
+        yield Variant("finish_columns", {"HAS_SUM": known, "HAS_COUNT": known, **block}, 4)
     for mode, ranks in itertools.product(const.MODES.values(), (1, 8)):
         flags = {"MODE": mode, "HAS_OLD": mode == const.MODES["policy"], "HAS_FACTOR": mode != const.MODES["values"]}
         yield Variant("label_row_values", {**flags, "RANKS": ranks, **block}, 4)
@@ -179,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
     if sizes.interpreting():
         print("TRITON_INTERPRET=1 is set: unset it, kernels cannot be compiled in the interpreter.", file=sys.stderr)
         return 2
-    rows = [compile_variant(variant, arch) for arch in options.arch for variant in variants()]
+    rows = [compile_variant(variant, arch) for arch in options.arch for variant in variants(arch)]
     print("\n".join(json.dumps(row._asdict()) for row in rows) if options.json else table(rows))
     over = [row for row in rows if row.stack or row.spills or row.shared > SHARED_LIMIT[row.arch]]
     if over:

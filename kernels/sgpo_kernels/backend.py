@@ -6,7 +6,7 @@ loop calls them stage by stage, for the C rows of one chunk:
   *_row_values     the statistics of all vocabulary shards -> values [VALUE_ROWS, N] of the group's rows, and the table
                    [TABLE_ROWS, C] that dz is computed from
   divergence_sums  distillation rows only, between pair_row_values and divergence_row_values
-  peaks            per column the largest |dz| of the chunk, relative to the row's weight (live columns)
+  live_columns     per column the largest |dz| of the chunk relative to the row's weight, and whether that is enough
   gradient         dz of all columns, or of the live ones
 
 Every plane of those tensors has its name here, in Triton too (`triton_tiles` makes compile-time constants of them).
@@ -125,7 +125,11 @@ class Backend(Protocol):
         """From the sums over all shards: divergence, over and loss into `values`, slopes into the table."""
         ...
 
-    def peaks(
+    def column_threshold(self, table: Tensor, tolerance: float) -> Tensor:
+        """0-d: the peak from which a column lives, tolerance * min(1, the chunk's largest STRENGTH * TOTAL)."""
+        ...
+
+    def live_columns(
         self,
         kind: str,
         student: Logits,
@@ -133,9 +137,12 @@ class Backend(Protocol):
         table: Tensor,
         labels_C: Tensor | None,
         threshold: Tensor,
-    ) -> Tensor:
-        """[V]: the largest |core| * STRENGTH of each column over the chunk's rows. Where that is below `threshold`
-        (0-d) any smaller value may come back."""
+        *,
+        all_peaks: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """(bool [V], peaks [V]): which columns have a peak that is not below the threshold (0-d), and the peaks, the
+        largest |core| * STRENGTH over the chunk's rows. Unless `all_peaks` is asked for, any smaller peak may come
+        back where it is below the threshold. NaN lives; a peak of 0 never does."""
         ...
 
     def gradient(
@@ -160,10 +167,30 @@ class Backend(Protocol):
         table: Tensor,
         labels_C: Tensor | None,
         columns_A: Tensor,
-        count: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(dz [C, A] of the live columns, what they hold of TOTAL [C]). Only the first `count` columns (0-d; None: all)
-        are live; the others, whose dz is 0, repeat one that is not below any of them."""
+        count: Tensor | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dz [C, A] of the live columns in `dtype`, what they hold of TOTAL [C], their sum of dz before rounding [C]).
+
+        Of columns_A only the first `count` (0-d; None: all) are live, or none where it is above A; the dz of the
+        others, which repeat a column that is not below any of the live ones, is 0.
+        """
+        ...
+
+    def finish_columns(
+        self,
+        table: Tensor,
+        kept_C: Tensor,
+        sum_C: Tensor | None,
+        columns_A: Tensor,
+        count: Tensor | None,
+        scale: Tensor,
+        rows_C: Tensor,
+        vocab: int,
+        values: Tensor,
+    ) -> None:
+        """Writes DROPPED and SHARE of the chunk's rows: the bound of what the dropped columns hold, plus, where their
+        sum is given back to dH (`sum_C`), the size of that sum."""
         ...
 
     def rescaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -32,6 +32,7 @@ from sgpo_kernels.backend import (
     CLIPPED,
     DIVERGENCE,
     DIVERGENCE_SUM,
+    DROPPED,
     ENTROPY,
     ENTROPY_SLOPE,
     EXP_SUM,
@@ -43,6 +44,7 @@ from sgpo_kernels.backend import (
     RATIO,
     ROW_ENTROPY,
     ROW_LOSS,
+    SHARE,
     SIZE_SUM,
     SLOPE,
     STAT_ROWS,
@@ -61,6 +63,8 @@ from sgpo_kernels.inputs import ClipRange, KlLimit
 
 # Below this |u| the terms of a divergence come from their series.
 SERIES_BELOW = 0.05
+# What float32 may lose in TOTAL - kept, relative to the row's |SLOPE| max(1, TOTAL), and in each of the probabilities.
+DROPPED_FLOOR, DROPPED_MARGIN = 2.0**-18, 1e-4
 
 
 def row_blocks(tensor_CV: Tensor) -> Iterator[slice]:
@@ -332,22 +336,29 @@ def _through_softcap(z_RK: Tensor, logits: Logits, rows: slice) -> Tensor | None
     return tanh.square_().neg_().add_(1.0)
 
 
-def peaks(
+def column_threshold(table: Tensor, tolerance: float) -> Tensor:
+    """See `Backend.column_threshold`."""
+    return (table[STRENGTH] * table[TOTAL]).amax().clamp(max=1.0) * tolerance
+
+
+def live_columns(
     kind: str,
     student: Logits,
     teacher: Logits | None,
     table: Tensor,
     labels_C: Tensor | None,
     threshold: Tensor,
-) -> Tensor:
-    """See `Backend.peaks`; exact here, also below the threshold."""
+    *,
+    all_peaks: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `Backend.live_columns`; exact here, also below the threshold."""
     peaks_V = table.new_zeros(student.products_CV.shape[1])
     for rows in row_blocks(student.products_CV):
         z_T = None if teacher is None else teacher.products_CV[rows]
         labels = None if labels_C is None else labels_C[rows]
         core_RV, _ = core(kind, student.products_CV[rows], z_T, table[:, rows], labels)
         torch.maximum(peaks_V, core_RV.mul_(table[STRENGTH, rows].unsqueeze(1)).abs_().amax(0), out=peaks_V)
-    return peaks_V
+    return ((peaks_V < threshold) | (peaks_V == 0)).logical_not_(), peaks_V
 
 
 def gradient(
@@ -381,8 +392,9 @@ def gradient_columns(
     table: Tensor,
     labels_C: Tensor | None,
     columns_A: Tensor,
-    count: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    count: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `Backend.gradient_columns`."""
     z_CA = student.products_CV.index_select(1, columns_A)
     z_T = None if teacher is None else teacher.products_CV.index_select(1, columns_A)
@@ -394,11 +406,35 @@ def gradient_columns(
     chain = _through_softcap(z_CA, student, slice(None))
     core_CA, size_CA = core(kind, z_CA, z_T, table, where)
     if count is not None:
-        vacant_A = torch.arange(columns_A.numel(), device=columns_A.device) >= count
+        places = columns_A.numel()
+        vacant_A = torch.arange(places, device=columns_A.device) >= torch.where(count > places, 0, count)
         core_CA, size_CA = core_CA.masked_fill(vacant_A, 0.0), size_CA.masked_fill(vacant_A, 0.0)
     kept_C = size_CA.abs().sum(1)
     dz_CA = core_CA.mul_(table[SLOPE].unsqueeze(1))
-    return (dz_CA if chain is None else dz_CA.mul_(chain)), kept_C
+    dz_CA = dz_CA if chain is None else dz_CA.mul_(chain)
+    return dz_CA.to(dtype), kept_C, dz_CA.sum(1)
+
+
+def finish_columns(
+    table: Tensor,
+    kept_C: Tensor,
+    sum_C: Tensor | None,
+    columns_A: Tensor,
+    count: Tensor | None,
+    scale: Tensor,
+    rows_C: Tensor,
+    vocab: int,
+    values: Tensor,
+) -> None:
+    """See `Backend.finish_columns`."""
+    total_C = table[TOTAL]
+    lost_C = (total_C - kept_C).clamp_(min=0).mul_(1 + DROPPED_MARGIN).add_(DROPPED_FLOOR * total_C.clamp(min=1.0))
+    lost_C.mul_(table[SLOPE].abs())
+    if sum_C is not None:
+        lost_C.add_(sum_C.abs())
+    share = table.new_full((), columns_A.numel()) if count is None else count.to(table.dtype)
+    values[DROPPED].index_copy_(0, rows_C, lost_C.mul_(scale))
+    values[SHARE].index_copy_(0, rows_C, (share / vocab).expand(len(rows_C)))
 
 
 # scale

@@ -20,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sgpo_kernels import sizes, triton_gradients, triton_statistics
+from sgpo_kernels import backend_torch, sizes, triton_gradients, triton_statistics
 from sgpo_kernels import triton_constants as const
 from sgpo_kernels.backend import STAT_ROWS, SUM_ROWS, TABLE_ROWS, Logits
 from sgpo_kernels.inputs import ClipRange, KlLimit
@@ -34,6 +34,7 @@ COMPILED: dict[str, Any] = {} if sizes.interpreting() else {"enable_fp_fusion": 
 TILE_STATS = 3
 ROW_BLOCK = 128
 RESCALE_BLOCK = 2048
+LIVE_TILE = 8192
 
 
 def _blocks(kernel: str, like: Tensor) -> sizes.Blocks:
@@ -241,15 +242,26 @@ def divergence_row_values(
     )
 
 
-def peaks(
+def column_threshold(table: Tensor, tolerance: float) -> Tensor:
+    """See `Backend.column_threshold`."""
+    threshold, rows = table.new_empty(()), table.shape[1]
+    gradients.column_threshold[(1,)](
+        table, tolerance, threshold, rows, BLOCK=triton.next_power_of_2(rows), num_warps=4, **COMPILED
+    )
+    return threshold
+
+
+def live_columns(
     kind: str,
     student: Logits,
     teacher: Logits | None,
     table: Tensor,
     labels_C: Tensor | None,
     threshold: Tensor,
-) -> Tensor:
-    """See `Backend.peaks`."""
+    *,
+    all_peaks: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `Backend.live_columns`."""
     rows, vocab = student.products_CV.shape
     # The column tiles of scan, whose maxima tell which tiles need no reading.
     block = _blocks("peaks", table)._replace(columns=_blocks("scan", table).columns)
@@ -270,10 +282,27 @@ def peaks(
         vocab,
         tile_stats.shape[2],
         KIND=const.KINDS[kind],
+        SKIP=not all_peaks and kind in ("score", "forward_kl"),
         **flags,
         **_options(block),
     )
-    return found.amax(0)
+    if len(found) > LIVE_TILE // 64:
+        found = found.amax(0, keepdim=True)
+    live_V, peaks_V = table.new_empty(vocab, dtype=torch.bool), table.new_empty(vocab)
+    blocks = triton.next_power_of_2(len(found))
+    gradients.live_columns[(triton.cdiv(vocab, LIVE_TILE // blocks),)](
+        found,
+        threshold,
+        live_V,
+        peaks_V,
+        len(found),
+        vocab,
+        BLOCK_T=blocks,
+        BLOCK_V=LIVE_TILE // blocks,
+        num_warps=4,
+        **COMPILED,
+    )
+    return live_V, peaks_V
 
 
 def gradient(
@@ -314,17 +343,17 @@ def gradient_columns(
     table: Tensor,
     labels_C: Tensor | None,
     columns_A: Tensor,
-    count: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    count: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `Backend.gradient_columns`."""
     rows, live = student.products_CV.shape[0], columns_A.numel()
-    # Padded, so that rows stay aligned for the products.
-    dz_CA = table.new_zeros(rows, -(-live // 16) * 16)[:, :live]
+    dz_CA = sizes.padded_empty(rows, live, like=table, dtype=dtype)
     if not live:
-        return dz_CA, table.new_zeros(rows)
+        return dz_CA, table.new_zeros(rows), table.new_zeros(rows)
     block = _blocks("columns", table)
     tiles = triton.cdiv(live, block.columns)
-    kept = table.new_empty(rows, tiles)
+    sums = table.new_empty(2, rows, tiles)
     arguments, flags = _sides(student, teacher)
     gradients.gradient_column_tiles[(triton.cdiv(rows, block.rows), tiles)](
         *arguments,
@@ -334,7 +363,7 @@ def gradient_columns(
         columns_A if count is None else count,
         dz_CA,
         dz_CA.stride(0),
-        kept,
+        sums,
         rows,
         live,
         tiles,
@@ -343,7 +372,43 @@ def gradient_columns(
         **flags,
         **_options(block),
     )
-    return dz_CA, kept.sum(1)
+    kept_C, sum_C = sums.sum(2)
+    return dz_CA, kept_C, sum_C
+
+
+def finish_columns(
+    table: Tensor,
+    kept_C: Tensor,
+    sum_C: Tensor | None,
+    columns_A: Tensor,
+    count: Tensor | None,
+    scale: Tensor,
+    rows_C: Tensor,
+    vocab: int,
+    values: Tensor,
+) -> None:
+    """See `Backend.finish_columns`."""
+    rows = len(rows_C)
+    gradients.finish_columns[(triton.cdiv(rows, ROW_BLOCK),)](
+        table,
+        kept_C,
+        kept_C if sum_C is None else sum_C,
+        columns_A if count is None else count,
+        scale,
+        rows_C,
+        values,
+        columns_A.numel(),
+        1.0 / vocab,
+        backend_torch.DROPPED_FLOOR,
+        1 + backend_torch.DROPPED_MARGIN,
+        rows,
+        values.shape[1],
+        HAS_SUM=sum_C is not None,
+        HAS_COUNT=count is not None,
+        BLOCK=ROW_BLOCK,
+        num_warps=4,
+        **COMPILED,
+    )
 
 
 def rescaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -38,13 +38,11 @@ import torch
 from torch import Tensor
 
 from sgpo_kernels import backend_torch, checks, sizes
-from sgpo_kernels.backend import DROPPED, SHARE, SLOPE, STRENGTH, TOTAL, Backend, Logits
+from sgpo_kernels.backend import DROPPED, SHARE, SLOPE, Backend, Logits
 from sgpo_kernels.backend_torch import power_of_two_scale
 from sgpo_kernels.head import Head, Shard, add_mm, bmm, mm
 from sgpo_kernels.row_groups import Chunk, RowGroup, live_index
 
-# What float32 may lose in TOTAL - kept, relative to the row's |SLOPE| max(1, TOTAL), and in each of the probabilities.
-DROPPED_FLOOR, DROPPED_MARGIN = 2.0**-18, 1e-4
 # Head rows that one program sums for the mean head row.
 MEAN_ROWS = 512
 
@@ -87,7 +85,8 @@ class SharedInputs:
 
 class LiveColumns(NamedTuple):
     """Columns of a chunk that carry gradient, ascending, int64 [A]. Where the host does not know how many there are,
-    the first `count` (0-d, on the device) do, and the rest are places not taken, filled with the last column."""
+    the first `count` (0-d, on the device) do, and the rest are places not taken, filled with the last column; a count
+    above A says that they did not fit, and none is used."""
 
     columns_A: Tensor
     count: Tensor | None
@@ -131,12 +130,6 @@ def run(groups: Sequence[RowGroup], shared: SharedInputs, needs: NeedsGrad) -> G
         return Grads(scale, dhead, dbias, hidden_grads)
 
 
-def padded_empty(rows: int, columns: int, *, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Empty [rows, columns] whose rows begin on 32-byte boundaries (16 elements), also where `columns` is odd: aligned
-    loads, and operands and outputs that cuBLAS takes on its fast paths."""
-    return like.new_empty(rows, -(-columns // 16) * 16, dtype=dtype or like.dtype)[:, :columns]
-
-
 def rescaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """grad * factor (0-d) in `dtype`, multiplied in that of factor (a 0-d factor would be cast to half first)."""
     impl = "triton" if sizes.takes_triton(grad) and grad.is_contiguous() else "torch"
@@ -157,7 +150,7 @@ class _ChunkLoop:
         vocab, width = shared.head.shape
         self.chunk = min(rows, shared.chunk_rows or self._default_chunk(rows, width, vocab))
         contexts = 1 + any(group.teacher(self.head) is not None for group in groups)
-        self.products = [padded_empty(self.chunk, vocab, like=scale) for _ in range(contexts)]
+        self.products = [sizes.padded_empty(self.chunk, vocab, like=scale) for _ in range(contexts)]
         self.head_VH: Tensor | None = None
         self.bias_V: Tensor | None = None
         total = sum(group.index.numel() for group in groups)
@@ -211,8 +204,8 @@ class _ChunkLoop:
     def _rows_that_lacked_places(self) -> list[Tensor]:
         """The rows of chunks whose live columns did not fit. One host sync where there are guesses to check."""
         guesses, self.guesses = self.guesses, []
-        fits = torch.stack([fit for _, fit in guesses]).tolist() if guesses else []
-        return [rows_C for (rows_C, _), fit in zip(guesses, fits, strict=True) if not fit]
+        counts = torch.stack([count for _, count in guesses]).tolist() if guesses else []
+        return [rows_C for (rows_C, _), count in zip(guesses, counts, strict=True) if count > (self.places or 0)]
 
     def _open(self, group: RowGroup, rows_C: Tensor, hidden_CH: Tensor) -> Chunk:
         """The chunk with the products of both contexts: two of one shape, so that equal states give equal bits."""
@@ -233,21 +226,16 @@ class _ChunkLoop:
 
     def _live_columns(self, group: RowGroup, chunk: Chunk, table: Tensor) -> LiveColumns | None:
         """The columns to multiply; None means all of them. The first sparse chunk also fixes the mean head row."""
-        # Where no row of the chunk has a gradient of the size of its weight, the largest one is the measure.
-        largest = (table[STRENGTH] * table[TOTAL]).amax().clamp(max=1.0)
-        threshold = largest * self.shared.column_tolerance
+        threshold = self.backend.column_threshold(table, self.shared.column_tolerance)
         first = self.centred and self.centre_H is None
-        read_from = torch.zeros_like(threshold) if first else threshold
-        peaks_V = self.backend.peaks(group.kind, chunk.student, chunk.teacher, table, chunk.labels_C, read_from)
-        # Written so that NaN lives, and nothing does where nothing has a gradient.
-        live_V = ((peaks_V < threshold) | (peaks_V == 0)).logical_not_()
+        live_V, peaks_V = self.backend.live_columns(
+            group.kind, chunk.student, chunk.teacher, table, chunk.labels_C, threshold, all_peaks=first
+        )
         vocab = live_V.numel()
         if self.places is not None:
             count = live_V.sum()
-            fit = count <= self.places
-            self.guesses.append((chunk.rows_C, fit))
-            columns_A = torch.nonzero_static(live_V, size=self.places, fill_value=vocab - 1).squeeze(1)
-            return LiveColumns(columns_A, torch.where(fit, count, 0))
+            self.guesses.append((chunk.rows_C, count))
+            return LiveColumns(torch.nonzero_static(live_V, size=self.places, fill_value=vocab - 1).squeeze(1), count)
         columns_A = live_index(live_V)
         count = columns_A.numel()
         if count > sizes.DENSE_SHARE * vocab:
@@ -296,38 +284,34 @@ class _ChunkLoop:
         hidden_grad: Tensor | None,
     ) -> None:
         columns_A = live.columns_A
-        dz_CA, kept_C = self.backend.gradient_columns(
-            group.kind, chunk.student, chunk.teacher, table, chunk.labels_C, columns_A, live.count
+        dz_CA, kept_C, sum_C = self.backend.gradient_columns(
+            group.kind, chunk.student, chunk.teacher, table, chunk.labels_C, *live, group.hidden.dtype
         )
         assert self.scale is not None
-        floor_C = DROPPED_FLOOR * table[TOTAL].clamp(min=1.0)
-        lost_C = (table[TOTAL] - kept_C).clamp_(min=0).mul_(1 + DROPPED_MARGIN).add_(floor_C)
-        lost_C.mul_(table[SLOPE].abs())
-        dhidden_CH = hidden_CH.new_zeros(hidden_CH.shape, dtype=self.acc)
-        if self.centre_H is not None:
-            dropped_C = -dz_CA.sum(1)
-            lost_C.add_(dropped_C.abs())
-            dhidden_CH.addr_(dropped_C, self.centre_H)
-        share = dz_CA.new_full((), columns_A.numel()) if live.count is None else live.count.to(self.acc)
-        share = share / chunk.student.products_CV.shape[1]
-        group.values[DROPPED].index_copy_(0, chunk.rows_C, lost_C.mul_(self.scale))
-        group.values[SHARE].index_copy_(0, chunk.rows_C, share.expand(len(chunk.rows_C)))
+        self.backend.finish_columns(
+            table, kept_C, sum_C if self.centre_H is not None else None, *live, self.scale, chunk.rows_C,
+            chunk.student.products_CV.shape[1], group.values,
+        )  # fmt: skip
         self._add_bias(columns_A, dz_CA)
-        dz_CA = padded_empty(*dz_CA.shape, like=dz_CA, dtype=self.operand).copy_(dz_CA.to(group.hidden.dtype))
+        dz_CA = dz_CA.to(self.operand)
+        dhidden_CH = None
         block = sizes.head_block_rows(hidden_CH.shape[1], self.acc, hidden_CH.device.type)
         for columns, dz in zip(columns_A.split(block), dz_CA.split(block, 1), strict=True):
             if hidden_grad is not None:
-                dhidden_CH.add_(mm(dz, self.head.weight_VH[columns]))
+                part_CH = mm(dz, self.head.weight_VH[columns])
+                dhidden_CH = part_CH if dhidden_CH is None else dhidden_CH.add_(part_CH)
             if self.needs.head:
                 # No column appears twice, but for places that are not taken, which add zeros: no order matters.
                 self._head_sum().index_add_(0, columns, mm(dz.t(), hidden_CH))
-        if hidden_grad is not None:
+        if hidden_grad is not None and dhidden_CH is not None:
+            if self.centre_H is not None:
+                dhidden_CH.addr_(sum_C, self.centre_H, alpha=-1)
             self._store(hidden_grad, chunk, dhidden_CH)
 
     def _store(self, hidden_grad: Tensor, chunk: Chunk, dhidden_CH: Tensor) -> None:
         dhidden_CH = self.shared.shard.sum_(dhidden_CH)
         checks.check_half_range(dhidden_CH, hidden_grad.dtype)
-        hidden_grad[chunk.rows_C] = dhidden_CH.to(hidden_grad.dtype)
+        hidden_grad.index_copy_(0, chunk.rows_C, dhidden_CH.to(hidden_grad.dtype))
 
     def _head_sum(self) -> Tensor:
         if self.head_VH is None:

@@ -67,6 +67,12 @@ def column_capacity(live: int, vocab: int) -> int:
     return min(vocab, math.ceil((live * COLUMN_SLACK + 64) / 64) * 64)
 
 
+def padded_empty(rows: int, columns: int, *, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Empty [rows, columns] whose rows begin on 32-byte boundaries (16 elements), also where `columns` is odd: aligned
+    loads, and operands and outputs that cuBLAS takes on its fast paths."""
+    return like.new_empty(rows, -(-columns // 16) * 16, dtype=dtype or like.dtype)[:, :columns]
+
+
 def block_rows(columns: int, dtype: torch.dtype, device_type: str) -> int:
     """Rows of a chunk that plain torch arithmetic handles at a time: what stays in a core's cache on a CPU."""
     return max(1, ROW_BLOCK_BYTES.get(device_type, 64 << 20) // (columns * accumulate_dtype(dtype).itemsize))
@@ -206,8 +212,9 @@ DEFAULT_BLOCKS = {
     "gradient": Blocks(4, 1024, 4),
     "columns": Blocks(16, 128, 4),
 }
-# Measured choices by compute capability, where there are any (benchmarks/tune_blocks.py).
-TUNED_BLOCKS: dict[tuple[int, int], dict[str, Blocks]] = {}
+# Measured choices by compute capability, where they gain 3 % or more (benchmarks/tune_blocks.py). On an H100 every
+# other default is within 2 % of the best tile tried.
+TUNED_BLOCKS: dict[tuple[int, int], dict[str, Blocks]] = {(9, 0): {"columns": Blocks(4, 256, 4)}}
 
 
 def blocks(kernel: str, arch: tuple[int, int] | None) -> Blocks:

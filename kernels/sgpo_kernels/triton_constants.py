@@ -55,6 +55,8 @@ ROW_LOSS = tl.constexpr(backend.ROW_LOSS)
 DIVERGENCE = tl.constexpr(backend.DIVERGENCE)
 TEACHER_ENTROPY = tl.constexpr(backend.TEACHER_ENTROPY)
 OVER = tl.constexpr(backend.OVER)
+DROPPED = tl.constexpr(backend.DROPPED)
+SHARE = tl.constexpr(backend.SHARE)
 
 # The sums of a divergence.
 DIVERGENCE_SUM = tl.constexpr(backend.DIVERGENCE_SUM)

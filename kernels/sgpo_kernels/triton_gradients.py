@@ -123,27 +123,28 @@ def _core(z_S, z_T, is_label, inside, table_ptr, rows, row_inside, C, KIND: tl.c
 def peak_tiles(
     products_ptr, stride, bias_ptr, teacher_ptr, teacher_stride, teacher_bias_ptr, inv_temperature_ptr, softcap,
     table_ptr, labels_ptr, tiles_ptr, teacher_tiles_ptr, threshold_ptr, peaks_ptr, C, V, T,
-    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
+    KIND: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """peaks [row blocks, V]: the largest |core| STRENGTH of each column in each block of rows.
 
-    A tile whose largest probabilities (from scan's tile maxima) stay below the threshold is not read: its peaks are
-    stored as 0. Reverse KL and JS have no such bound and are always read.
+    With SKIP, a tile whose largest probabilities (from scan's tile maxima) stay below the threshold is not read: its
+    peaks are stored as 0. Reverse KL and JS have no such bound and are always read.
     """
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     row_inside, column_inside = rows < C, columns < V
     strength = tl.load(table_ptr + const.STRENGTH * C + rows, mask=row_inside, other=0.0)
     labels = rows * 0 - 1
+    if KIND == const.SCORE:
+        labels = tl.load(labels_ptr + rows, mask=row_inside, other=-1).to(tl.int32)
     reach = 1.0 + 0.0 * strength
-    if (KIND == const.SCORE) | (KIND == const.FORWARD_KL):
+    if SKIP:
         top = tl.load(table_ptr + const.MAX * C + rows, mask=row_inside, other=0.0)
         log_sum = tl.load(table_ptr + const.LOG_SUM * C + rows, mask=row_inside, other=0.0)
         at = rows.to(tl.int64) * T + tl.program_id(1)
         reach = tl.exp(tl.load(tiles_ptr + at, mask=row_inside, other=float("-inf")) - top - log_sum)
         if KIND == const.SCORE:
-            labels = tl.load(labels_ptr + rows, mask=row_inside, other=-1).to(tl.int32)
             here = (labels >= tl.program_id(1) * BLOCK_V) & (labels < (tl.program_id(1) + 1) * BLOCK_V)
             reach = tl.where(here, 1.0, reach)
         else:
@@ -210,18 +211,19 @@ def gradient_tiles(
 @triton.jit(do_not_specialize=const.SIZES)
 def gradient_column_tiles(
     products_ptr, stride, bias_ptr, teacher_ptr, teacher_stride, teacher_bias_ptr, inv_temperature_ptr, softcap,
-    table_ptr, labels_ptr, live_ptr, count_ptr, out_ptr, out_stride, kept_ptr, C, A, T,
+    table_ptr, labels_ptr, live_ptr, count_ptr, out_ptr, out_stride, sums_ptr, C, A, T,
     KIND: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dz of the live columns into out [C, A], and their share of TOTAL per tile into kept [C, T]. With a count only so
-    many of the A columns are live, and the dz of the others is 0."""
+    """dz of the live columns into out [C, A], and per tile their share of TOTAL and the sum of dz into sums [2, C, T].
+    With a count only so many of the A columns are live (none where it is above A), and the dz of the others is 0."""
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     place = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     row_inside, place_inside = rows < C, place < A
     whole = row_inside[:, None] & place_inside[None, :]
     if HAS_COUNT:
-        place_inside = place_inside & (place < tl.load(count_ptr))
+        count = tl.load(count_ptr)
+        place_inside = place_inside & (place < tl.where(count > A, 0, count))
     inside = row_inside[:, None] & place_inside[None, :]
     columns = tl.load(live_ptr + place, mask=place_inside, other=0).to(tl.int32)
     inv_temperature = load_inv_temperature(inv_temperature_ptr, rows, row_inside, HAS_TEMPERATURE)
@@ -240,9 +242,58 @@ def gradient_column_tiles(
     if HAS_SOFTCAP:
         dz *= chain
     offsets = rows.to(tl.int64)[:, None] * out_stride + place.to(tl.int64)[None, :]
-    tl.store(out_ptr + offsets, tl.where(inside, dz, 0.0).to(out_ptr.dtype.element_ty), mask=whole)
+    dz = tl.where(inside, dz, 0.0)
+    tl.store(out_ptr + offsets, dz.to(out_ptr.dtype.element_ty), mask=whole)
     at = rows.to(tl.int64) * T + tl.program_id(1)
-    tl.store(kept_ptr + at, tl.sum(tl.where(inside, size, 0.0), 1), mask=row_inside)
+    tl.store(sums_ptr + at, tl.sum(tl.where(inside, size, 0.0), 1), mask=row_inside)
+    tl.store(sums_ptr + C.to(tl.int64) * T + at, tl.sum(dz, 1), mask=row_inside)
+
+
+@triton.jit(do_not_specialize=(*const.SIZES, "tolerance"))
+def column_threshold(table_ptr, tolerance, threshold_ptr, C, BLOCK: tl.constexpr):
+    """threshold = tolerance min(1, max STRENGTH TOTAL), by one program. NaN is passed on."""
+    at = tl.arange(0, BLOCK)
+    strength = tl.load(table_ptr + const.STRENGTH * C + at, mask=at < C, other=0.0)
+    size = strength * tl.load(table_ptr + const.TOTAL * C + at, mask=at < C, other=0.0)
+    nan = tl.max(tl.where(size == size, 0, 1), 0)
+    largest = tl.minimum(tl.max(tl.where(size == size, size, 0.0), 0), 1.0)
+    tl.store(threshold_ptr, tl.where(nan > 0, float("nan"), largest * tolerance))
+
+
+@triton.jit(do_not_specialize=const.SIZES)
+def live_columns(peaks_ptr, threshold_ptr, alive_ptr, largest_ptr, T, V, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr):
+    """From peaks [T, V] per block of rows: the largest of each column, and whether it is not below the threshold."""
+    columns = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    blocks = tl.arange(0, BLOCK_T)
+    inside = columns < V
+    offsets = blocks.to(tl.int64)[:, None] * V + columns[None, :]
+    largest = tl.max(tl.load(peaks_ptr + offsets, mask=(blocks < T)[:, None] & inside[None, :], other=0.0), 0)
+    dead = (largest < tl.load(threshold_ptr)) | (largest == 0.0)
+    tl.store(alive_ptr + columns, dead == 0, mask=inside)
+    tl.store(largest_ptr + columns, largest, mask=inside)
+
+
+@triton.jit(do_not_specialize=(*const.SIZES, "share"))
+def finish_columns(
+    table_ptr, kept_ptr, sum_ptr, count_ptr, scale_ptr, rows_ptr, values_ptr, A, share, floor, margin, C, N,
+    HAS_SUM: tl.constexpr, HAS_COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """DROPPED and SHARE of the chunk's rows into values."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < C
+    rows = tl.load(rows_ptr + at, mask=inside, other=0)
+    total = tl.load(table_ptr + const.TOTAL * C + at, mask=inside, other=0.0)
+    slope = tl.load(table_ptr + const.SLOPE * C + at, mask=inside, other=0.0)
+    lost = total - tl.load(kept_ptr + at, mask=inside, other=0.0)
+    lost = tl.where(lost < 0.0, 0.0, lost) * margin + floor * tl.where(total < 1.0, 1.0, total)
+    lost *= tl.abs(slope)
+    if HAS_SUM:
+        lost += tl.abs(tl.load(sum_ptr + at, mask=inside, other=0.0))
+    live = A
+    if HAS_COUNT:
+        live = tl.load(count_ptr).to(tl.int32)
+    tl.store(values_ptr + const.DROPPED * N + rows, lost * tl.load(scale_ptr), mask=inside)
+    tl.store(values_ptr + const.SHARE * N + rows, rows * 0 + live * share, mask=inside)
 
 
 @triton.jit

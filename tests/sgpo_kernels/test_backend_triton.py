@@ -193,8 +193,11 @@ def test_tiles_that_are_not_read_hold_no_live_column(make_case):
         table = module.policy_row_values(
             parts, 0, targets, None, one, one, ClipRange(None, None, None), torch.arange(8), one, values
         )
-        found[name] = module.peaks("score", logits, None, table, targets, tolerance)
-        everything = module.peaks("score", logits, None, table, targets, torch.zeros(()))
+        side = ("score", logits, None, table, targets)
+        live, found[name] = module.live_columns(*side, tolerance, all_peaks=False)
+        assert torch.equal(live, found[name] >= tolerance)
+        assert torch.equal(live, found.setdefault("live", live))
+        _, everything = module.live_columns(*side, tolerance, all_peaks=True)
         torch.testing.assert_close(everything, found.setdefault("everything", everything))
     skipped = found["triton"] == 0
     assert skipped.any()
@@ -226,16 +229,18 @@ def row_kernels(products: Tensor, teacher: Tensor, out: Tensor, kind: str) -> li
         kl_limit = KlLimit(kind, None, "mask")
         backend_triton.divergence_row_values(sums, one, kl_limit, index, one, values, table)
     columns = torch.tensor([1, 5, 7, vocab - 1], device=DEVICE)
-    live, kept = backend_triton.gradient_columns(kind, student, side, table, targets, columns)
+    chunk = (kind, student, side, table, targets)
+    live, kept, total = backend_triton.gradient_columns(*chunk, columns, None, torch.float32)
+    torch.testing.assert_close(total, live.sum(1))
     places = torch.cat([columns, columns[-1:].expand(3)])
-    padded, kept_too = backend_triton.gradient_columns(
-        kind, student, side, table, targets, places, torch.tensor(4, device=DEVICE)
-    )
+    padded, kept_too, _ = backend_triton.gradient_columns(*chunk, places, torch.tensor(4, device=DEVICE), torch.float32)
     assert torch.equal(padded[:, :4], live)
     assert not padded[:, 4:].any()
     assert torch.equal(kept, kept_too)
+    lacking, *sums = backend_triton.gradient_columns(*chunk, columns, torch.tensor(5, device=DEVICE), torch.float32)
+    assert not any(part.any() for part in (lacking, *sums))
     threshold = torch.zeros((), device=DEVICE)
-    peaks = backend_triton.peaks(kind, student, side, table, targets, threshold)
+    _, peaks = backend_triton.live_columns(*chunk, threshold, all_peaks=True)
     dz = backend_triton.gradient(kind, student, side, table, targets, out)
     return [value.clone() for value in (values, table, live, kept, peaks, dz)]
 
@@ -274,6 +279,25 @@ def test_without_interpreter_or_cuda_it_says_what_to_do(make_case, op, monkeypat
     monkeypatch.setattr(sizes, "interpreting", lambda: False)
     with pytest.raises(NotImplementedError, match="needs tensors on CUDA, not on cpu"):
         make_case(op).call(sgpo_kernels, impl="triton")
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_thresholds_and_bounds_are_those_of_plain_torch(counted):
+    from sgpo_kernels import backend_triton
+
+    gen = torch.Generator().manual_seed(0)
+    table = torch.rand(backend.TABLE_ROWS, 300, generator=gen).to(DEVICE)
+    table[backend.SLOPE] -= 0.5
+    kept, total = table[backend.TOTAL] * 0.9, torch.randn(300, generator=gen).to(DEVICE)
+    columns, count = torch.arange(7, device=DEVICE), torch.tensor(5, device=DEVICE) if counted else None
+    rows, scale = torch.randperm(320, generator=gen)[:300].to(DEVICE), torch.tensor(0.25, device=DEVICE)
+    found = []
+    for module in (backend_torch, backend_triton):
+        values = torch.zeros(backend.VALUE_ROWS, 320, device=DEVICE)
+        module.finish_columns(table, kept, total if counted else None, columns, count, scale, rows, 1000, values)
+        found.append((values, module.column_threshold(table, 0.01), module.column_threshold(table * torch.nan, 0.01)))
+    torch.testing.assert_close(*found, equal_nan=True)
+    assert float(found[0][0][backend.SHARE].max()) == pytest.approx((5 if counted else 7) / 1000)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -272,7 +272,9 @@ def test_targets_outside_the_live_columns_are_no_one_hot_elsewhere():
     clip_range = ClipRange(None, None, None)
     parts = backend_torch.scan(side, targets).unsqueeze(0)
     table = backend_torch.policy_row_values(parts, 0, targets, None, one, one, clip_range, rows, one, values)
-    dz, _ = backend_torch.gradient_columns("score", side, None, table, targets, torch.tensor([2, 3]))
+    dz, *_ = backend_torch.gradient_columns(
+        "score", side, None, table, targets, torch.tensor([2, 3]), None, table.dtype
+    )
     torch.testing.assert_close(dz, torch.tensor([[0.0, 0.0], [-0.5, 0.5]]))
 
 

@@ -14,8 +14,9 @@ from sgpo_kernels.inputs import ClipRange, DistillInputs, KlLimit, LossOptions, 
 
 @pytest.mark.parametrize(
     "first",
-    ["import sgpo_kernels", "import sgpo_kernels.sgpo_loss", "import sgpo_kernels.custom_op", "import sgpo_kernels.testing",
-     "from sgpo_kernels.sgpo_loss import sgpo_loss", "from sgpo_kernels import reference"],
+    ["import sgpo_kernels", "import sgpo_kernels.sgpo_loss", "import sgpo_kernels.custom_op",
+     "import sgpo_kernels.testing", "from sgpo_kernels.sgpo_loss import sgpo_loss",
+     "from sgpo_kernels import reference"],
 )  # fmt: skip
 def test_sgpo_loss_is_the_function(first):
     """A module has that name too: whatever is imported first, or later, the package's name is the function."""
