@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`. `make` alone lists them all.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -8,19 +8,36 @@ RUN := $(VENV)/bin
 ONE := OMP_NUM_THREADS=1
 export HF_HUB_OFFLINE = 1
 
-.PHONY: quickstart compare test lint real real-arithmetic clean
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test venv lint types format compare real real-arithmetic clean
 
+# A line "##@ NAME" opens a group of `make help`; a target is listed with the text after its "##".
+help:  ## this list
+	@awk 'BEGIN { FS = ":.*##[ ]*" } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
+	  /^[a-z-]+:.*##/ { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+##@ Start
 quickstart: $(VENV)/.train  ## learn the built-in task with SGPO, within minutes on two CPU cores
 	$(ONE) $(RUN)/sgpo train configs/quickstart.yaml --run.resume never
 
-test: $(VENV)/.test  ## two files at a time
+test: $(VENV)/.test  ## the test suite, two files at a time
 	$(ONE) $(RUN)/python -m pytest -q -n 2 --dist loadfile
 
-lint: $(VENV)/.test
+##@ Develop
+venv: $(VENV)/.test  ## the environment for tests, in VENV (.venv)
+
+lint: $(VENV)/.test  ## ruff: rules and format, nothing is changed
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+
+types: $(VENV)/.test  ## pyright
 	$(RUN)/pyright
 
+format: $(VENV)/.test  ## ruff: what it can mend by itself, and the format
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+##@ Experiments
 compare: $(VENV)/.train  ## SGPO against GRPO alone at the same rollout budget, five seeds each
 	for seed in 0 1 2 3 4; do \
 	  $(ONE) $(RUN)/sgpo train configs/quickstart.yaml --run.name sgpo-seed$$seed --run.seed $$seed && \
@@ -31,7 +48,7 @@ compare: $(VENV)/.train  ## SGPO against GRPO alone at the same rollout budget, 
 models/smollm2-135m: $(VENV)/.test
 	$(RUN)/python examples/smollm2.py $@
 
-real: models/smollm2-135m  ## a real model on GSM8K ($(DATA)/gsm8k_*.jsonl)
+real: models/smollm2-135m  ## a real model on GSM8K; DATA=FOLDER holds gsm8k_train.jsonl, gsm8k_test.jsonl
 	$(RUN)/sgpo train configs/real-gsm8k.yaml --run.resume never \
 	  --data.train $(DATA)/gsm8k_train.jsonl --data.eval $(DATA)/gsm8k_test.jsonl
 
@@ -53,5 +70,6 @@ $(VENV)/.test: $(VENV)/.train
 	$(RUN)/python examples/vllm_cpu.py
 	touch $@
 
-clean:
+##@ Tidy
+clean:  ## remove the environment and all runs
 	rm -rf $(VENV) runs build *.egg-info

@@ -100,6 +100,28 @@ def _sgpo_cases(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]
     return {case: found for case, found in cases.items() if len({row["peer"] for row in found}) > 4}
 
 
+def gpu_table() -> str:
+    """The ops on an H100 at the 7B head, by the newest commit measured (rows stand newest first)."""
+    rows = [row for row in load("gpu_h100") if row.get("benchmark") == "ops"]
+    lines = [
+        "| op, rows, hidden states | implementation | ms | products per row | floor | peak MiB "
+        "| dH error, policy | distillation | dW error |",
+        "|" + "---|" * 9,
+    ]
+    for row in rows:
+        if row["commit"] != rows[0]["commit"] or "ms_p50" not in row:
+            continue
+        errors = " | ".join(
+            f"{row[f'{name}_error']:.1e}" if row.get(f"{name}_error") is not None else "-"
+            for name in ("dpolicy", "ddistill", "dhead")
+        )
+        lines.append(
+            f"| {row['op']}, {row['policy_rows']} + {row['distill_rows']}, {row['states']} | `{row['peer']}` | "
+            f"{row['ms_p50']:.1f} | {row['units']:.2f} | {row['floor_units']:.2f} | {row['peak_mib']:.0f} | {errors} |"
+        )
+    return "\n".join(lines)
+
+
 def rollouts_table() -> str:
     """Two tables: the engines beside ours, and the parts of a weight sync."""
     rows = [row for row in load("rollouts") if row["status"] == "ok"]
@@ -159,6 +181,7 @@ def main() -> None:
         "quickstart": quickstart_table,
         "real": real_table,
         "kernels": kernels_table,
+        "gpu_h100": gpu_table,
         "rollouts": rollouts_table,
         "study": lambda: markdown(load("study"), "grpo"),
     }
