@@ -89,7 +89,7 @@ module() { part "$1" "$2" "$PYTHON" -m "benchmarks.$3" --out "$ROWS" "${@:4}"; }
 
 tests() {  # tests NAME LIMIT_S WORKERS EXPRESSION
   part "$1" "$2" "$PYTHON" -m pytest -v -m gpu -p no:cacheprovider --tb=short -rfE --durations=6 -n "$3" --dist worksteal \
-    -k "$4" "${TESTS[@]}" tests/sgpo_kernels/test_kernel_cuda.py
+    -k "$4" "${TESTS[@]}" tests/sgpo_kernels/test_cuda.py
 }
 
 run() {  # run NAME LIMIT_S OP MIX PEERS [OPTIONS]

@@ -3,7 +3,7 @@
     python -m benchmarks.memory_at_scale --out FILE.jsonl [--shape qwen2.5-7b] [--rows 8192,32768,131072]
 
 Rows: GiB that one forward and backward takes beyond its inputs, with and without the hidden gradients (which are
-outputs, [N, H]), dense and with live columns, and the bound that `launch.extra_bytes` promises.
+outputs, [N, H]), dense and with live columns, and the bound that `sizes.extra_bytes` promises.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
-from sgpo_kernels import launch, sgpo_loss, testing
+from sgpo_kernels import sgpo_loss, sizes, testing
 
 from benchmarks import measure
 from benchmarks.ops import SHAPES
@@ -56,7 +56,7 @@ def main() -> int:
             peak_of = testing.cuda_peak if device == "cuda" else testing.cpu_peak
             peak = peak_of(lambda call=call: call()[0].backward()).peak_bytes
             outputs = policy.nbytes + distill.nbytes
-            bound = launch.extra_bytes("sgpo", rows + rows // 8, shape.hidden, shape.vocab, torch.bfloat16, device)
+            bound = sizes.extra_bytes("sgpo", rows + rows // 8, shape.hidden, shape.vocab, torch.bfloat16, device)
             row = {
                 "what": "memory",
                 "shape": shape.name,

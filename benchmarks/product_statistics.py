@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from sgpo_kernels import launch
+from sgpo_kernels import sizes
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -181,7 +181,7 @@ def checked(case: Case, flop: int, seconds: float) -> dict[str, Any]:
     """Errors after one launch, registers and spills where it was compiled, times."""
     call, errors = case
     kernel = call()
-    use = {} if launch.interpreting() else {"registers": kernel.n_regs, "spills": kernel.n_spills}
+    use = {} if sizes.interpreting() else {"registers": kernel.n_regs, "spills": kernel.n_spills}
     return {"errors": errors(), **use, **timed(call, flop, seconds)}
 
 
@@ -274,7 +274,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
     small = options.device == "cpu"
-    if not (launch.interpreting() if small else torch.cuda.is_available()):
+    if not (sizes.interpreting() if small else torch.cuda.is_available()):
         print("error: benchmarks.product_statistics needs a GPU, or --device cpu and TRITON_INTERPRET=1.",
               file=sys.stderr)  # fmt: skip
         return 2

@@ -7,7 +7,7 @@
 Rows hold the median ms and, for products, TFLOP/s (2 R V H operations); for passes over memory TB/s (bytes read plus
 written). `z` = h W^T [R, V], `dH` = dz W [R, H], `dW` += dz^T h [V, H]: `in place` by one addmm on float32, `beta 0`
 without the addition, `blocked` with a product and an addition per block of the vocabulary. --sizes: exact and live,
-`launch.SLAB_ROWS` and `launch.CUDA_CHUNK_ROWS` set for the call (a CPU chunks by bytes: there the second does nothing).
+`sizes.SLAB_ROWS` and `sizes.CUDA_CHUNK_ROWS` set for the call (a CPU chunks by bytes: there the second does nothing).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sgpo_kernels import launch
+from sgpo_kernels import sizes
 from torch import Tensor
 
 from benchmarks import measure, ops, states
@@ -168,15 +168,15 @@ def sizes(shape: ops.Shape, device: str, seconds: float) -> Iterator[dict[str, A
 
 
 def sized(forward: Forward, inputs: ops.Inputs, slab: int, chunk: int, seconds: float) -> dict[str, Any]:
-    """One forward and backward with these two numbers in `launch`, which has its own again afterwards."""
-    own = launch.SLAB_ROWS, launch.CUDA_CHUNK_ROWS
-    launch.SLAB_ROWS, launch.CUDA_CHUNK_ROWS = slab, chunk
+    """One forward and backward with these two numbers in `sizes`, which has its own again afterwards."""
+    own = sizes.SLAB_ROWS, sizes.CUDA_CHUNK_ROWS
+    sizes.SLAB_ROWS, sizes.CUDA_CHUNK_ROWS = slab, chunk
     call = lambda: measure.forward_backward(forward, inputs)  # noqa: E731
     try:
         _, peak = measure.with_peak(call, inputs.head.device.type)
         return {"slab": slab, "chunk": chunk, "ms": median_s(call, seconds) * 1e3, "peak_mib": peak}
     finally:
-        launch.SLAB_ROWS, launch.CUDA_CHUNK_ROWS = own
+        sizes.SLAB_ROWS, sizes.CUDA_CHUNK_ROWS = own
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from sgpo_kernels import launch, testing
+from sgpo_kernels import sizes, testing
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure, ops, states
@@ -141,7 +141,7 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("error: benchmarks.stages needs a GPU that torch can see; there is none.", file=sys.stderr)
         return 2
-    if options.device == "cpu" and not launch.interpreting():
+    if options.device == "cpu" and not sizes.interpreting():
         print("error: benchmarks.stages --device cpu needs TRITON_INTERPRET=1 in the environment.", file=sys.stderr)
         return 2
     inputs = make_inputs(options)

@@ -1,4 +1,4 @@
-"""Times the tiles of every Triton row kernel on this GPU and prints the best as a table for `launch.TUNED_BLOCKS`.
+"""Times the tiles of every Triton row kernel on this GPU and prints the best as a table for `sizes.TUNED_BLOCKS`.
 
     python -m benchmarks.tune_blocks --out FILE.jsonl [--shape qwen2.5-7b] [--rows 1024] [--seconds 75]
     TRITON_INTERPRET=1 python -m benchmarks.tune_blocks --out FILE.jsonl --device cpu --shape tiny --rows 8   small
@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sgpo_kernels import launch, rowmath, triton_rows
-from sgpo_kernels.launch import Blocks
-from sgpo_kernels.rowmath import Bounds, Logits, Rule
+from sgpo_kernels import backend_triton, sizes
+from sgpo_kernels.backend import VALUE_ROWS, Logits
+from sgpo_kernels.inputs import ClipRange, KlLimit
+from sgpo_kernels.sizes import Blocks
 
 from benchmarks import measure, states
 from benchmarks.ops import SHAPES
@@ -60,28 +61,28 @@ class Chunk:
         self.rows = torch.arange(rows, device=device)
         self.one = torch.ones(rows, device=device)
         self.out = torch.empty(rows, found.vocab, device=device, dtype=torch.bfloat16)
-        self.values = torch.zeros(rowmath.VALUE_ROWS, rows, device=device)
-        self.table = self.settle_policy()
-        self.pair = self.settle_pair()
+        self.values = torch.zeros(VALUE_ROWS, rows, device=device)
+        self.table = self.policy_row_values()
+        self.pair = self.pair_row_values()
         self.threshold = torch.full((), 2.0**-12, device=device)
-        live, _ = triton_rows.live_columns(
+        live, _ = backend_triton.live_columns(
             "score", self.policy, None, self.table, self.targets, self.threshold, all_peaks=False
         )
         self.live = live.nonzero().squeeze(1)
 
-    def settle_policy(self) -> torch.Tensor:
-        parts = triton_rows.scan(self.policy, self.targets).unsqueeze(0)
-        bounds = Bounds(0.2, 0.28, None)
-        return triton_rows.settle_policy(
-            parts, 0, self.targets, None, self.one, self.one, bounds, self.rows, self.one, self.values
+    def policy_row_values(self) -> torch.Tensor:
+        parts = backend_triton.scan(self.policy, self.targets).unsqueeze(0)
+        clip_range = ClipRange(0.2, 0.28, None)
+        return backend_triton.policy_row_values(
+            parts, 0, self.targets, None, self.one, self.one, clip_range, self.rows, self.one, self.values
         )
 
-    def settle_pair(self) -> torch.Tensor:
-        both = torch.cat([triton_rows.scan(side, None) for side in (self.student, self.teacher)]).unsqueeze(0)
-        table = triton_rows.settle_pair(both, 0, self.rows, self.values)
-        sums = triton_rows.divergence_sums("forward_kl", self.student, self.teacher, table)
-        rule = Rule("forward_kl", 1.0, "mask")
-        triton_rows.settle_divergence(sums, self.one, rule, self.rows, self.one, self.values, table)
+    def pair_row_values(self) -> torch.Tensor:
+        both = torch.cat([backend_triton.scan(side, None) for side in (self.student, self.teacher)]).unsqueeze(0)
+        table = backend_triton.pair_row_values(both, 0, self.rows, self.values)
+        sums = backend_triton.divergence_sums("forward_kl", self.student, self.teacher, table)
+        kl_limit = KlLimit("forward_kl", 1.0, "mask")
+        backend_triton.divergence_row_values(sums, self.one, kl_limit, self.rows, self.one, self.values, table)
         return table
 
     def calls(self) -> dict[str, tuple[Callable[[], Any], int]]:
@@ -89,17 +90,17 @@ class Chunk:
         score = ("score", self.policy, None, self.table, self.targets)
         pair = ("forward_kl", self.student, self.teacher, self.pair, None)
         return {
-            "scan": (lambda: triton_rows.scan(self.policy, self.targets), 1),
-            "divergence": (lambda: triton_rows.divergence_sums(*pair[:4]), 2),
-            "peaks": (lambda: triton_rows.live_columns(*score, self.threshold, all_peaks=False), 1),
-            "gradient": (lambda: triton_rows.gradient(*pair, self.out), 2),
-            "columns": (lambda: triton_rows.gradient_columns(*score, self.live, None, torch.bfloat16), 0),
+            "scan": (lambda: backend_triton.scan(self.policy, self.targets), 1),
+            "divergence": (lambda: backend_triton.divergence_sums(*pair[:4]), 2),
+            "peaks": (lambda: backend_triton.live_columns(*score, self.threshold, all_peaks=False), 1),
+            "gradient": (lambda: backend_triton.gradient(*pair, self.out), 2),
+            "columns": (lambda: backend_triton.gradient_columns(*score, self.live, None, torch.bfloat16), 0),
         }
 
 
 def candidates() -> Iterator[tuple[str, Blocks]]:
     """The default of every kernel, then its candidates, one of each kernel in turn."""
-    tried = [dict.fromkeys([launch.DEFAULT_BLOCKS[kernel], *blocks]) for kernel, blocks in CANDIDATES.items()]
+    tried = [dict.fromkeys([sizes.DEFAULT_BLOCKS[kernel], *blocks]) for kernel, blocks in CANDIDATES.items()]
     for turn in itertools.zip_longest(*tried):
         yield from ((kernel, block) for kernel, block in zip(CANDIDATES, turn, strict=True) if block is not None)
 
@@ -112,16 +113,16 @@ def tune(chunk: Chunk, seconds: float) -> Iterator[dict[str, Any]]:
             print(f"# {seconds:.0f} s are over: the remaining candidates are not tried", flush=True)
             return
         call, passes = calls[kernel]
-        default = launch.DEFAULT_BLOCKS[kernel]
-        launch.DEFAULT_BLOCKS[kernel] = block
+        default = sizes.DEFAULT_BLOCKS[kernel]
+        sizes.DEFAULT_BLOCKS[kernel] = block
         try:
             if kernel in ("scan", "peaks"):  # peaks reads the tile maxima that scan left
-                chunk.settle_policy()
+                chunk.policy_row_values()
             ms = median_ms(call, chunk.one.device.type)
         finally:  # the columns of scan decide where peaks may skip: the default stays for the other kernels
-            launch.DEFAULT_BLOCKS[kernel] = default
+            sizes.DEFAULT_BLOCKS[kernel] = default
             if kernel == "scan":
-                chunk.settle_policy()
+                chunk.policy_row_values()
         bytes_read = passes * chunk.policy.products_CV.nbytes
         yield {
             "kernel": kernel,
@@ -142,7 +143,7 @@ def median_ms(call: Callable[[], Any], device: str) -> float:
 
 
 def table(rows: list[dict[str, Any]], device: str) -> str:
-    """The fastest of each kernel as an entry of `launch.TUNED_BLOCKS`, beside the default's time."""
+    """The fastest of each kernel as an entry of `sizes.TUNED_BLOCKS`, beside the default's time."""
     arch = torch.cuda.get_device_capability() if device == "cuda" else None
     lines = [f"{arch}: {{"]
     for kernel in CANDIDATES:
@@ -169,7 +170,7 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("error: benchmarks.tune_blocks needs a GPU that torch can see; there is none.", file=sys.stderr)
         return 2
-    if options.device == "cpu" and not launch.interpreting():
+    if options.device == "cpu" and not sizes.interpreting():
         print(
             "error: benchmarks.tune_blocks --device cpu needs TRITON_INTERPRET=1 in the environment.", file=sys.stderr
         )

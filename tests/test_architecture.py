@@ -38,13 +38,6 @@ FLOORS = {
 }
 ADAPTERS = ("sgpo.data", "sgpo.rewards", "sgpo.rollout", "sgpo.model", "sgpo.reporting", "sgpo.planning")
 PLAN = ["plan", "configs/qwen2.5-7b-1x80gb.yaml", "--plan.architecture", "qwen2.5-7b", "--rollout.engine", "hf"]
-# Functions of more than 60 lines, most of them arguments and what these mean. Whoever shortens one takes it out.
-LONG = {
-    "sgpo_kernels.divergence.linear_divergence",
-    "sgpo_kernels.fused.run_losses",
-    "sgpo_kernels.policy.linear_policy_loss",
-}
-CIRCLE = {"sgpo_kernels.contracts", "sgpo_kernels.fused", "sgpo_kernels.linear_rows"}  # for type checking only
 LOOSE = {"__init__.py", "cli.py", "config.py", "types.py", "py.typed"}
 HOMES = {
     "deepspeed": {"sgpo.engine.zero", "sgpo.model.sequence_parallel"},
@@ -112,7 +105,7 @@ def test_nothing_goes_round_in_a_circle():
         m for m, names in left.items() if names and any(m in other for other in left.values())
     }:
         left = {module: names - ends for module, names in left.items() if module not in ends}
-    assert left.keys() == CIRCLE
+    assert left == {}
 
 
 def test_adapters_do_not_know_each_other():
@@ -156,7 +149,7 @@ def test_imports_stay_light(statement, forbidden):
 
 
 def test_files_and_functions_can_be_read():
-    """No file over 500 lines, no function over 60, but for the functions that are named."""
+    """No file over 500 lines, no function over 60."""
     files = {module: len(path.read_text().splitlines()) for module, path in SOURCES.items()}
     assert [module for module, lines in files.items() if lines > 500] == []
     functions = [
@@ -165,7 +158,7 @@ def test_files_and_functions_can_be_read():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef)
     ]
-    assert {name for name, lines in functions if lines > 60} == LONG
+    assert [name for name, lines in functions if lines > 60] == []
 
 
 def _public(node: ast.AST, name: str) -> list[tuple[str, bool]]:
@@ -180,7 +173,7 @@ def _public(node: ast.AST, name: str) -> list[tuple[str, bool]]:
 
 
 # How many of the kernels' may still be without; 0 when their files have their new names.
-@pytest.mark.parametrize(("package", "most"), [("sgpo", 0), ("sgpo_kernels", 30)])
+@pytest.mark.parametrize(("package", "most"), [("sgpo", 0), ("sgpo_kernels", 0)])
 def test_what_is_public_has_a_docstring(package, most):
     everything = [
         entry

@@ -10,7 +10,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ROW_ARITHMETIC = ("sgpo_kernels.rowmath", "settle_policy")  # called for the policy rows of every training step
+ROW_ARITHMETIC = (
+    "sgpo_kernels.backend_torch",
+    "policy_row_values",
+)  # called for the policy rows of every training step
 MOST_FRAMES = 13
 
 # The model is untrained here: a reward that varies gives it something to learn in the first step.
@@ -70,7 +73,7 @@ def test_few_frames_lie_between_the_command_and_the_row_arithmetic(tmp_path):
     chain = frames(tmp_path)
     found = ours(chain)
     print(f"{len(found)} frames of ours, {len(chain)} in all", *found, sep="\n")
-    assert len(found) <= MOST_FRAMES, found
+    assert len(found) + 1 <= MOST_FRAMES, found
 
 
 if __name__ == "__main__":

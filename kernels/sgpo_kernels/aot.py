@@ -3,7 +3,7 @@
     python -m sgpo_kernels.aot [--arch 80 90 100] [--json]
 
 What: every kernel, with the options that change its code (kind, bias, soft-cap, temperature, dtype of dz), at the
-  tiles of `launch.blocks`, for a head whose size allows aligned 16-byte accesses. Reported: registers and stack per
+  tiles of `sizes.blocks`, for a head whose size allows aligned 16-byte accesses. Reported: registers and stack per
   thread, spills (STL / LDL in the machine code), shared memory, and the widths of global loads and stores.
 Limits: not under TRITON_INTERPRET=1; needs the cuobjdump and nvdisasm that the triton package ships.
 """
@@ -25,13 +25,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sgpo_kernels import launch
-from sgpo_kernels import triton_kernels as kernels
+from sgpo_kernels import sizes, triton_gradients, triton_statistics
+from sgpo_kernels import triton_constants as const
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Shared memory that one block may take, bytes, by compute capability.
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
-POINTERS = {"targets_ptr": "*i64", "rows_ptr": "*i64", "live_ptr": "*i64", "count_ptr": "*i64", "alive_ptr": "*i1"}
+POINTERS = {"labels_ptr": "*i64", "rows_ptr": "*i64", "live_ptr": "*i64", "count_ptr": "*i64", "alive_ptr": "*i1"}
 INTEGERS = {"C", "N", "A", "T", "V", "rank"}
 
 
@@ -45,6 +45,7 @@ class Variant(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Kernel, flags without tiles, and the dtype of dz: the row's name in the table."""
         flags = [f"{key.lower()}={int(value)}" for key, value in self.options.items() if not key.startswith("BLOCK")]
         return f"{self.kernel}[{' '.join([*flags, self.dz])}]"
 
@@ -65,25 +66,25 @@ class Resources(NamedTuple):
 
 def variants(arch: int) -> Iterator[Variant]:
     """Every kernel with the tiles of a compute capability: each kind without options, and with all of them."""
-    kinds = (kernels.SCORE, kernels.FORWARD_KL, kernels.REVERSE_KL, kernels.JS)
+    kinds, score = const.KINDS.values(), const.KINDS["score"]
 
     def tile(name: str, columns: int | None = None) -> tuple[dict[str, Any], int]:
-        block = launch.blocks(name, divmod(arch, 10))
+        block = sizes.blocks(name, divmod(arch, 10))
         return {"BLOCK_R": block.rows, "BLOCK_V": columns or block.columns}, block.warps
 
-    scan_columns = launch.blocks("scan", divmod(arch, 10)).columns
+    scan_columns = sizes.blocks("scan", divmod(arch, 10)).columns
     for full in (False, True):
-        one = {"HAS_BIAS": full, "HAS_SOFTCAP": full, "HAS_HEAT": full}
+        one = {"HAS_BIAS": full, "HAS_SOFTCAP": full, "HAS_TEMPERATURE": full}
         two = {**one, "HAS_TEACHER_BIAS": full}
         block, warps = tile("scan")
         yield Variant("scan_tiles", {**one, **block}, warps)
-        yield Variant("combine_tiles", {**one, "HAS_TARGETS": full, "BLOCK_R": 4, "BLOCK_T": 256}, 4)
+        yield Variant("combine_tiles", {**one, "HAS_LABELS": full, "BLOCK_R": 4, "BLOCK_T": 256}, 4)
         for kind in kinds:
-            if kind != kernels.SCORE:
+            if kind != score:
                 block, warps = tile("divergence")
                 yield Variant("divergence_tiles", {"KIND": kind, **two, **block}, warps)
             block, warps = tile("peaks", scan_columns)
-            skip = kind in (kernels.SCORE, kernels.FORWARD_KL)
+            skip = kind in (score, const.KINDS["forward_kl"])
             yield Variant("peak_tiles", {"KIND": kind, "SKIP": skip, **two, **block}, warps)
             block, warps = tile("columns")
             for counted in (False, True):
@@ -91,27 +92,28 @@ def variants(arch: int) -> Iterator[Variant]:
                 yield Variant("gradient_column_tiles", options, warps)
             block, warps = tile("gradient")
             for dz in ("bf16", "fp16", "fp32"):
-                entropy = full and kind == kernels.SCORE
+                entropy = full and kind == score
                 yield Variant("gradient_tiles", {"KIND": kind, "WITH_ENTROPY": entropy, **two, **block}, warps, dz)
     for dz in ("bf16", "fp16", "fp32"):
         yield Variant("rescale", {"BLOCK": 2048}, 4, dz)
     yield Variant("column_threshold", {"BLOCK": 1024}, 4)
     yield Variant("live_columns", {"BLOCK_T": 128, "BLOCK_V": 64}, 4)
-    settle = {"BLOCK": 128}
+    block = {"BLOCK": 128}
     for known in (False, True):
-        yield Variant("finish_columns", {"HAS_SUM": known, "HAS_COUNT": known, **settle}, 4)
-    for mode, ranks in itertools.product((kernels.VALUES, kernels.UPSTREAM, kernels.POLICY), (1, 8)):
-        flags = {"MODE": mode, "HAS_OLD": mode == kernels.POLICY, "HAS_FACTOR": mode != kernels.VALUES}
-        yield Variant("settle_scores", {**flags, "RANKS": ranks, **settle}, 4)
+        yield Variant("finish_columns", {"HAS_SUM": known, "HAS_COUNT": known, **block}, 4)
+    for mode, ranks in itertools.product(const.MODES.values(), (1, 8)):
+        flags = {"MODE": mode, "HAS_OLD": mode == const.MODES["policy"], "HAS_FACTOR": mode != const.MODES["values"]}
+        yield Variant("label_row_values", {**flags, "RANKS": ranks, **block}, 4)
     for ranks in (1, 8):
-        yield Variant("settle_pair", {"RANKS": ranks, **settle}, 4)
-    for over in (kernels.MASK, kernels.CLAMP, kernels.SCALE):
-        yield Variant("settle_divergence", {"OVER": over, "HAS_FACTOR": True, **settle}, 4)
+        yield Variant("pair_row_values", {"RANKS": ranks, **block}, 4)
+    for over in const.LIMITS.values():
+        yield Variant("divergence_row_values", {"OVER": over, "HAS_FACTOR": True, **block}, 4)
 
 
 def compile_variant(variant: Variant, arch: int) -> Resources:
     """The resources of one variant on one compute capability (80, 90, 100)."""
-    function = getattr(kernels, variant.kernel)
+    module = triton_statistics if hasattr(triton_statistics, variant.kernel) else triton_gradients
+    function = getattr(module, variant.kernel)
     signature, attributes = {}, {}
     for position, name in enumerate(function.arg_names):
         if name in variant.options:
@@ -174,11 +176,12 @@ def table(rows: list[Resources]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command line; 1 where a kernel spills or takes too much shared memory, 2 in Triton's interpreter."""
     parser = argparse.ArgumentParser(description="Compile the kernels ahead of time and report their resources.")
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_LIMIT))
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of the table")
     options = parser.parse_args(arguments)
-    if launch.interpreting():
+    if sizes.interpreting():
         print("TRITON_INTERPRET=1 is set: unset it, kernels cannot be compiled in the interpreter.", file=sys.stderr)
         return 2
     rows = [compile_variant(variant, arch) for arch in options.arch for variant in variants(arch)]

@@ -7,29 +7,26 @@ Equation: loss = sum_n w_n limit(d_n); forward_kl d = KL(p_T || p_S), reverse_kl
   times the constant delta / d.
 Source: arXiv 2606.24064 Eq. 3 (forward KL), Eq. 5 (mask; w_n = alpha / (P |o+|)); reverse KL is its ablation.
 Gradient: by the student's logits only: p_S - p_T (forward), p_S (u - d) (reverse), p_S (a - sum p_S a) (js), see
-  rowmath. Formed in forward; nothing flows to the teacher's states, head or bias.
-Memory: `launch.extra_bytes("divergence", ...)`, no term in N·V, + V·H·a for a separate half teacher head on the CPU.
+  backend_torch.py. Formed in forward; nothing flows to the teacher's states, head or bias.
+Memory: `sizes.extra_bytes("divergence", ...)`, no term in N·V, + V·H·a for a separate half teacher head on the CPU.
   Saved: dH [N, H], dW [V, H] in the input dtype (dW of a float16 head in float32), db [V].
 Precision: float32 logits and dz (float64 for float64 inputs); sums of terms >= 0, so equal states give exactly 0 and a
   zero gradient.
 Limits: finite logits; first derivatives only; on an accelerator one host sync (the count of live rows), with a column
-  tolerance one more per chunk; masked rows of a dense chunk still pay their products.
+  tolerance two more (vocabulary shards: one per chunk); masked rows of a dense chunk still pay their products.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch.distributed as dist
 from torch import Tensor
 
-from sgpo_kernels import contracts, launch
-from sgpo_kernels.fused import DistillInputs, DivergenceStats, Options, divergence_stats, fused_loss
+from sgpo_kernels import custom_op
+from sgpo_kernels.custom_op import FusedResult, operator_arguments
+from sgpo_kernels.inputs import DistillInputs, Kind, KlLimit, LossOptions, OverLimit
 from sgpo_kernels.row_losses import row_losses
-from sgpo_kernels.rowmath import Rule
-
-Kind = Literal["forward_kl", "reverse_kl", "js"]
-OverLimit = Literal["mask", "clamp", "scale"]
+from sgpo_kernels.sizes import Impl
+from sgpo_kernels.stats import DivergenceStats, divergence_stats
 
 
 def linear_divergence(
@@ -50,7 +47,7 @@ def linear_divergence(
     head_grad: Tensor | None = None,
     vocab_group: dist.ProcessGroup | None = None,
     vocab_start: int = 0,
-    impl: launch.Impl = "auto",
+    impl: Impl = "auto",
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, DivergenceStats]:
     """Weighted sum of the limited per-token divergence, or with `token_weight=None` the value of each row.
@@ -58,38 +55,32 @@ def linear_divergence(
     Args:
         hidden: [N, H] float16, bfloat16, float32 or float64. head: [V, H], same dtype. bias: [V] or None.
         teacher_hidden: [N, H] of the same positions; [N, H_T] with a `teacher_head` [V, H_T]. No gradient.
-        token_weight: float32 [N]; a row at 0 is dropped before any product. None gives the losses per row, for a
-            reduction of one's own; see Returns.
+        token_weight: float32 [N]; a row at 0 is dropped before any product.
+        kind: "forward_kl" KL(teacher || student), "reverse_kl" KL(student || teacher), or "js".
         max_token_kl: delta > 0, or None for no limit. over_limit: what happens to a row beyond it.
-        temperature: a float > 0, or float32 [N], for both sides.
+        temperature: a float > 0, or float32 [N], for both sides; the logits are divided by it.
         teacher_head, teacher_bias: None means the student's, detached; a teacher_head goes with teacher_bias alone.
         logit_softcap: cap > 0 of cap tanh(z / cap), applied before the temperature; None for none.
-        column_tolerance: 0 is exact. Above 0, backward multiplies only the vocabulary columns whose |dz| reaches the
-            tolerance times the row's weight for some row of the chunk (see linear_rows); `dropped` bounds the rest.
-        head_grad: [V, H] float32 (float64) buffer to which backward adds the head's gradient, unrounded; head.grad
-            then stays as it is.
-        vocab_group, vocab_start: the process group over which the head's rows are sharded in contiguous pieces, and
-            the first token id of this rank's piece. Every rank passes the same rows; losses, statistics and hidden
-            gradients are then whole on every rank.
-        impl: "auto" (Triton on CUDA), "triton" or "torch". chunk_rows: rows per chunk, None for that of `launch`.
+        column_tolerance: 0 is exact; above 0, backward leaves out vocabulary columns whose gradient is that small.
+        head_grad: [V, H] float32 (float64) buffer that takes the head's gradient, unrounded, instead of head.grad.
+        vocab_group, vocab_start: the ranks that hold the head's rows in pieces; first token id of this rank's piece.
+        impl: "auto" (Triton on CUDA), "triton" or "torch". chunk_rows: rows per chunk, None for that of `sizes`.
+        More on the last lines at `inputs.LossOptions`.
 
-    Returns: (loss, DivergenceStats): loss 0-d float32 (float64 for float64 inputs), differentiable in hidden, head
-    and bias. With token_weight=None: losses [N] after the limit, whose backward takes any upstream gradient and
-    recomputes both contexts' logits (see row_losses.py: nothing but the inputs is saved, two products per row more); a
-    column tolerance then leaves `dropped` and `column_share` NaN.
+    Returns: (loss, DivergenceStats): loss 0-d float32 (float64 for float64 inputs), differentiable in hidden, head and
+    bias. With token_weight=None: losses [N] after the limit, whose backward takes any upstream gradient and recomputes
+    the logits (see row_losses.py); a column tolerance then leaves `dropped` and `column_share` NaN.
 
     Raises: TypeError (dtype), ValueError (shape, device, value), NotImplementedError (impl="triton" where Triton cannot
     run, head_grad inside torch.compile, forward-mode derivatives), RuntimeError (second derivatives).
     """
-    contracts.check_head(hidden, head, bias)
-    rows = DistillInputs(
-        hidden, teacher_hidden, teacher_head, teacher_bias, token_weight, Rule(kind, max_token_kl, over_limit)
-    )
-    options = Options(
+    kl_limit = KlLimit(kind, max_token_kl, over_limit)
+    rows = DistillInputs(hidden, teacher_hidden, teacher_head, teacher_bias, token_weight, kl_limit)
+    options = LossOptions(
         temperature, logit_softcap, column_tolerance, head_grad, vocab_group, vocab_start, impl, chunk_rows
     )
     if token_weight is None:
         losses, values, live = row_losses(head, bias, None, rows, options)
         return losses, divergence_stats(values, live)
-    result = fused_loss(head, bias, None, rows, options)
+    result = FusedResult(*custom_op.fused_loss_op(*operator_arguments(head, bias, None, rows, options)))
     return result.loss, divergence_stats(result.distill_values, result.distill_live)

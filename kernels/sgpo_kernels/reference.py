@@ -11,8 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from sgpo_kernels.combined import SgpoStats
-from sgpo_kernels.fused import DivergenceStats, PolicyStats
+from sgpo_kernels.stats import DivergenceStats, PolicyStats, SgpoStats
 
 
 def _log_softmax(
@@ -33,7 +32,6 @@ def _kl(logp: Tensor, logq: Tensor) -> Tensor:
     return (logp.exp() * (logp - logq)).sum(1)
 
 
-# logp_n = log softmax(z_n)[y_n], entropy_n = -sum p log p: arXiv 2606.24064 Eq. 1, Eq. 4
 def linear_logprob(
     hidden: Tensor,
     head: Tensor,
@@ -43,12 +41,11 @@ def linear_logprob(
     bias: Tensor | None = None,
     logit_softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """(logp_n = log softmax(z_n)[y_n], entropy_n = -sum p log p), [N] each: arXiv 2606.24064 Eq. 1, Eq. 4."""
     logp = _log_softmax(hidden, head, bias, temperature, logit_softcap)
     return logp.gather(1, targets.unsqueeze(1)).squeeze(1), -(logp.exp() * logp).sum(1)
 
 
-# sum_n w_n max(-r A, -clip(r, 1 - low, 1 + high) A): arXiv 2606.24064 Eq. 1
-# for A < 0 at most dual_clip |A|: arXiv 1912.09729
 def linear_policy_loss(
     hidden: Tensor,
     head: Tensor,
@@ -64,6 +61,10 @@ def linear_policy_loss(
     bias: Tensor | None = None,
     logit_softcap: float | None = None,
 ) -> tuple[Tensor, PolicyStats]:
+    """sum_n w_n max(-r A, -clip(r, 1 - low, 1 + high) A), for A < 0 at most dual_clip |A|; without weights one per row.
+
+    arXiv 2606.24064 Eq. 1; dual clip: arXiv 1912.09729. Arguments and results as `sgpo_kernels.linear_policy_loss`.
+    """
     live = (advantages != 0) & (torch.ones_like(advantages) if token_weight is None else token_weight).bool()
     logprobs, entropy = linear_logprob(
         hidden,
@@ -90,8 +91,6 @@ def linear_policy_loss(
     ).sum(), stats
 
 
-# d = KL(T || S) (arXiv 2606.24064 Eq. 3), KL(S || T), or JS with beta = 1/2
-# limited to 1[d <= delta] d (Eq. 5), min(d, delta), or d stopgrad(delta / d)
 def linear_divergence(
     hidden: Tensor,
     teacher_hidden: Tensor,
@@ -107,6 +106,11 @@ def linear_divergence(
     teacher_head: Tensor | None = None,
     teacher_bias: Tensor | None = None,
 ) -> tuple[Tensor, DivergenceStats]:
+    """sum_n w_n limit(d_n), without weights one per row; d = KL(T || S), KL(S || T), or JS with beta = 1/2, limited to
+    1[d <= delta] d, min(d, delta), or d stopgrad(delta / d).
+
+    arXiv 2606.24064 Eq. 3, Eq. 5. Arguments and results as `sgpo_kernels.linear_divergence`.
+    """
     if teacher_head is None:
         teacher_head, teacher_bias = head, bias if teacher_bias is None else teacher_bias
     student = _log_softmax(hidden, head, bias, temperature, logit_softcap)
@@ -132,7 +136,6 @@ def linear_divergence(
     return loss, DivergenceStats(value, over & live, live, entropy, teacher_entropy, dropped, share)
 
 
-# L_GRPO + alpha L_KD with all factors in the weights: arXiv 2606.24064 Eq. 7
 def sgpo_loss(
     policy_hidden: Tensor,
     policy_targets: Tensor,
@@ -154,6 +157,8 @@ def sgpo_loss(
     bias: Tensor | None = None,
     logit_softcap: float | None = None,
 ) -> tuple[Tensor, SgpoStats]:
+    """L_GRPO + alpha L_KD with all factors in the weights: arXiv 2606.24064 Eq. 7. Arguments and results as
+    `sgpo_kernels.sgpo_loss`."""
     split = policy_hidden.shape[0]
     first, second = (
         (temperature[:split], temperature[split:]) if isinstance(temperature, Tensor) else (temperature, temperature)

@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sgpo_kernels.launch import accumulate_dtype
+from sgpo_kernels.sizes import accumulate_dtype
 
 # A module whose attributes are made at import time: a type checker does not see them.
 _deterministic: Any = torch.utils.deterministic

@@ -329,9 +329,9 @@ class TrainingMemory:
         )
 
     def head(self, op: Any = None, *, grad: bool = True) -> float:
-        """The fullest moment of the fused head (sgpo_kernels.launch.peak_bytes)."""
+        """The fullest moment of the fused head (sgpo_kernels.sizes.peak_bytes)."""
         import torch
-        from sgpo_kernels.launch import peak_bytes
+        from sgpo_kernels.sizes import peak_bytes
 
         op = op or ("sgpo" if self.teaches else "policy")
         dtype = torch.bfloat16 if self.bf16 else torch.float32

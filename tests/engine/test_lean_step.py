@@ -6,7 +6,7 @@ import deepspeed.utils.groups
 import pytest
 import torch
 from processes import PATIENCE_S
-from sgpo_kernels import launch
+from sgpo_kernels import sizes
 from sgpo_kernels.testing import Peak, cpu_peak
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -78,7 +78,7 @@ def test_no_tensor_of_a_step_is_as_large_as_tokens_times_vocabulary(device, monk
 
     The loss's chunk of logits, 64 MiB on a CPU, would hide it: here it is 256 KiB.
     """
-    monkeypatch.setattr(launch, "CPU_CHUNK_BYTES", 1 << 18)
+    monkeypatch.setattr(sizes, "CPU_CHUNK_BYTES", 1 << 18)
     few, many = 256, 768
     peaks = {(v, n): step_peak(device, vocab=v, tokens=n) for v in (SMALL, LARGE) for n in (few, many)}
     for (vocab, tokens), peak in peaks.items():

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from sgpo_kernels import launch
+from sgpo_kernels import sizes
 from sgpo_kernels.testing import cpu_peak
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -182,7 +182,7 @@ def test_the_peak_of_a_step_has_no_term_of_tokens_times_vocabulary(monkeypatch):
 
     The loss's chunk of logits, 64 MiB on a CPU, would hide it: here it is 1 MiB.
     """
-    monkeypatch.setattr(launch, "CPU_CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(sizes, "CPU_CHUNK_BYTES", 1 << 20)
 
     def bytes_per_entry(scale: int) -> float:
         small, large = (backward_peak(make(num_hidden_layers=1, vocab_size=v), sequences(scale)) for v in (4096, 12288))

@@ -120,12 +120,12 @@ def build(
     targets = torch.randint(vocab, (rows,), generator=gen)
     leaves = {"hidden": hidden, "head": head, **({"bias": normal(vocab).to(dtype)} if bias else {})}
     count = 2 * rows if op == "sgpo" else rows
-    heat = torch.rand(count, generator=gen) + 0.5 if temperature == "rows" else temperature
-    common: dict[str, Any] = {} if temperature == 1.0 else {"temperature": heat}
+    temperatures = torch.rand(count, generator=gen) + 0.5 if temperature == "rows" else temperature
+    common: dict[str, Any] = {} if temperature == 1.0 else {"temperature": temperatures}
     policy: dict[str, Any] = {"advantages": row_values("advantage"), "clip_low": 0.2, "clip_high": 0.28}
     if op in ("policy", "policy_dual", "sgpo"):
         exact = {name: leaf.double() for name, leaf in leaves.items()}
-        first = heat[:rows].double() if isinstance(heat, Tensor) else heat
+        first = temperatures[:rows].double() if isinstance(temperatures, Tensor) else temperatures
         logprobs, _ = reference.linear_logprob(**exact, targets=targets, temperature=first)
         policy["old_logprobs"] = (logprobs + 0.5 * normal(rows)).float()
     if op in ("policy_dual", "sgpo"):

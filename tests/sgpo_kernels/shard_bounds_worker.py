@@ -1,4 +1,4 @@
-"""One rank of `test_kernel_shard_bounds`: confident states on this rank's piece of the head.
+"""One rank of `test_shard_bounds`: confident states on this rank's piece of the head.
 
 python shard_bounds_worker.py FOLDER IMPL
 """
@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sgpo_kernels import launch
+from sgpo_kernels import sizes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import conftest
-import test_kernel_properties as properties
+import test_properties as properties
 from processes import PATIENCE_S
 
 VOCAB = 240
@@ -88,12 +88,12 @@ def main() -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE_S))
     start, end = CUTS[ranks][rank : rank + 2]
     # Two tiles per piece, and few of them for Triton's interpreter.
-    small_tiles = {name: block._replace(rows=16, columns=64) for name, block in launch.DEFAULT_BLOCKS.items()}
-    launch.DEFAULT_BLOCKS.update(small_tiles)
+    small_tiles = {name: block._replace(rows=16, columns=64) for name, block in sizes.DEFAULT_BLOCKS.items()}
+    sizes.DEFAULT_BLOCKS.update(small_tiles)
     options = {"impl": impl, "vocab_group": dist.group.WORLD, "vocab_start": start}
     live = live_results(options, start, end)
     # Rows per chunk that follow from each rank's own number of columns, as at a real vocabulary.
-    launch.CPU_CHUNK_BYTES = 800
+    sizes.CPU_CHUNK_BYTES = 800
     small = {2: (0, 27, 37), 3: (0, 30, 34, 37)}[ranks][rank : rank + 2]
     ops = op_results({**options, "vocab_start": small[0]}, small)
     torch.save((live, ops), folder / f"{ranks}-{rank}.pt")

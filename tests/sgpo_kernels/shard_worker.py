@@ -1,4 +1,4 @@
-"""One rank of `test_kernel_shards`: every op on this rank's piece of the head, results saved for comparison.
+"""One rank of `test_shards`: every op on this rank's piece of the head, results saved for comparison.
 
 python shard_worker.py FOLDER IMPL [column_tolerance]
 """

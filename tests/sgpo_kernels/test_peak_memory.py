@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import sgpo_kernels
 import torch
-from sgpo_kernels import launch, reference, testing
+from sgpo_kernels import reference, sizes, testing
 
 FORMULA = {"logprob": "logprob", "policy": "policy", "policy_on": "policy", "policy_dual": "policy", "sgpo": "sgpo"}
 
@@ -32,9 +32,9 @@ def test_peak_is_below_the_formula(make_case, op, shape, chunk, dtype):
     case = make_case(op, dtype, shape, dead=0.0, bias=True)
     measured = peak(case, chunk_rows=chunk)
     groups = 2 if op == "sgpo" else 1
-    formula = launch.extra_bytes(FORMULA.get(op, "divergence"), groups * rows, width, vocab, dtype, "cpu", chunk=chunk)
+    formula = sizes.extra_bytes(FORMULA.get(op, "divergence"), groups * rows, width, vocab, dtype, "cpu", chunk=chunk)
     assert measured.peak_bytes <= formula + inputs(case)
-    size = launch.accumulate_dtype(dtype).itemsize
+    size = sizes.accumulate_dtype(dtype).itemsize
     # Rows of the products begin on 64-byte boundaries.
     padded = -(-vocab // 16) * 16
     largest = max(chunk * padded, vocab * width, rows * width) * size
@@ -103,6 +103,6 @@ def test_the_estimate_is_the_measured_peak_of_a_forward_pass(kind, dtype, rows):
         )
 
     measured = testing.cpu_peak(run).peak_bytes
-    estimate = launch.peak_bytes(kind, rows, width, vocab, dtype, "cpu", head_grad=kind != "logprob")
+    estimate = sizes.peak_bytes(kind, rows, width, vocab, dtype, "cpu", head_grad=kind != "logprob")
     assert estimate == pytest.approx(measured, rel=0.08)
-    assert measured <= launch.extra_bytes(kind, rows, width, vocab, dtype, "cpu")
+    assert measured <= sizes.extra_bytes(kind, rows, width, vocab, dtype, "cpu")

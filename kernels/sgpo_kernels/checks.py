@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-if TYPE_CHECKING:
-    from sgpo_kernels.fused import Options
+from sgpo_kernels.inputs import ClipRange, DistillInputs, KlLimit, LossOptions, PolicyInputs
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KINDS = ("forward_kl", "reverse_kl", "js")
@@ -112,36 +111,36 @@ def check_row_values(name: str, value: object, hidden: Tensor) -> None:
         )
 
 
-def check_targets(targets: Tensor, hidden: Tensor, name: str = "targets") -> None:
-    """targets int64 [N] on the device of hidden."""
-    _tensor(name, targets)
-    if targets.dtype != torch.int64:
-        raise TypeError(_fail(f"{name}.dtype", "int64", targets.dtype, "call .long()"))
-    if tuple(targets.shape) != (hidden.shape[0],):
+def check_labels(labels: Tensor, hidden: Tensor, name: str = "targets") -> None:
+    """Token ids int64 [N] on the device of hidden."""
+    _tensor(name, labels)
+    if labels.dtype != torch.int64:
+        raise TypeError(_fail(f"{name}.dtype", "int64", labels.dtype, "call .long()"))
+    if tuple(labels.shape) != (hidden.shape[0],):
         raise ValueError(
-            _fail(f"{name}.shape", f"[{hidden.shape[0]}]", tuple(targets.shape), "one id per row of hidden")
+            _fail(f"{name}.shape", f"[{hidden.shape[0]}]", tuple(labels.shape), "one id per row of hidden")
         )
-    _same_device(name, targets, hidden.device)
+    _same_device(name, labels, hidden.device)
 
 
 _NO_IGNORE_INDEX = "give padding rows weight 0 instead of an ignore index"
 
 
-def check_live_targets(targets: Tensor, vocab: int, name: str = "targets") -> None:
+def check_live_labels(labels: Tensor, vocab: int, name: str = "targets") -> None:
     """Ids of the rows that count lie in [0, V). Inside the operator; a device-side assertion on CUDA, launched before
     the kernels that would read past a row."""
     expected = f"token ids in [0, {vocab})"
-    if targets.is_cuda:
+    if labels.is_cuda:
         message = _fail(name, expected, "an id outside", _NO_IGNORE_INDEX)
-        torch.ops.aten._assert_async.msg(((targets >= 0) & (targets < vocab)).all(), message)
-    elif targets.device.type == "cpu" and targets.numel():
-        low, high = int(targets.min()), int(targets.max())
+        torch.ops.aten._assert_async.msg(((labels >= 0) & (labels < vocab)).all(), message)
+    elif labels.device.type == "cpu" and labels.numel():
+        low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= vocab:
             raise ValueError(_fail(name, expected, f"ids from {low} to {high}", _NO_IGNORE_INDEX))
 
 
-def check_found_targets(logits_C: Tensor, name: str = "targets") -> None:
-    """With a sharded head only all ranks together know the vocabulary: a target that no rank holds has a logit of
+def check_found_labels(logits_C: Tensor, name: str = "targets") -> None:
+    """With a sharded head only all ranks together know the vocabulary: a label that no rank holds has a logit of
     -inf everywhere. All ranks see the same values and fail alike; on CUDA by a device-side assertion."""
     found = logits_C != -math.inf
     message = _fail(name, "token ids that lie on some rank's piece of the head", "an id on none", _NO_IGNORE_INDEX)
@@ -162,7 +161,7 @@ def check_half_range(values: Tensor, dtype: torch.dtype) -> None:
             raise ValueError(_fail("float16 row gradient", "at most 65504 times the largest weight", got, advice))
 
 
-def check_no_tangents(*tensors: Tensor | None) -> None:
+def check_no_tangents(*tensors: object) -> None:
     """The ops have no forward-mode derivative; without this check a tangent would be lost silently. Nor do they take
     part in `torch.func.grad` and its kin, where torch itself would raise a sentence about its own insides."""
     if torch.compiler.is_compiling():
@@ -221,30 +220,32 @@ def check_number(name: str, value: object, *, low: float, high: float = math.inf
         raise ValueError(_fail(name, wanted, value, "correct the setting"))
 
 
-def check_clips(clip_low: float | None, clip_high: float | None, dual_clip: float | None) -> None:
+def check_clip_range(clip_range: ClipRange) -> None:
     """clip_low in [0, 1], clip_high >= 0, dual_clip > 1; None switches a bound off."""
-    if clip_low is not None:
-        check_number("clip_low", clip_low, low=0.0, high=1.0)
-    if clip_high is not None:
-        check_number("clip_high", clip_high, low=0.0)
-    if dual_clip is not None:
-        check_number("dual_clip", dual_clip, low=1.0, open_low=True)
+    if clip_range.clip_low is not None:
+        check_number("clip_low", clip_range.clip_low, low=0.0, high=1.0)
+    if clip_range.clip_high is not None:
+        check_number("clip_high", clip_range.clip_high, low=0.0)
+    if clip_range.dual_clip is not None:
+        check_number("dual_clip", clip_range.dual_clip, low=1.0, open_low=True)
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """One of the names in `choices`."""
     if value not in choices:
         raise ValueError(_fail(name, "one of " + ", ".join(choices), repr(value), "correct the spelling"))
 
 
-def check_divergence(kind: str, max_token_kl: float | None, over_limit: str) -> None:
+def check_kl_limit(kl_limit: KlLimit) -> None:
     """A known kind and limit; max_token_kl > 0 or None."""
-    check_choice("kind", kind, KINDS)
-    check_choice("over_limit", over_limit, LIMITS)
-    if max_token_kl is not None:
-        check_number("max_token_kl", max_token_kl, low=0.0, open_low=True)
+    check_choice("kind", kl_limit.kind, KINDS)
+    check_choice("over_limit", kl_limit.over_limit, LIMITS)
+    if kl_limit.max_token_kl is not None:
+        check_number("max_token_kl", kl_limit.max_token_kl, low=0.0, open_low=True)
 
 
 def check_chunk_rows(chunk_rows: int | None) -> None:
+    """A positive int, or None for the default."""
     if chunk_rows is None:
         return
     if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
@@ -253,18 +254,46 @@ def check_chunk_rows(chunk_rows: int | None) -> None:
         raise ValueError(_fail("chunk_rows", "a positive int or None", chunk_rows, "pass None for the default"))
 
 
-def check_policy(
-    hidden: Tensor,
-    targets: Tensor,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    name: str = "targets",
+def check_policy(inputs: PolicyInputs, labels_name: str, weight_name: str | None) -> None:
+    """Labels, per-row constants and bounds of policy rows. The names are those of the public op's arguments;
+    weight_name None: there is no weight, the losses are wanted per row."""
+    check_labels(inputs.labels, inputs.hidden, labels_name)
+    check_row_values("advantages", inputs.advantages, inputs.hidden)
+    if inputs.old_logprobs is not None:
+        check_row_values("old_logprobs", inputs.old_logprobs, inputs.hidden)
+    if weight_name is not None:
+        check_row_values(weight_name, inputs.token_weight, inputs.hidden)
+    check_clip_range(inputs.clip_range)
+
+
+def check_distill(inputs: DistillInputs, head: Tensor, weight_name: str | None) -> None:
+    """Teacher, weight and limit of distillation rows; weight_name as in check_policy."""
+    check_teacher(inputs.hidden, inputs.teacher_hidden, head, inputs.teacher_head, inputs.teacher_bias)
+    if weight_name is not None:
+        check_row_values(weight_name, inputs.token_weight, inputs.hidden)
+    check_kl_limit(inputs.kl_limit)
+
+
+def check_losses(
+    head: Tensor, bias: Tensor | None, policy: PolicyInputs | None, distill: DistillInputs | None, options: LossOptions
 ) -> None:
-    """Targets and the per-row constants of policy rows, but the weight; `name`: what the op calls the targets."""
-    check_targets(targets, hidden, name)
-    check_row_values("advantages", advantages, hidden)
-    if old_logprobs is not None:
-        check_row_values("old_logprobs", old_logprobs, hidden)
+    """All that a loss is given. With both groups it is `sgpo_loss`, whose names for the arguments differ; with one
+    group a token_weight of None asks for losses per row."""
+    first, both, rows = policy or distill, policy is not None and distill is not None, 0
+    assert first is not None
+    check_head(first.hidden, head, bias, ("policy_hidden" if both else "hidden", "head", "bias"))
+    if both and distill is not None:
+        check_matrix("distill_hidden", distill.hidden, head.shape[1], head)
+    if policy is not None:
+        one = None if policy.token_weight is None else "token_weight"
+        check_policy(policy, "policy_targets" if both else "targets", "policy_weight" if both else one)
+        rows += policy.hidden.shape[0]
+    if distill is not None:
+        one = None if distill.token_weight is None else "token_weight"
+        check_distill(distill, head, "distill_weight" if both else one)
+        rows += distill.hidden.shape[0]
+    check_options(options, rows, head)
+    check_no_tangents(head, bias, *(policy or ()), *(distill or ()))
 
 
 def check_shard(vocab_group: object, vocab_start: int) -> None:
@@ -284,7 +313,7 @@ def check_softcap(logit_softcap: float | None) -> None:
         check_number("logit_softcap", logit_softcap, low=0.0, open_low=True)
 
 
-def check_options(options: Options, rows: int, head: Tensor) -> None:
+def check_options(options: LossOptions, rows: int, head: Tensor) -> None:
     """The arguments that all loss ops share."""
     check_temperature(options.temperature, rows, head)
     check_softcap(options.logit_softcap)

@@ -1,10 +1,14 @@
-"""Row arithmetic of one chunk in Triton: the functions of `rowmath`, by the same names, on the kernels of
-`triton_kernels`.
+"""The row arithmetic in Triton: the functions of `backend.Backend`, by launching the kernels of `triton_statistics`
+and `triton_gradients`.
 
-What: launches; shapes, equations and the meaning of the tables are those of `rowmath`. Products stay as they are until
-  `gradient` writes dz (into `out_CV`, or over them).
+What: grids, tiles, strides and flags. Products stay as they are until `gradient` writes dz (into `out_CV`, or over
+  them), so every kernel forms the logits it needs from them.
+Equation: as backend_torch.py.
+Source: as backend_torch.py.
+Gradient: as backend_torch.py.
 Memory: per chunk 3 C (V / 1024) floats of tile statistics, C/16 V of column peaks.
-Limits: float32 accumulators; CUDA, or a CPU under TRITON_INTERPRET=1.
+Precision: float32 throughout; products of half operands are float32 already.
+Limits: CUDA, or a CPU under TRITON_INTERPRET=1; no float64.
 """
 
 from __future__ import annotations
@@ -16,31 +20,29 @@ import torch
 import triton
 from torch import Tensor
 
-from sgpo_kernels import launch, rowmath, triton_kernels
-from sgpo_kernels.rowmath import TABLE_ROWS, Bounds, Logits, Rule
+from sgpo_kernels import backend_torch, sizes, triton_gradients, triton_statistics
+from sgpo_kernels import triton_constants as const
+from sgpo_kernels.backend import STAT_ROWS, SUM_ROWS, TABLE_ROWS, Logits
+from sgpo_kernels.inputs import ClipRange, KlLimit
 
 # Launch syntax is beyond type checkers.
-kernels: Any = triton_kernels
+statistics: Any = triton_statistics
+gradients: Any = triton_gradients
 # The default of fused multiply-adds changes in Triton 3.10: said here.
-COMPILED: dict[str, Any] = {} if launch.interpreting() else {"enable_fp_fusion": True}
-KINDS = {
-    "score": kernels.SCORE,
-    "forward_kl": kernels.FORWARD_KL,
-    "reverse_kl": kernels.REVERSE_KL,
-    "js": kernels.JS,
-}
-LIMITS = {"mask": kernels.MASK, "clamp": kernels.CLAMP, "scale": kernels.SCALE}
-SETTLE_BLOCK = 128
+COMPILED: dict[str, Any] = {} if sizes.interpreting() else {"enable_fp_fusion": True}
+# Planes of the statistics of a tile.
+TILE_STATS = 3
+ROW_BLOCK = 128
 RESCALE_BLOCK = 2048
 LIVE_TILE = 8192
 
 
-def _blocks(kernel: str, like: Tensor) -> launch.Blocks:
+def _blocks(kernel: str, like: Tensor) -> sizes.Blocks:
     arch = torch.cuda.get_device_capability(like.device) if like.is_cuda else None
-    return launch.blocks(kernel, arch)
+    return sizes.blocks(kernel, arch)
 
 
-def _options(block: launch.Blocks) -> dict[str, Any]:
+def _options(block: sizes.Blocks) -> dict[str, Any]:
     return {"BLOCK_R": block.rows, "BLOCK_V": block.columns, "num_warps": block.warps, **COMPILED}
 
 
@@ -53,8 +55,8 @@ def _side(logits: Logits) -> tuple[Any, ...]:
 def _sides(student: Logits, teacher: Logits | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The leading arguments of the kernels that see both contexts, and their flags."""
     other = student if teacher is None else teacher
-    heat = student.products_CV if student.inverse_temperature_C is None else student.inverse_temperature_C
-    arguments = (*_side(student), *_side(other), heat, student.softcap or 1.0)
+    inv_temperature = student.products_CV if student.inv_temperature_C is None else student.inv_temperature_C
+    arguments = (*_side(student), *_side(other), inv_temperature, student.softcap or 1.0)
     flags = _flags(student)
     flags["HAS_TEACHER_BIAS"] = other.bias_V is not None
     return arguments, flags
@@ -64,27 +66,28 @@ def _flags(logits: Logits) -> dict[str, Any]:
     return {
         "HAS_BIAS": logits.bias_V is not None,
         "HAS_SOFTCAP": logits.softcap is not None,
-        "HAS_HEAT": logits.inverse_temperature_C is not None,
+        "HAS_TEMPERATURE": logits.inv_temperature_C is not None,
     }
 
 
-def scan(logits: Logits, targets_C: Tensor | None) -> Tensor:
+def scan(logits: Logits, labels_C: Tensor | None) -> Tensor:
+    """See `Backend.scan`."""
     products = logits.products_CV
     rows, vocab = products.shape
     block = _blocks("scan", products)
     tiles = triton.cdiv(vocab, block.columns)
-    tile_stats = products.new_empty(3, rows, tiles)
-    heat = products if logits.inverse_temperature_C is None else logits.inverse_temperature_C
-    common = (*_side(logits), heat, logits.softcap or 1.0)
+    tile_stats = products.new_empty(TILE_STATS, rows, tiles)
+    inv_temperature = products if logits.inv_temperature_C is None else logits.inv_temperature_C
+    common = (*_side(logits), inv_temperature, logits.softcap or 1.0)
     flags = _flags(logits)
-    kernels.scan_tiles[(triton.cdiv(rows, block.rows), tiles)](
+    statistics.scan_tiles[(triton.cdiv(rows, block.rows), tiles)](
         *common, tile_stats, rows, vocab, tiles, **flags, **_options(block)
     )
     if logits.notes is not None:
         logits.notes["tiles"] = tile_stats
-    stats_4C = products.new_empty(4, rows)
-    pointer = stats_4C if targets_C is None else targets_C
-    kernels.combine_tiles[(triton.cdiv(rows, 4),)](
+    stats_4C = products.new_empty(STAT_ROWS, rows)
+    pointer = stats_4C if labels_C is None else labels_C
+    statistics.combine_tiles[(triton.cdiv(rows, 4),)](
         tile_stats,
         *common,
         pointer,
@@ -92,7 +95,7 @@ def scan(logits: Logits, targets_C: Tensor | None) -> Tensor:
         rows,
         tiles,
         **flags,
-        HAS_TARGETS=targets_C is not None,
+        HAS_LABELS=labels_C is not None,
         BLOCK_R=4,
         BLOCK_T=triton.next_power_of_2(tiles),
         num_warps=4,
@@ -101,43 +104,47 @@ def scan(logits: Logits, targets_C: Tensor | None) -> Tensor:
     return stats_4C
 
 
-def settle_scores(
+def score_row_values(
     parts_R4C: Tensor,
     rank: int,
-    targets_C: Tensor,
+    labels_C: Tensor,
     slopes: tuple[Tensor, Tensor] | None,
     rows_C: Tensor,
     factor_C: Tensor | None,
     values: Tensor,
 ) -> Tensor:
-    mode = kernels.VALUES if slopes is None else kernels.UPSTREAM
-    return _settle(parts_R4C, rank, targets_C, mode, slopes, None, None, rows_C, factor_C, values)
+    """See `Backend.score_row_values`."""
+    mode = const.MODES["values"] if slopes is None else const.MODES["upstream"]
+    return _label_row_values(parts_R4C, rank, labels_C, mode, slopes, None, None, rows_C, factor_C, values)
 
 
-def settle_policy(
+def policy_row_values(
     parts_R4C: Tensor,
     rank: int,
-    targets_C: Tensor,
+    labels_C: Tensor,
     old_N: Tensor | None,
     advantages_N: Tensor,
     weight_N: Tensor,
-    bounds: Bounds,
+    clip_range: ClipRange,
     rows_C: Tensor,
     factor_C: Tensor | None,
     values: Tensor,
 ) -> Tensor:
+    """See `Backend.policy_row_values`."""
     inputs = (advantages_N, weight_N)
-    return _settle(parts_R4C, rank, targets_C, kernels.POLICY, inputs, old_N, bounds, rows_C, factor_C, values)
+    return _label_row_values(
+        parts_R4C, rank, labels_C, const.MODES["policy"], inputs, old_N, clip_range, rows_C, factor_C, values
+    )
 
 
-def _settle(
+def _label_row_values(
     parts_R4C: Tensor,
     rank: int,
-    targets_C: Tensor,
+    labels_C: Tensor,
     mode: int,
     inputs: tuple[Tensor, Tensor] | None,
     old_N: Tensor | None,
-    bounds: Bounds | None,
+    clip_range: ClipRange | None,
     rows_C: Tensor,
     factor_C: Tensor | None,
     values: Tensor,
@@ -145,11 +152,11 @@ def _settle(
     ranks, _, count = parts_R4C.shape
     table = parts_R4C.new_zeros(TABLE_ROWS, count)
     first, second = (values, values) if inputs is None else inputs
-    low, high, dual = (None, None, None) if bounds is None else bounds
-    kernels.settle_scores[(triton.cdiv(count, SETTLE_BLOCK),)](
+    low, high, dual = (None, None, None) if clip_range is None else clip_range
+    statistics.label_row_values[(triton.cdiv(count, ROW_BLOCK),)](
         parts_R4C.contiguous(),
         rank,
-        targets_C,
+        labels_C,
         rows_C,
         table if factor_C is None else factor_C.contiguous(),
         first.contiguous(),
@@ -166,17 +173,18 @@ def _settle(
         HAS_OLD=old_N is not None,
         HAS_FACTOR=factor_C is not None,
         RANKS=ranks,
-        BLOCK=SETTLE_BLOCK,
+        BLOCK=ROW_BLOCK,
         num_warps=4,
         **COMPILED,
     )
     return table
 
 
-def settle_pair(parts_R8C: Tensor, rank: int, rows_C: Tensor, values: Tensor) -> Tensor:
+def pair_row_values(parts_R8C: Tensor, rank: int, rows_C: Tensor, values: Tensor) -> Tensor:
+    """See `Backend.pair_row_values`."""
     ranks, _, count = parts_R8C.shape
     table = parts_R8C.new_zeros(TABLE_ROWS, count)
-    kernels.settle_pair[(triton.cdiv(count, SETTLE_BLOCK),)](
+    statistics.pair_row_values[(triton.cdiv(count, ROW_BLOCK),)](
         parts_R8C.contiguous(),
         rank,
         rows_C,
@@ -185,7 +193,7 @@ def settle_pair(parts_R8C: Tensor, rank: int, rows_C: Tensor, values: Tensor) ->
         count,
         values.shape[1],
         RANKS=ranks,
-        BLOCK=SETTLE_BLOCK,
+        BLOCK=ROW_BLOCK,
         num_warps=4,
         **COMPILED,
     )
@@ -193,48 +201,51 @@ def settle_pair(parts_R8C: Tensor, rank: int, rows_C: Tensor, values: Tensor) ->
 
 
 def divergence_sums(kind: str, student: Logits, teacher: Logits, table: Tensor) -> Tensor:
+    """See `Backend.divergence_sums`."""
     rows, vocab = student.products_CV.shape
     block = _blocks("divergence", table)
     tiles = triton.cdiv(vocab, block.columns)
-    partial = table.new_empty(3, rows, tiles)
+    partial = table.new_empty(SUM_ROWS, rows, tiles)
     arguments, flags = _sides(student, teacher)
-    kernels.divergence_tiles[(triton.cdiv(rows, block.rows), tiles)](
-        *arguments, table, partial, rows, vocab, tiles, KIND=KINDS[kind], **flags, **_options(block)
+    gradients.divergence_tiles[(triton.cdiv(rows, block.rows), tiles)](
+        *arguments, table, partial, rows, vocab, tiles, KIND=const.KINDS[kind], **flags, **_options(block)
     )
     return partial.sum(2)
 
 
-def settle_divergence(
+def divergence_row_values(
     sums_3C: Tensor,
     weight_N: Tensor,
-    rule: Rule,
+    kl_limit: KlLimit,
     rows_C: Tensor,
     factor_C: Tensor | None,
     values: Tensor,
     table: Tensor,
 ) -> None:
+    """See `Backend.divergence_row_values`."""
     count = sums_3C.shape[1]
-    kernels.settle_divergence[(triton.cdiv(count, SETTLE_BLOCK),)](
+    statistics.divergence_row_values[(triton.cdiv(count, ROW_BLOCK),)](
         sums_3C,
         weight_N.contiguous(),
         rows_C,
         table if factor_C is None else factor_C.contiguous(),
-        math.inf if rule.max_token_kl is None else float(rule.max_token_kl),
+        math.inf if kl_limit.max_token_kl is None else float(kl_limit.max_token_kl),
         values,
         table,
         count,
         values.shape[1],
-        OVER=LIMITS[rule.over_limit],
+        OVER=const.LIMITS[kl_limit.over_limit],
         HAS_FACTOR=factor_C is not None,
-        BLOCK=SETTLE_BLOCK,
+        BLOCK=ROW_BLOCK,
         num_warps=4,
         **COMPILED,
     )
 
 
 def column_threshold(table: Tensor, tolerance: float) -> Tensor:
+    """See `Backend.column_threshold`."""
     threshold, rows = table.new_empty(()), table.shape[1]
-    kernels.column_threshold[(1,)](
+    gradients.column_threshold[(1,)](
         table, tolerance, threshold, rows, BLOCK=triton.next_power_of_2(rows), num_warps=4, **COMPILED
     )
     return threshold
@@ -245,11 +256,12 @@ def live_columns(
     student: Logits,
     teacher: Logits | None,
     table: Tensor,
-    targets_C: Tensor | None,
+    labels_C: Tensor | None,
     threshold: Tensor,
     *,
     all_peaks: bool,
 ) -> tuple[Tensor, Tensor]:
+    """See `Backend.live_columns`."""
     rows, vocab = student.products_CV.shape
     # The column tiles of scan, whose maxima tell which tiles need no reading.
     block = _blocks("peaks", table)._replace(columns=_blocks("scan", table).columns)
@@ -258,10 +270,10 @@ def live_columns(
     other = tile_stats if teacher is None or teacher.notes is None else teacher.notes["tiles"]
     found = table.new_empty(triton.cdiv(rows, block.rows), vocab)
     arguments, flags = _sides(student, teacher)
-    kernels.peak_tiles[(found.shape[0], tile_stats.shape[2])](
+    gradients.peak_tiles[(found.shape[0], tile_stats.shape[2])](
         *arguments,
         table,
-        table if targets_C is None else targets_C,
+        table if labels_C is None else labels_C,
         tile_stats,
         other,
         threshold,
@@ -269,7 +281,7 @@ def live_columns(
         rows,
         vocab,
         tile_stats.shape[2],
-        KIND=KINDS[kind],
+        KIND=const.KINDS[kind],
         SKIP=not all_peaks and kind in ("score", "forward_kl"),
         **flags,
         **_options(block),
@@ -278,7 +290,7 @@ def live_columns(
         found = found.amax(0, keepdim=True)
     live_V, peaks_V = table.new_empty(vocab, dtype=torch.bool), table.new_empty(vocab)
     blocks = triton.next_power_of_2(len(found))
-    kernels.live_columns[(triton.cdiv(vocab, LIVE_TILE // blocks),)](
+    gradients.live_columns[(triton.cdiv(vocab, LIVE_TILE // blocks),)](
         found,
         threshold,
         live_V,
@@ -298,24 +310,25 @@ def gradient(
     student: Logits,
     teacher: Logits | None,
     table: Tensor,
-    targets_C: Tensor | None,
+    labels_C: Tensor | None,
     out_CV: Tensor | None,
     *,
     with_entropy: bool = False,
 ) -> Tensor:
+    """See `Backend.gradient`."""
     rows, vocab = student.products_CV.shape
     out_CV = student.products_CV if out_CV is None else out_CV
     block = _blocks("gradient", table)
     arguments, flags = _sides(student, teacher)
-    kernels.gradient_tiles[(triton.cdiv(rows, block.rows), triton.cdiv(vocab, block.columns))](
+    gradients.gradient_tiles[(triton.cdiv(rows, block.rows), triton.cdiv(vocab, block.columns))](
         *arguments,
         table,
-        table if targets_C is None else targets_C,
+        table if labels_C is None else labels_C,
         out_CV,
         out_CV.stride(0),
         rows,
         vocab,
-        KIND=KINDS[kind],
+        KIND=const.KINDS[kind],
         WITH_ENTROPY=with_entropy,
         **flags,
         **_options(block),
@@ -328,23 +341,24 @@ def gradient_columns(
     student: Logits,
     teacher: Logits | None,
     table: Tensor,
-    targets_C: Tensor | None,
+    labels_C: Tensor | None,
     columns_A: Tensor,
     count: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Backend.gradient_columns`."""
     rows, live = student.products_CV.shape[0], columns_A.numel()
-    dz_CA = launch.padded_empty(rows, live, like=table, dtype=dtype)
+    dz_CA = sizes.padded_empty(rows, live, like=table, dtype=dtype)
     if not live:
         return dz_CA, table.new_zeros(rows), table.new_zeros(rows)
     block = _blocks("columns", table)
     tiles = triton.cdiv(live, block.columns)
     sums = table.new_empty(2, rows, tiles)
     arguments, flags = _sides(student, teacher)
-    kernels.gradient_column_tiles[(triton.cdiv(rows, block.rows), tiles)](
+    gradients.gradient_column_tiles[(triton.cdiv(rows, block.rows), tiles)](
         *arguments,
         table,
-        table if targets_C is None else targets_C,
+        table if labels_C is None else labels_C,
         columns_A,
         columns_A if count is None else count,
         dz_CA,
@@ -353,12 +367,13 @@ def gradient_columns(
         rows,
         live,
         tiles,
-        KIND=KINDS[kind],
+        KIND=const.KINDS[kind],
         HAS_COUNT=count is not None,
         **flags,
         **_options(block),
     )
-    return dz_CA, *sums.sum(2)
+    kept_C, sum_C = sums.sum(2)
+    return dz_CA, kept_C, sum_C
 
 
 def finish_columns(
@@ -372,8 +387,9 @@ def finish_columns(
     vocab: int,
     values: Tensor,
 ) -> None:
+    """See `Backend.finish_columns`."""
     rows = len(rows_C)
-    kernels.finish_columns[(triton.cdiv(rows, SETTLE_BLOCK),)](
+    gradients.finish_columns[(triton.cdiv(rows, ROW_BLOCK),)](
         table,
         kept_C,
         kept_C if sum_C is None else sum_C,
@@ -383,23 +399,23 @@ def finish_columns(
         values,
         columns_A.numel(),
         1.0 / vocab,
-        rowmath.DROPPED_FLOOR,
-        1 + rowmath.DROPPED_MARGIN,
+        backend_torch.DROPPED_FLOOR,
+        1 + backend_torch.DROPPED_MARGIN,
         rows,
         values.shape[1],
         HAS_SUM=sum_C is not None,
         HAS_COUNT=count is not None,
-        BLOCK=SETTLE_BLOCK,
+        BLOCK=ROW_BLOCK,
         num_warps=4,
         **COMPILED,
     )
 
 
 def rescaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * factor (0-d, float32) in `dtype`, for contiguous tensors: torch's own product with a 0-d tensor on the
+    """See `Backend.rescaled`; for contiguous tensors and a float32 factor. Torch's own product with a 0-d tensor on the
     device and another output dtype runs at half the memory's speed."""
     out = torch.empty_like(grad, dtype=dtype)
-    kernels.rescale[(triton.cdiv(grad.numel(), RESCALE_BLOCK),)](
+    gradients.rescale[(triton.cdiv(grad.numel(), RESCALE_BLOCK),)](
         grad, factor, out, grad.numel(), BLOCK=RESCALE_BLOCK, num_warps=4, **COMPILED
     )
     return out

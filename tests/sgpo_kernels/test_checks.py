@@ -7,7 +7,7 @@ import logging
 import pytest
 import sgpo_kernels
 import torch
-from sgpo_kernels import launch
+from sgpo_kernels import sizes
 
 WIDE = torch.zeros(24, 9)
 
@@ -62,10 +62,10 @@ def test_arguments_of_every_op(make_case, op, name, value, kind, word):
 def test_triton_is_refused_where_it_cannot_run(make_case, op, monkeypatch):
     with pytest.raises(NotImplementedError, match='impl="triton" does not take float64: use impl="auto"'):
         make_case(op, torch.float64).call(sgpo_kernels, impl="triton")
-    monkeypatch.setattr(launch, "interpreting", lambda: False)
+    monkeypatch.setattr(sizes, "interpreting", lambda: False)
     with pytest.raises(NotImplementedError, match='impl="triton" needs tensors on CUDA, not on cpu'):
         make_case(op).call(sgpo_kernels, impl="triton")
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sizes.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(NotImplementedError, match="which is not installed"):
         make_case(op).call(sgpo_kernels, impl="triton")
 
@@ -191,7 +191,7 @@ def test_second_derivatives_are_refused(make_case, op):
 
 
 def test_auto_says_once_what_it_chose(make_case, caplog):
-    launch._announce_auto.cache_clear()
+    sizes._announce_auto.cache_clear()
     case = make_case("policy")
     with caplog.at_level(logging.INFO, logger="sgpo_kernels"):
         case.results()

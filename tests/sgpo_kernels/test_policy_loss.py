@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sgpo_kernels import reference
-from sgpo_kernels.rowmath import Bounds, clipped_surrogate
+from sgpo_kernels.backend_torch import clipped_surrogate
+from sgpo_kernels.inputs import ClipRange
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -60,7 +61,7 @@ def test_on_policy_equals_old_logprobs_of_the_same_weights(make_case):
 @pytest.mark.parametrize(("ratio", "advantage"), [(1.28, 2.0), (0.8, -2.0), (3.0, -2.0)])
 def test_a_ratio_on_a_bound_is_not_clipped(ratio, advantage):
     tensors = (torch.tensor([x], dtype=torch.float64) for x in (ratio, advantage))
-    loss, slope, clipped = clipped_surrogate(*tensors, Bounds(0.2, 0.28, 3.0))
+    loss, slope, clipped = clipped_surrogate(*tensors, ClipRange(0.2, 0.28, 3.0))
     assert not clipped.item()
     assert loss.item() == slope.item() == -ratio * advantage
 
@@ -75,7 +76,7 @@ def test_a_ratio_on_a_bound_is_not_clipped(ratio, advantage):
 @settings(max_examples=300, deadline=None)
 def test_surrogate_is_the_formula(ratio, advantage, low, high, dual):
     tensors = (torch.tensor([x], dtype=torch.float64) for x in (ratio, advantage))
-    loss, slope, clipped = clipped_surrogate(*tensors, Bounds(low, high, dual))
+    loss, slope, clipped = clipped_surrogate(*tensors, ClipRange(low, high, dual))
     objective = min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
     if dual is not None and advantage < 0:
         objective = max(objective, dual * advantage)
@@ -91,13 +92,13 @@ def test_surrogate_is_the_formula(ratio, advantage, low, high, dual):
 def test_sgpo_is_the_sum_of_its_parts(make_case, dtype, temperature, kind):
     case = make_case("sgpo", dtype, temperature=temperature, kind=kind)
     ours, fixed, leaves = case.results(), case.fixed, case.leaves
-    heat = fixed.get("temperature", torch.ones(48))
+    temperatures = fixed.get("temperature", torch.ones(48))
     policy, policy_stats = sgpo_kernels.linear_policy_loss(
         leaves["policy_hidden"],
         leaves["head"],
         fixed["policy_targets"],
         token_weight=fixed["policy_weight"],
-        temperature=heat[:24],
+        temperature=temperatures[:24],
         bias=leaves["bias"],
         **{name: fixed[name] for name in ("old_logprobs", "advantages", "clip_low", "clip_high", "dual_clip")},
     )
@@ -106,7 +107,7 @@ def test_sgpo_is_the_sum_of_its_parts(make_case, dtype, temperature, kind):
         fixed["teacher_hidden"],
         leaves["head"],
         token_weight=fixed["distill_weight"],
-        temperature=heat[24:],
+        temperature=temperatures[24:],
         bias=leaves["bias"],
         kind=kind,
         max_token_kl=fixed["max_token_kl"],

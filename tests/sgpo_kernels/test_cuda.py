@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import sgpo_kernels
 import torch
-from sgpo_kernels import launch, reference, testing
+from sgpo_kernels import reference, sizes, testing
 from torch import Tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -172,14 +172,15 @@ def test_peak_is_below_the_formula(make_case, op, formula, tolerance):
     run()
     for leaf in leaves.values():
         leaf.grad = None
-    assert testing.cuda_peak(run).peak_bytes <= launch.extra_bytes(formula, *shape, torch.bfloat16, "cuda", chunk=256)
+    assert testing.cuda_peak(run).peak_bytes <= sizes.extra_bytes(formula, *shape, torch.bfloat16, "cuda", chunk=256)
 
 
 def test_annealing_does_not_recompile(make_case):
     """Clips, limit, tolerance and weights are run-time arguments of the compiled kernels."""
-    from sgpo_kernels import triton_kernels
+    from sgpo_kernels import triton_gradients, triton_statistics
 
-    kernels = (triton_kernels.settle_scores, triton_kernels.settle_divergence, triton_kernels.peak_tiles)
+    row_values = (triton_statistics.label_row_values, triton_statistics.divergence_row_values)
+    kernels = (*row_values, triton_gradients.peak_tiles)
 
     def compiled() -> int:
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())

@@ -6,7 +6,7 @@ import pytest
 import sgpo_kernels
 import torch
 import torch.distributed as dist
-from sgpo_kernels import contracts, testing
+from sgpo_kernels import checks, testing
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -134,15 +134,15 @@ def test_on_cuda_a_device_side_assertion_watches_the_ids(monkeypatch, value, sha
     if sharded:
         logits = torch.where(targets == value, -torch.inf, 0.0).as_subclass(Cuda)
         with pytest.raises(RuntimeError, match="token ids that lie on some rank's piece"):
-            contracts.check_found_targets(logits)
-        contracts.check_found_targets(logits[:2])
-        contracts.check_found_targets(logits[:0])
+            checks.check_found_labels(logits)
+        checks.check_found_labels(logits[:2])
+        checks.check_found_labels(logits[:0])
     else:
         ids = targets.as_subclass(Cuda)
         with pytest.raises(RuntimeError, match=r"token ids in \[0, 37\)"):
-            contracts.check_live_targets(ids, 37)
-        contracts.check_live_targets(ids[:2], 37)
-        contracts.check_live_targets(ids[:0], 37)
+            checks.check_live_labels(ids, 37)
+        checks.check_live_labels(ids[:2], 37)
+        checks.check_live_labels(ids[:0], 37)
 
 
 # default devices
@@ -278,7 +278,7 @@ def test_errors_name_the_arguments_of_sgpo_loss(make_case, name):
 
 
 def test_memory_of_a_float16_head_stays_under_the_formula(make_case):
-    from sgpo_kernels import launch
+    from sgpo_kernels import sizes
 
     case = make_case("policy", torch.float16, (64, 64, 3008), dead=0.0)
 
@@ -288,4 +288,4 @@ def test_memory_of_a_float16_head_stays_under_the_formula(make_case):
 
     measured = testing.cpu_peak(run).peak_bytes
     inputs = sum(leaf.numel() * leaf.element_size() for leaf in case.leaves.values())
-    assert measured <= inputs + launch.extra_bytes("policy", 64, 64, 3008, torch.float16, "cpu", chunk=4)
+    assert measured <= inputs + sizes.extra_bytes("policy", 64, 64, 3008, torch.float16, "cpu", chunk=4)

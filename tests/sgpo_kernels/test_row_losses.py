@@ -6,7 +6,7 @@ import pytest
 import sgpo_kernels
 import torch
 import torch._dynamo.testing
-from sgpo_kernels import fused, launch, reference, row_losses, testing
+from sgpo_kernels import custom_op, reference, row_losses, sizes, testing
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -122,10 +122,14 @@ def test_all_upstream_gradients_zero_and_no_rows(make_rows, op, impl):
 def test_rows_without_upstream_gradient_cost_no_product(make_rows, op, monkeypatch):
     """Forward takes all rows, backward those with a gradient."""
     seen = []
-    whole = row_losses.fused._fused_loss
-    monkeypatch.setattr(
-        fused, "_fused_loss", lambda *args: seen.append(args[7 if args[2] is not None else 11]) or whole(*args)
-    )
+    whole = custom_op.fused_loss_op
+
+    def spy(*args):
+        given, _, _ = custom_op.split_arguments(args)
+        seen.append(given.distill_weight if given.policy_weight is None else given.policy_weight)
+        return whole(*args)
+
+    monkeypatch.setattr(custom_op, "fused_loss_op", spy)
     case = make_rows(op, dead=0.0)
     gradients(case)
     assert [int((values != 0).sum()) for values in seen] == [18]
@@ -225,7 +229,7 @@ def test_peak_is_below_the_formula(make_rows, op, shape, chunk, dtype):
     rows, width, vocab = shape
     case = make_rows(op, dtype, shape, dead=0.0)
     measured = testing.cpu_peak(lambda: gradients(case, chunk_rows=chunk))
-    formula = launch.extra_bytes(FORMULA.get(op, "divergence"), rows, width, vocab, dtype, "cpu", chunk=chunk)
+    formula = sizes.extra_bytes(FORMULA.get(op, "divergence"), rows, width, vocab, dtype, "cpu", chunk=chunk)
     inputs = sum(leaf.numel() * leaf.element_size() for leaf in case.leaves.values())
     assert measured.peak_bytes <= formula + inputs
     assert measured.largest_bytes is not None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import sgpo_kernels
 import torch
-from sgpo_kernels import heads, launch, linear_rows, reference, testing
+from sgpo_kernels import chunk_loop, reference, sizes, testing
+from sgpo_kernels import head as head_module
 from torch import Tensor
 
 OPS = ("logprob", "policy", "policy_on", "policy_dual", "forward_kl", "reverse_kl", "js", "sgpo")
@@ -283,18 +284,18 @@ def test_tiny_weights_survive_the_half_dtypes(make_case, op, dtype):
 def test_the_widening_path_of_accelerators(make_case, op, dtype, monkeypatch):
     """On CUDA the operands stay half and dW is summed in blocks; an upcast plays the widening product here."""
 
-    def keep_half(head: Tensor, bias: Tensor | None) -> heads.Head:
-        return heads.Head(head.detach(), None if bias is None else bias.float())
+    def keep_half(head: Tensor, bias: Tensor | None) -> head_module.Head:
+        return head_module.Head(head.detach(), None if bias is None else bias.float())
 
     def widening(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.mm(left.float(), right.float(), out=out)
 
-    monkeypatch.setattr(heads.Head, "of", keep_half)
-    monkeypatch.setattr(heads, "mm", widening)
-    monkeypatch.setattr(linear_rows, "mm", widening)
-    monkeypatch.setattr(launch, "HEAD_BLOCK_BYTES", {"cpu": 1})
-    assert launch.head_block_rows(24, dtype, "cpu") == 128
+    monkeypatch.setattr(head_module.Head, "of", keep_half)
+    monkeypatch.setattr(head_module, "mm", widening)
+    monkeypatch.setattr(chunk_loop, "mm", widening)
+    monkeypatch.setattr(sizes, "HEAD_BLOCK_BYTES", {"cpu": 1})
+    assert sizes.head_block_rows(24, dtype, "cpu") == 128
     case = make_case(op, dtype, (40, 24, 300))
     for slab in (4096, 20, 7):
-        monkeypatch.setattr(launch, "SLAB_ROWS", slab)
+        monkeypatch.setattr(sizes, "SLAB_ROWS", slab)
         case.check(chunk_rows=7)

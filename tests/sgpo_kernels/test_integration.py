@@ -6,7 +6,7 @@ import pytest
 import sgpo_kernels
 import torch
 import torch._dynamo.testing
-from sgpo_kernels import fused, logprob, reference
+from sgpo_kernels import custom_op, logprob, reference
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -144,7 +144,7 @@ def test_a_wrong_softcap_is_refused(make_case, op, value, kind):
 @pytest.mark.parametrize("op", ["logprob", "policy", "forward_kl", "sgpo"])
 def test_torch_checks_the_operators(make_case, op, monkeypatch):
     """Schema, fake implementation and autograd registration, by torch's own checks on the arguments of a real call."""
-    module, name = (logprob, "_linear_logprob") if op == "logprob" else (fused, "_fused_loss")
+    module, name = (logprob, "_linear_logprob") if op == "logprob" else (custom_op, "fused_loss_op")
     operator, seen = getattr(module, name), []
     monkeypatch.setattr(module, name, lambda *args: seen.append(args) or operator(*args))
     make_case(op).call(sgpo_kernels)
@@ -169,6 +169,6 @@ def test_gradcheck_with_softcap(make_case):
 
 @pytest.mark.parametrize("op", ["policy", "forward_kl"])
 def test_seventy_thousand_rows(make_case, op):
-    """As one chunk. Offsets beyond 32 bits: test_rows_beyond_32_bits, and test_kernel_cuda at real size."""
+    """As one chunk. Offsets beyond 32 bits: test_rows_beyond_32_bits, and test_cuda at real size."""
     case = make_case(op, torch.float32, (70_000, 4, 33), bias=False)
     case.check(chunk_rows=70_000)

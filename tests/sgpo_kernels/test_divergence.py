@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sgpo_kernels import linear_divergence, reference, rowmath
+from sgpo_kernels import backend, backend_torch, linear_divergence, reference
 
 KINDS = ("forward_kl", "reverse_kl", "js")
 LIMITS = ("mask", "clamp", "scale")
@@ -79,11 +79,11 @@ def test_small_divergences_keep_their_relative_accuracy(make_case, kind, spread)
 
 def row_values(kind: str, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """The divergence of rows of logits, [C], by the row arithmetic alone."""
-    sides = [rowmath.Logits(x.clone(), None, None, None) for x in (student, teacher)]
-    parts = torch.cat([rowmath.scan(side, None) for side in sides]).unsqueeze(0)
-    values = student.new_zeros(rowmath.VALUE_ROWS, len(student))
-    table = rowmath.settle_pair(parts, 0, torch.arange(len(student)), values)
-    return rowmath.divergence_sums(kind, *sides, table)[0]
+    sides = [backend.Logits(x.clone(), None, None, None) for x in (student, teacher)]
+    parts = torch.cat([backend_torch.scan(side, None) for side in sides]).unsqueeze(0)
+    values = student.new_zeros(backend.VALUE_ROWS, len(student))
+    table = backend_torch.pair_row_values(parts, 0, torch.arange(len(student)), values)
+    return backend_torch.divergence_sums(kind, *sides, table)[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from processes import PATIENCE_S
-from sgpo_kernels import launch
+from sgpo_kernels import sizes
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 
@@ -32,7 +32,7 @@ def test_resources(arch):
         if name in ("scan_tiles", "divergence_tiles", "gradient_tiles", "peak_tiles"):
             # 16 bytes at a time: one context's or both contexts' tiles, and nothing of them in single words.
             contexts = 1 if name == "scan_tiles" or "kind=0" in row["variant"] else 2
-            block = launch.DEFAULT_BLOCKS[{"scan_tiles": "scan", "divergence_tiles": "divergence"}.get(
+            block = sizes.DEFAULT_BLOCKS[{"scan_tiles": "scan", "divergence_tiles": "divergence"}.get(
                 name, "peaks" if name == "peak_tiles" else "gradient")]  # fmt: skip
             per_thread = block.rows * block.columns // (32 * block.warps) // 4
             assert row["loads"].get("128", 0) >= contexts * per_thread, row
@@ -46,6 +46,6 @@ def test_a_spill_is_reported(monkeypatch, capsys):
     spilled = aot.Resources("k[bf16]", 90, 255, 40, 20, 0, {"128": 8}, {"128": 8})
     monkeypatch.setattr(aot, "variants", lambda arch: [aot.Variant("k", {}, 4)])
     monkeypatch.setattr(aot, "compile_variant", lambda variant, arch: spilled)
-    monkeypatch.setattr(launch, "interpreting", lambda: False)
+    monkeypatch.setattr(sizes, "interpreting", lambda: False)
     assert aot.main(["--arch", "90"]) == 1
     assert "1 kernels spill" in capsys.readouterr().err

@@ -7,12 +7,12 @@ Equation: loss = sum_n w_n l_n, l_n = -min(r_n A_n, clip(r_n, 1 - clip_low, 1 + 
   with gradient A_n d logp_n.
 Source: arXiv 2606.24064 Eq. 1 (w_n = 1 / (P G1 |o_i|)); dual clip: arXiv 1912.09729.
 Gradient: dl/dz = -A r (onehot - p) / temperature, 0 where a bound is active. Formed in forward.
-Memory: `launch.extra_bytes("policy", ...)`, no term in N·V. Saved: dH [N, H], dW [V, H] in the
+Memory: `sizes.extra_bytes("policy", ...)`, no term in N·V. Saved: dH [N, H], dW [V, H] in the
   input dtype (dW of a float16 head in float32), db [V].
 Precision: float32 logits, ratio and dz (float64 for float64 inputs); dz is cast to the dtype of hidden for the
   products.
 Limits: finite logits; first derivatives only; on an accelerator one host sync (the count of live rows), with a column
-  tolerance one more per chunk. Advantages, weights and old log-probs are constants.
+  tolerance two more (vocabulary shards: one per chunk). Advantages, weights and old log-probs are constants.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from sgpo_kernels import contracts, launch
-from sgpo_kernels.fused import Options, PolicyInputs, PolicyStats, fused_loss, policy_stats
+from sgpo_kernels import custom_op
+from sgpo_kernels.custom_op import FusedResult, operator_arguments
+from sgpo_kernels.inputs import ClipRange, LossOptions, PolicyInputs
 from sgpo_kernels.row_losses import row_losses
-from sgpo_kernels.rowmath import Bounds
+from sgpo_kernels.sizes import Impl
+from sgpo_kernels.stats import PolicyStats, policy_stats
 
 
 def linear_policy_loss(
@@ -44,47 +46,42 @@ def linear_policy_loss(
     head_grad: Tensor | None = None,
     vocab_group: dist.ProcessGroup | None = None,
     vocab_start: int = 0,
-    impl: launch.Impl = "auto",
+    impl: Impl = "auto",
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """Weighted sum of the clipped surrogate over the rows, or with `token_weight=None` the surrogate of each row.
 
     Args:
         hidden: [N, H] float16, bfloat16, float32 or float64. head: [V, H], same dtype. bias: [V] or None.
-        targets: int64 [N]; ids of rows that are not live are never looked at.
+        targets: int64 [N], the sampled tokens; ids of rows that are not live are never looked at.
         old_logprobs: float32 [N] at the same temperature, or None when the rows are exactly on-policy.
-        advantages, token_weight: float32 [N]. A row with either at 0 is dropped before any product. token_weight=None
-            gives the losses per row, for a reduction of one's own; see Returns.
+        advantages, token_weight: float32 [N]. A row with either at 0 is not live: it is dropped before any product.
         clip_low, clip_high: the ratio stays in [1 - clip_low, 1 + clip_high]; None switches a side off.
-        dual_clip: > 1, or None for none.
-        temperature: a float > 0, or float32 [N].
+        dual_clip: > 1, the largest ratio that counts where the advantage is negative; None for none.
+        temperature: a float > 0, or float32 [N]; the logits are divided by it.
         logit_softcap: cap > 0 of cap tanh(z / cap), applied before the temperature; None for none.
-        column_tolerance: 0 is exact. Above 0, backward multiplies only the vocabulary columns whose |dz| reaches the
-            tolerance times the row's weight for some row of the chunk (see linear_rows); `dropped` bounds the rest.
-        head_grad: [V, H] float32 (float64) buffer to which backward adds the head's gradient, unrounded; head.grad
-            then stays as it is.
-        vocab_group, vocab_start: the process group over which the head's rows are sharded in contiguous pieces, and
-            the first token id of this rank's piece. Every rank passes the same rows; losses, statistics and hidden
-            gradients are then whole on every rank.
-        impl: "auto" (Triton on CUDA), "triton" or "torch". chunk_rows: rows per chunk, None for that of `launch`.
+        column_tolerance: 0 is exact; above 0, backward leaves out vocabulary columns whose gradient is that small.
+        head_grad: [V, H] float32 (float64) buffer that takes the head's gradient, unrounded, instead of head.grad.
+        vocab_group, vocab_start: the ranks that hold the head's rows in pieces; first token id of this rank's piece.
+        impl: "auto" (Triton on CUDA), "triton" or "torch". chunk_rows: rows per chunk, None for that of `sizes`.
+        More on the last lines at `inputs.LossOptions`.
 
     Returns: (loss, PolicyStats): loss 0-d float32 (float64 for float64 inputs), differentiable in hidden, head and
-    bias; `clipped` marks rows whose gradient a bound removed. With token_weight=None: losses [N], 0 where the advantage
-    is 0, whose backward takes any upstream gradient and recomputes the logits (see row_losses.py: only the inputs are
-    saved, one product per row more); a column tolerance then leaves `dropped` and `column_share` NaN.
+    bias. With token_weight=None: losses [N], 0 where the advantage is 0, whose backward takes any upstream gradient and
+    recomputes the logits (see row_losses.py); a column tolerance then leaves `dropped` and `column_share` NaN.
 
     Raises: TypeError (dtype), ValueError (shape, device, value; on the CPU also ids outside [0, V) and float16 row
     gradients beyond 65504 times the largest weight), NotImplementedError (impl="triton" where Triton cannot run,
     head_grad inside torch.compile, forward-mode derivatives), RuntimeError (second derivatives). On CUDA an id outside
     is a device-side assertion.
     """
-    contracts.check_head(hidden, head, bias)
-    rows = PolicyInputs(hidden, targets, old_logprobs, advantages, token_weight, Bounds(clip_low, clip_high, dual_clip))
-    options = Options(
+    clip_range = ClipRange(clip_low, clip_high, dual_clip)
+    rows = PolicyInputs(hidden, targets, old_logprobs, advantages, token_weight, clip_range)
+    options = LossOptions(
         temperature, logit_softcap, column_tolerance, head_grad, vocab_group, vocab_start, impl, chunk_rows
     )
     if token_weight is None:
         losses, values, live = row_losses(head, bias, rows, None, options)
         return losses, policy_stats(values, live)
-    result = fused_loss(head, bias, rows, None, options)
+    result = FusedResult(*custom_op.fused_loss_op(*operator_arguments(head, bias, rows, None, options)))
     return result.loss, policy_stats(result.policy_values, result.policy_live)

@@ -17,7 +17,7 @@ from torch import Tensor
 IMPLS = ("torch",)
 KINDS = ("forward_kl", "reverse_kl", "js")
 LIMITS = ("mask", "clamp", "scale")
-# What `dropped` may add to the exact mass, relative to the row's gradient, its bound and its weight (linear_rows).
+# What `dropped` may add to the exact mass, relative to the row's gradient, its bound and its weight (chunk_loop).
 FLOOR, MARGIN = 2.0**-18, 1e-4
 
 
@@ -66,13 +66,13 @@ class States:
         the bias and the soft-cap."""
         exact = self.double()
         eye = torch.eye(exact.head.shape[0], dtype=torch.float64)
-        heat, cap = exact.fixed.get("temperature", 1.0), exact.fixed.get("logit_softcap")
-        heat = heat.unsqueeze(1) if isinstance(heat, Tensor) else heat
+        temperatures, cap = exact.fixed.get("temperature", 1.0), exact.fixed.get("logit_softcap")
+        temperatures = temperatures.unsqueeze(1) if isinstance(temperatures, Tensor) else temperatures
 
         def logits(states: Tensor) -> tuple[Tensor, Tensor]:
             product = (states @ exact.head.t()).requires_grad_()
             raw = product if exact.bias is None else product + exact.bias
-            finished = (raw if cap is None else cap * torch.tanh(raw / cap)) / heat
+            finished = (raw if cap is None else cap * torch.tanh(raw / cap)) / temperatures
             finished.retain_grad()
             return product, finished
 
@@ -122,9 +122,9 @@ def confident(kind: str, seed: int, dtype: torch.dtype, shape: tuple[int, int, i
         cast["teacher_hidden"] = fixed["teacher_hidden"].to(dtype)
     states = States(kind, hidden.to(dtype), head.to(dtype), None if bias is None else bias.to(dtype), cast, weight)
     if kind == "policy" and seed % 4:
-        heat = cast["temperature"].double() if isinstance(cast["temperature"], Tensor) else cast["temperature"]
+        temperatures = cast["temperature"].double() if isinstance(cast["temperature"], Tensor) else cast["temperature"]
         exact = states.double()
-        options = {"temperature": heat, "bias": exact.bias, "logit_softcap": cast["logit_softcap"]}
+        options = {"temperature": temperatures, "bias": exact.bias, "logit_softcap": cast["logit_softcap"]}
         old, _ = reference.linear_logprob(exact.hidden, exact.head, cast["targets"], **options)
         cast["old_logprobs"] = (old + 0.3 * normal(rows)).float()
     return states
@@ -144,7 +144,7 @@ def test_the_live_columns_are_those_of_the_definition(kind, seed, impl):
     tolerance, size = 2.0 ** -(5 + seed % 10), (60, 17, 5, 1)[seed % 4]
     _, stats, grads = states.run(impl=impl, column_tolerance=tolerance, chunk_rows=size)
     core, dz = states.slopes()
-    heat = states.fixed["temperature"]
+    temperatures = states.fixed["temperature"]
     relative = core.abs() / states.weight.abs().unsqueeze(1)
     centred, centre = states.fixed["logit_softcap"] is None, None
     expected, returned, seen = torch.zeros_like(dz), torch.zeros_like(states.hidden), set()
@@ -178,7 +178,7 @@ def test_the_live_columns_are_those_of_the_definition(kind, seed, impl):
         assert share[0] != 1 or not stats.dropped[rows].any()
         if kind in ("policy", "forward_kl") and centred and share[0] != 1:
             # Not idle: the mass itself and what rounding may cost, at the row's own slope.
-            hottest = 1 / (heat[rows].double() if isinstance(heat, Tensor) else heat)
+            hottest = 1 / (temperatures[rows].double() if isinstance(temperatures, Tensor) else temperatures)
             ratio = stats.ratio[rows].double() if kind == "policy" else 1.0
             slack = MARGIN * lost + 2.01 * FLOOR * states.weight[rows].abs() * hottest * ratio * 1.01
             assert bool((stats.dropped[rows] <= lost + slack).all())

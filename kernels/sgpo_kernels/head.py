@@ -1,8 +1,14 @@
-"""One head as the chunk loop sees it: products with float32 output, bias, soft-cap, and the shard of the vocabulary.
+"""The output head as the chunk loop sees it: matrix products with float32 results, and the shard of the vocabulary.
 
-Equation: z = softcap(h Wᵀ + b) / temperature, softcap(x) = cap tanh(x / cap).
-Vocabulary shards (tensor parallel): every rank holds all rows h and the head rows [start, start + V_r); per chunk one
-  all-gather of the row statistics [4, C] makes the normalisers whole, and for divergences one all-reduce of [2, C].
+What: `mm`, `bmm` and `add_mm` are torch's products with a wide result; `Head` holds W and b ready for them; `Shard`
+  says which rows of W this rank holds and talks to the other ranks.
+Equation: products = h Wᵀ; the logits z = softcap(products + b) / temperature are made later, by the row arithmetic.
+Gradient: none here; the chunk loop multiplies dz by W and h itself.
+Memory: on the CPU half heads are copied once per call in float32; on CUDA nothing of the head's size.
+Precision: products of half operands accumulate and come out in float32.
+Limits: vocabulary shards (tensor parallel): every rank holds all rows h and the head rows [start, start + V_r); per
+  chunk one all-gather of the row statistics [STAT_ROWS, C] per context makes the normalisers whole, and for divergences
+  one all-reduce of [2, C].
 """
 
 from __future__ import annotations
@@ -15,13 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sgpo_kernels import launch
+from sgpo_kernels import sizes
 
 
 def mm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """left @ right with a float32 (float64) result; half operands only reach this on CUDA, where torch can widen the
     output."""
-    acc = launch.accumulate_dtype(left.dtype)
+    acc = sizes.accumulate_dtype(left.dtype)
     if left.dtype == acc:
         return torch.mm(left, right, out=out)
     return torch.mm(left, right, out_dtype=acc) if out is None else torch.mm(left, right, out_dtype=acc, out=out)
@@ -29,7 +35,7 @@ def mm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
 
 def bmm(left: Tensor, right: Tensor) -> Tensor:
     """left [B, M, K] @ right [B, K, N], with the result of `mm`."""
-    acc = launch.accumulate_dtype(left.dtype)
+    acc = sizes.accumulate_dtype(left.dtype)
     return torch.bmm(left, right) if left.dtype == acc else torch.bmm(left, right, out_dtype=acc)
 
 
@@ -66,11 +72,13 @@ class Shard:
 
     @property
     def group(self) -> Any:
+        """The process group of that name."""
         assert self.group_name is not None
         return dist.distributed_c10d._resolve_process_group(self.group_name)  # type: ignore[arg-type]
 
     @property
     def rank(self) -> int:
+        """This rank's place in the group, 0 without one."""
         return 0 if self.group_name is None else dist.get_rank(self.group)
 
     def gather(self, stats: Tensor) -> Tensor:
@@ -95,11 +103,11 @@ class Shard:
         dist.all_reduce(counts, op=dist.ReduceOp.MIN, group=self.group)
         return int(counts)
 
-    def local(self, targets: Tensor, columns: int) -> Tensor:
+    def local(self, labels: Tensor, columns: int) -> Tensor:
         """Token ids -> columns of this shard, -1 for the ids of other shards."""
         if self.group_name is None:
-            return targets
-        moved = targets - self.start
+            return labels
+        moved = labels - self.start
         return torch.where((moved >= 0) & (moved < columns), moved, -1)
 
 
@@ -112,7 +120,8 @@ class Head:
 
     @staticmethod
     def of(head: Tensor, bias: Tensor | None) -> Head:
-        acc = launch.accumulate_dtype(head.dtype)
+        """From head [V, H] and bias [V], detached."""
+        acc = sizes.accumulate_dtype(head.dtype)
         operand = head.dtype if head.is_cuda else acc
         return Head(head.detach().to(operand), None if bias is None else bias.detach().to(acc))
 

@@ -8,7 +8,8 @@ import warnings
 import pytest
 import sgpo_kernels
 import torch
-from sgpo_kernels import launch, reference, rowmath, testing
+from sgpo_kernels import backend, backend_torch, reference, sizes, testing
+from sgpo_kernels.inputs import ClipRange, KlLimit
 from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -21,9 +22,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several tiles in each direction at the sizes of these tests."""
-    tiles = {name: block._replace(rows=2, columns=16) for name, block in launch.DEFAULT_BLOCKS.items()}
+    tiles = {name: block._replace(rows=2, columns=16) for name, block in sizes.DEFAULT_BLOCKS.items()}
     if DEVICE == "cpu":
-        monkeypatch.setattr(launch, "DEFAULT_BLOCKS", tiles)
+        monkeypatch.setattr(sizes, "DEFAULT_BLOCKS", tiles)
 
 
 def check(case, **extra) -> dict[str, Tensor]:
@@ -175,7 +176,7 @@ def test_live_columns_agree_with_plain_torch(make_case, op, tolerance, options):
 
 def test_tiles_that_are_not_read_hold_no_live_column(make_case):
     """Peaks of skipped tiles come back as 0; the true ones lie below the tolerance. At threshold 0 all are read."""
-    from sgpo_kernels import triton_rows
+    from sgpo_kernels import backend_triton
 
     gen = torch.Generator().manual_seed(3)
     z = torch.randn(8, 64, generator=gen)
@@ -184,13 +185,13 @@ def test_tiles_that_are_not_read_hold_no_live_column(make_case):
     targets = torch.randint(32, (8,), generator=gen)
     tolerance = torch.tensor(0.01)
     found = {}
-    for name, module in {"triton": triton_rows, "torch": rowmath}.items():
-        logits = rowmath.Logits(z.clone(), None, None, None, {})
+    for name, module in {"triton": backend_triton, "torch": backend_torch}.items():
+        logits = backend.Logits(z.clone(), None, None, None, {})
         parts = module.scan(logits, targets).unsqueeze(0)
-        values = torch.zeros(rowmath.VALUE_ROWS, 8)
+        values = torch.zeros(backend.VALUE_ROWS, 8)
         one = torch.ones(8)
-        table = module.settle_policy(
-            parts, 0, targets, None, one, one, rowmath.Bounds(None, None, None), torch.arange(8), one, values
+        table = module.policy_row_values(
+            parts, 0, targets, None, one, one, ClipRange(None, None, None), torch.arange(8), one, values
         )
         side = ("score", logits, None, table, targets)
         live, found[name] = module.live_columns(*side, tolerance, all_peaks=False)
@@ -208,43 +209,43 @@ def test_tiles_that_are_not_read_hold_no_live_column(make_case):
 
 def row_kernels(products: Tensor, teacher: Tensor, out: Tensor, kind: str) -> list[Tensor]:
     """What every kernel makes of the products; dz goes to `out`."""
-    from sgpo_kernels import triton_rows
+    from sgpo_kernels import backend_triton
 
     rows, vocab = products.shape
-    bias, heat = torch.linspace(-1, 1, vocab, device=DEVICE), torch.full((rows,), 0.8, device=DEVICE)
-    student, other = (rowmath.Logits(side, bias, 3.0, heat, {}) for side in (products, teacher))
-    values = torch.zeros(rowmath.VALUE_ROWS, rows, device=DEVICE)
+    bias, inverse = torch.linspace(-1, 1, vocab, device=DEVICE), torch.full((rows,), 0.8, device=DEVICE)
+    student, other = (backend.Logits(side, bias, 3.0, inverse, {}) for side in (products, teacher))
+    values = torch.zeros(backend.VALUE_ROWS, rows, device=DEVICE)
     index, one = torch.arange(rows, device=DEVICE), torch.ones(rows, device=DEVICE)
     if kind == "score":
         targets, side = index + 1, None
-        parts = triton_rows.scan(student, targets).unsqueeze(0)
-        bounds = rowmath.Bounds(None, None, None)
-        table = triton_rows.settle_policy(parts, 0, targets, None, one, one, bounds, index, one, values)
+        parts = backend_triton.scan(student, targets).unsqueeze(0)
+        clip_range = ClipRange(None, None, None)
+        table = backend_triton.policy_row_values(parts, 0, targets, None, one, one, clip_range, index, one, values)
     else:
         targets, side = None, other
-        parts = torch.cat([triton_rows.scan(student, None), triton_rows.scan(other, None)]).unsqueeze(0)
-        table = triton_rows.settle_pair(parts, 0, index, values)
-        sums = triton_rows.divergence_sums(kind, student, other, table)
-        rule = rowmath.Rule(kind, None, "mask")
-        triton_rows.settle_divergence(sums, one, rule, index, one, values, table)
+        parts = torch.cat([backend_triton.scan(student, None), backend_triton.scan(other, None)]).unsqueeze(0)
+        table = backend_triton.pair_row_values(parts, 0, index, values)
+        sums = backend_triton.divergence_sums(kind, student, other, table)
+        kl_limit = KlLimit(kind, None, "mask")
+        backend_triton.divergence_row_values(sums, one, kl_limit, index, one, values, table)
     columns = torch.tensor([1, 5, 7, vocab - 1], device=DEVICE)
     chunk = (kind, student, side, table, targets)
-    live, kept, total = triton_rows.gradient_columns(*chunk, columns, None, torch.float32)
+    live, kept, total = backend_triton.gradient_columns(*chunk, columns, None, torch.float32)
     torch.testing.assert_close(total, live.sum(1))
     places = torch.cat([columns, columns[-1:].expand(3)])
-    padded, kept_too, _ = triton_rows.gradient_columns(*chunk, places, torch.tensor(4, device=DEVICE), torch.float32)
+    padded, kept_too, _ = backend_triton.gradient_columns(*chunk, places, torch.tensor(4, device=DEVICE), torch.float32)
     assert torch.equal(padded[:, :4], live)
     assert not padded[:, 4:].any()
     assert torch.equal(kept, kept_too)
-    lacking, *sums = triton_rows.gradient_columns(*chunk, columns, torch.tensor(5, device=DEVICE), torch.float32)
+    lacking, *sums = backend_triton.gradient_columns(*chunk, columns, torch.tensor(5, device=DEVICE), torch.float32)
     assert not any(part.any() for part in (lacking, *sums))
     threshold = torch.zeros((), device=DEVICE)
-    _, peaks = triton_rows.live_columns(*chunk, threshold, all_peaks=True)
-    dz = triton_rows.gradient(kind, student, side, table, targets, out)
+    _, peaks = backend_triton.live_columns(*chunk, threshold, all_peaks=True)
+    dz = backend_triton.gradient(kind, student, side, table, targets, out)
     return [value.clone() for value in (values, table, live, kept, peaks, dz)]
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="test_kernel_cuda has a tensor of this size")
+@pytest.mark.skipif(DEVICE == "cuda", reason="test_cuda has a tensor of this size")
 @pytest.mark.parametrize("kind", ["score", *KINDS])
 def test_rows_beyond_32_bits(kind):
     """Three rows 2^30 elements apart, so that the third lies where a 32-bit offset wraps around. The memory between
@@ -275,36 +276,36 @@ def test_float64_is_refused(make_case, op):
 
 
 def test_without_interpreter_or_cuda_it_says_what_to_do(make_case, op, monkeypatch):
-    monkeypatch.setattr(launch, "interpreting", lambda: False)
+    monkeypatch.setattr(sizes, "interpreting", lambda: False)
     with pytest.raises(NotImplementedError, match="needs tensors on CUDA, not on cpu"):
         make_case(op).call(sgpo_kernels, impl="triton")
 
 
 @pytest.mark.parametrize("counted", [True, False])
 def test_thresholds_and_bounds_are_those_of_plain_torch(counted):
-    from sgpo_kernels import triton_rows
+    from sgpo_kernels import backend_triton
 
     gen = torch.Generator().manual_seed(0)
-    table = torch.rand(rowmath.TABLE_ROWS, 300, generator=gen).to(DEVICE)
-    table[rowmath.SLOPE] -= 0.5
-    kept, total = table[rowmath.TOTAL] * 0.9, torch.randn(300, generator=gen).to(DEVICE)
+    table = torch.rand(backend.TABLE_ROWS, 300, generator=gen).to(DEVICE)
+    table[backend.SLOPE] -= 0.5
+    kept, total = table[backend.TOTAL] * 0.9, torch.randn(300, generator=gen).to(DEVICE)
     columns, count = torch.arange(7, device=DEVICE), torch.tensor(5, device=DEVICE) if counted else None
     rows, scale = torch.randperm(320, generator=gen)[:300].to(DEVICE), torch.tensor(0.25, device=DEVICE)
     found = []
-    for module in (rowmath, triton_rows):
-        values = torch.zeros(rowmath.VALUE_ROWS, 320, device=DEVICE)
+    for module in (backend_torch, backend_triton):
+        values = torch.zeros(backend.VALUE_ROWS, 320, device=DEVICE)
         module.finish_columns(table, kept, total if counted else None, columns, count, scale, rows, 1000, values)
         found.append((values, module.column_threshold(table, 0.01), module.column_threshold(table * torch.nan, 0.01)))
     torch.testing.assert_close(*found, equal_nan=True)
-    assert float(found[0][0][rowmath.SHARE].max()) == pytest.approx((5 if counted else 7) / 1000)
+    assert float(found[0][0][backend.SHARE].max()) == pytest.approx((5 if counted else 7) / 1000)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rescaled_rounds_once(dtype):
-    from sgpo_kernels import triton_rows
+    from sgpo_kernels import backend_triton
 
     grad, factor = torch.randn(3, 1001, device=DEVICE), torch.tensor(0.3, device=DEVICE)
-    result = triton_rows.rescaled(grad, factor, dtype)
+    result = backend_triton.rescaled(grad, factor, dtype)
     assert result.dtype == dtype
     # The interpreter truncates to bfloat16.
     rtol = 2.0**-7 if dtype == torch.bfloat16 and DEVICE == "cpu" else 0.0

@@ -1,84 +1,75 @@
-"""Row arithmetic of one chunk in plain torch: softmax statistics, gates, divergences, dz. The twin of `triton_rows`.
+"""The row arithmetic in plain torch: softmax statistics, gates, divergences, dz. The functions of `backend.Backend`.
 
-A chunk passes through four stages, each a function here and there with the same name and meaning:
-  scan      logits of one context -> per row max, sum of e^(z - max), sum of e^(z - max) (z - max), logit of the target
-  settle_*  the statistics of all vocabulary shards -> row values, gates, and the row table that dz needs
-  live      per column, the largest |dz| of the chunk relative to the row's weight, and whether that is enough
-  gradient  dz of all columns, or of the live ones
-
-Every divergence is a sum over the vocabulary of terms that are >= 0 in floating point too, so a small value keeps its
-relative accuracy and equal rows give exactly 0. The plain form, sum p_T (log p_T - log p_S), loses 77 % at KL = 5e-7.
-
-With u = log p_S - log p_T and v = u / 2:
-  forward KL(T||S) = sum p_T f(u)         f(u) = e^u - 1 - u              dz = p_S - p_T
-  reverse KL(S||T) = sum p_S f(-u)                                        dz = p_S (u - KL)
-  JS (beta = 1/2)  = sum m g(v)           g(v) = v tanh v - log cosh v    dz = p_S (a - sum p_S a)
-  m = (p_S + p_T) / 2, a = (log p_S - log m) / 2 = (v - log cosh v) / 2
-f and g go through their series for small arguments. Limits: finite logits (a -inf logit gives NaN).
+What: block by block of a chunk's rows, so that a chain of elementwise operations stays in the cache. `scan` turns the
+  products into logits in place; every later function reads finished logits.
+Equation: p = softmax(z); entropy = log sum e^(z - max) - sum e^(z - max) (z - max) / sum e^(z - max). With
+  u = log p_S - log p_T and v = u / 2:
+    forward KL(T||S) = sum p_T f(u)         f(u) = e^u - 1 - u              dz = p_S - p_T
+    reverse KL(S||T) = sum p_S f(-u)                                        dz = p_S (u - KL)
+    JS (beta = 1/2)  = sum m g(v)           g(v) = v tanh v - log cosh v    dz = p_S (a - sum p_S a)
+    m = (p_S + p_T) / 2, a = (log p_S - log m) / 2 = (v - log cosh v) / 2
+Source: arXiv 2606.24064 Eq. 1 (surrogate), Eq. 3 and Eq. 5 (forward KL and its limit).
+Gradient: dz = SLOPE * core on the finished logits, times the derivative of the soft-cap; see `core`.
+Memory: `sizes.WORK_BLOCKS` tensors of a row block [B, V] in the accumulation dtype.
+Precision: every divergence is a sum over the vocabulary of terms that are >= 0 in floating point too, so a small value
+  keeps its relative accuracy and equal rows give exactly 0. The plain form, sum p_T (log p_T - log p_S), loses 77 % at
+  KL = 5e-7. f and g go through their series for small arguments.
+Limits: finite logits (a -inf logit gives NaN).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sgpo_kernels import launch
+from sgpo_kernels import sizes
+from sgpo_kernels.backend import (
+    CENTRE,
+    CENTRE_SUM,
+    CLIPPED,
+    DIVERGENCE,
+    DIVERGENCE_SUM,
+    DROPPED,
+    ENTROPY,
+    ENTROPY_SLOPE,
+    EXP_SUM,
+    LABEL_LOGIT,
+    LOG_SUM,
+    LOGPROB,
+    MAX,
+    OVER,
+    RATIO,
+    ROW_ENTROPY,
+    ROW_LOSS,
+    SHARE,
+    SIZE_SUM,
+    SLOPE,
+    STAT_ROWS,
+    STRENGTH,
+    SUM_ROWS,
+    TABLE_ROWS,
+    TEACHER_ENTROPY,
+    TEACHER_LOG_SUM,
+    TEACHER_MAX,
+    TOP,
+    TOTAL,
+    WEIGHTED_SUM,
+    Logits,
+)
+from sgpo_kernels.inputs import ClipRange, KlLimit
 
+# Below this |u| the terms of a divergence come from their series.
 SERIES_BELOW = 0.05
-
 # What float32 may lose in TOTAL - kept, relative to the row's |SLOPE| max(1, TOTAL), and in each of the probabilities.
 DROPPED_FLOOR, DROPPED_MARGIN = 2.0**-18, 1e-4
-
-# Rows of a chunk's table [TABLE_ROWS, C], in the accumulation dtype.
-MAX, LOG_SUM = 0, 1  # log p_j = (z_j - MAX) - LOG_SUM
-SLOPE = 2  # dz = SLOPE * core; holds the weight, the gate, 1 / temperature and 1 / scale
-STRENGTH = 3  # |SLOPE| relative to the row's weight: ratio and gate
-EXTRA = 4  # score rows: slope of the entropy; reverse KL and JS: the centre sum p_S x
-ENTROPY = 5
-TEACHER_MAX, TEACHER_LOG_SUM = 6, 7
-TOTAL = 8  # an upper bound of sum |core| over this rank's columns
-TABLE_ROWS = 9
-
-# Rows of a group's results [.., N].
-LOGPROB, ROW_ENTROPY, RATIO, CLIPPED, ROW_LOSS, DROPPED, SHARE = range(7)
-DIVERGENCE, TEACHER_ENTROPY, OVER = LOGPROB, RATIO, CLIPPED
-VALUE_ROWS = 7
-
-
-class Bounds(NamedTuple):
-    """Clips of the surrogate; None switches one off."""
-
-    clip_low: float | None
-    clip_high: float | None
-    dual_clip: float | None
-
-
-class Rule(NamedTuple):
-    """Which divergence, and what happens to a row above `max_token_kl`."""
-
-    kind: str
-    max_token_kl: float | None
-    over_limit: str
-
-
-class Logits(NamedTuple):
-    """One context of a chunk: products [C, V], and what turns them into logits (`scan` here does that in place).
-    `notes` holds what an implementation leaves for its later stages."""
-
-    products_CV: Tensor
-    bias_V: Tensor | None
-    softcap: float | None
-    inverse_temperature_C: Tensor | None
-    notes: dict[str, Tensor] | None = None
 
 
 def row_blocks(tensor_CV: Tensor) -> Iterator[slice]:
     """Slices of rows small enough that a chain of elementwise operations stays in the cache."""
-    rows = launch.block_rows(tensor_CV.shape[1], tensor_CV.dtype, tensor_CV.device.type)
+    rows = sizes.block_rows(tensor_CV.shape[1], tensor_CV.dtype, tensor_CV.device.type)
     for start in range(0, tensor_CV.shape[0], rows):
         yield slice(start, start + rows)
 
@@ -86,17 +77,17 @@ def row_blocks(tensor_CV: Tensor) -> Iterator[slice]:
 # scan
 
 
-def scan(logits: Logits, targets_C: Tensor | None) -> Tensor:
-    """[4, C]: max, sum e, sum e (z - max), target logit (-inf where the target is not a column, i.e. negative)."""
-    stats_4C = logits.products_CV.new_empty(4, logits.products_CV.shape[0])
+def scan(logits: Logits, labels_C: Tensor | None) -> Tensor:
+    """See `Backend.scan`; turns the products into logits."""
+    stats_4C = logits.products_CV.new_empty(STAT_ROWS, logits.products_CV.shape[0])
     for rows in row_blocks(logits.products_CV):
         z_RV = _finish_(logits, rows)
-        below_RV = z_RV - torch.amax(z_RV, 1, keepdim=True, out=stats_4C[0, rows].unsqueeze(1))
+        below_RV = z_RV - torch.amax(z_RV, 1, keepdim=True, out=stats_4C[TOP, rows].unsqueeze(1))
         exp_RV = below_RV.exp()
-        stats_4C[1, rows] = exp_RV.sum(1)
-        stats_4C[2, rows] = below_RV.mul_(exp_RV).sum(1)
-        if targets_C is not None:
-            stats_4C[3, rows] = _at(z_RV, targets_C[rows], -math.inf)
+        stats_4C[EXP_SUM, rows] = exp_RV.sum(1)
+        stats_4C[WEIGHTED_SUM, rows] = below_RV.mul_(exp_RV).sum(1)
+        if labels_C is not None:
+            stats_4C[LABEL_LOGIT, rows] = _at(z_RV, labels_C[rows], -math.inf)
     return stats_4C
 
 
@@ -107,8 +98,8 @@ def _finish_(logits: Logits, rows: slice) -> Tensor:
         z_RV.add_(logits.bias_V)
     if logits.softcap is not None:
         z_RV.div_(logits.softcap).tanh_().mul_(logits.softcap)
-    if logits.inverse_temperature_C is not None:
-        z_RV.mul_(logits.inverse_temperature_C[rows].unsqueeze(1))
+    if logits.inv_temperature_C is not None:
+        z_RV.mul_(logits.inv_temperature_C[rows].unsqueeze(1))
     return z_RV
 
 
@@ -117,94 +108,95 @@ def _at(values_RV: Tensor, columns_R: Tensor, missing: float) -> Tensor:
     return torch.where(here, values_RV.gather(1, columns_R.clamp(min=0).unsqueeze(1)).squeeze(1), missing)
 
 
-# settle
+# row values
 
 
 def combine(parts_RKC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics of several vocabulary shards -> (max, log of the sum, entropy) of the whole row, [C] each."""
-    maxima_RC, sums_RC, products_RC = parts_RKC[:, 0], parts_RKC[:, 1], parts_RKC[:, 2]
+    maxima_RC, sums_RC, weighted_RC = parts_RKC[:, TOP], parts_RKC[:, EXP_SUM], parts_RKC[:, WEIGHTED_SUM]
     top_C = maxima_RC.amax(0)
     below_RC = maxima_RC - top_C
     factor_RC = below_RC.exp()
     total_C = (sums_RC * factor_RC).sum(0)
     log_sum_C = total_C.log()
-    return top_C, log_sum_C, log_sum_C - (factor_RC * (products_RC + sums_RC * below_RC)).sum(0) / total_C
+    return top_C, log_sum_C, log_sum_C - (factor_RC * (weighted_RC + sums_RC * below_RC)).sum(0) / total_C
 
 
 def _mass(parts_RKC: Tensor, rank: int, table: Tensor) -> Tensor:
     """sum p over the columns of one shard, [C]."""
-    return parts_RKC[rank, 1] * (parts_RKC[rank, 0] - table[MAX] - table[LOG_SUM]).exp()
+    return parts_RKC[rank, EXP_SUM] * (parts_RKC[rank, TOP] - table[MAX] - table[LOG_SUM]).exp()
 
 
-def _score_table(parts_R4C: Tensor, rank: int, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    """(table, log-probability of the target)."""
+def _score_table(parts_R4C: Tensor, rank: int, labels_C: Tensor) -> tuple[Tensor, Tensor]:
+    """(table, log-probability of the label)."""
     table = parts_R4C.new_zeros(TABLE_ROWS, parts_R4C.shape[2])
     table[MAX], table[LOG_SUM], table[ENTROPY] = combine(parts_R4C)
-    logprob_C = (parts_R4C[:, 3].amax(0) - table[MAX]) - table[LOG_SUM]
-    # sum |onehot - p| over this shard: its mass, with 1 - p instead of p at the target.
-    table[TOTAL] = _mass(parts_R4C, rank, table) + torch.where(targets_C >= 0, 1.0 - 2.0 * logprob_C.exp(), 0.0)
+    logprob_C = (parts_R4C[:, LABEL_LOGIT].amax(0) - table[MAX]) - table[LOG_SUM]
+    # sum |onehot - p| over this shard: its mass, with 1 - p instead of p at the label.
+    table[TOTAL] = _mass(parts_R4C, rank, table) + torch.where(labels_C >= 0, 1.0 - 2.0 * logprob_C.exp(), 0.0)
     return table, logprob_C
 
 
-def settle_scores(
+def score_row_values(
     parts_R4C: Tensor,
     rank: int,
-    targets_C: Tensor,
+    labels_C: Tensor,
     slopes: tuple[Tensor, Tensor] | None,
     rows_C: Tensor,
     factor_C: Tensor | None,
     values: Tensor,
 ) -> Tensor:
-    """Log-prob and entropy into `values` (where `slopes` is None), or the table for upstream gradients `slopes`."""
-    table, logprob_C = _score_table(parts_R4C, rank, targets_C)
+    """See `Backend.score_row_values`."""
+    table, logprob_C = _score_table(parts_R4C, rank, labels_C)
     if slopes is None:
         values[LOGPROB, rows_C], values[ROW_ENTROPY, rows_C] = logprob_C, table[ENTROPY]
     elif factor_C is not None:
-        table[SLOPE], table[EXTRA] = slopes[0][rows_C] * factor_C, slopes[1][rows_C] * factor_C
+        table[SLOPE], table[ENTROPY_SLOPE] = slopes[0][rows_C] * factor_C, slopes[1][rows_C] * factor_C
     return table
 
 
-def clipped_surrogate(ratio: Tensor, advantages: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor]:
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: ClipRange) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, d loss / d logp, clipped) per row, before the weight."""
-    lower = -math.inf if bounds.clip_low is None else 1.0 - bounds.clip_low
-    upper = math.inf if bounds.clip_high is None else 1.0 + bounds.clip_high
+    lower = -math.inf if clip_range.clip_low is None else 1.0 - clip_range.clip_low
+    upper = math.inf if clip_range.clip_high is None else 1.0 + clip_range.clip_high
     clipped = ((advantages > 0) & (ratio > upper)) | ((advantages < 0) & (ratio < lower))
     used = torch.where(clipped, ratio.clamp(lower, upper), ratio)
-    if bounds.dual_clip is not None:
-        beyond = (advantages < 0) & (ratio > bounds.dual_clip)
-        clipped, used = clipped | beyond, torch.where(beyond, bounds.dual_clip, used)
+    if clip_range.dual_clip is not None:
+        beyond = (advantages < 0) & (ratio > clip_range.dual_clip)
+        clipped, used = clipped | beyond, torch.where(beyond, clip_range.dual_clip, used)
     slope = torch.where(clipped, 0.0, -ratio * advantages)
     return -used * advantages, slope, clipped
 
 
-def settle_policy(
+def policy_row_values(
     parts_R4C: Tensor,
     rank: int,
-    targets_C: Tensor,
+    labels_C: Tensor,
     old_N: Tensor | None,
     advantages_N: Tensor,
     weight_N: Tensor,
-    bounds: Bounds,
+    clip_range: ClipRange,
     rows_C: Tensor,
     factor_C: Tensor | None,
     values: Tensor,
 ) -> Tensor:
-    """Ratio, clips and loss of the chunk's rows into `values`; returns the table."""
-    table, logprob_C = _score_table(parts_R4C, rank, targets_C)
+    """See `Backend.policy_row_values`."""
+    table, logprob_C = _score_table(parts_R4C, rank, labels_C)
     ratio_C = (logprob_C - (logprob_C if old_N is None else old_N[rows_C])).exp()
-    loss_C, slope_C, clipped_C = clipped_surrogate(ratio_C, advantages_N[rows_C], bounds)
+    loss_C, slope_C, clipped_C = clipped_surrogate(ratio_C, advantages_N[rows_C], clip_range)
     weight_C = weight_N[rows_C]
-    columns = [logprob_C, table[ENTROPY], ratio_C, clipped_C.to(ratio_C.dtype), loss_C * weight_C]
-    values[LOGPROB : ROW_LOSS + 1, rows_C] = torch.stack(columns)
+    values[LOGPROB, rows_C], values[ROW_ENTROPY, rows_C] = logprob_C, table[ENTROPY]
+    values[RATIO, rows_C], values[CLIPPED, rows_C] = ratio_C, clipped_C.to(ratio_C.dtype)
+    values[ROW_LOSS, rows_C] = loss_C * weight_C
     if factor_C is not None:
         table[SLOPE] = slope_C * weight_C * factor_C
         table[STRENGTH] = torch.where(clipped_C, 0.0, ratio_C)
     return table
 
 
-def settle_pair(parts_R8C: Tensor, rank: int, rows_C: Tensor, values: Tensor) -> Tensor:
-    """The normalisers of both contexts (student's statistics first) into a new table, entropies into `values`."""
-    student_R4C, teacher_R4C = parts_R8C[:, :4], parts_R8C[:, 4:]
+def pair_row_values(parts_R8C: Tensor, rank: int, rows_C: Tensor, values: Tensor) -> Tensor:
+    """See `Backend.pair_row_values`."""
+    student_R4C, teacher_R4C = parts_R8C[:, :STAT_ROWS], parts_R8C[:, STAT_ROWS:]
     table = parts_R8C.new_zeros(TABLE_ROWS, parts_R8C.shape[2])
     table[MAX], table[LOG_SUM], table[ENTROPY] = combine(student_R4C)
     table[TEACHER_MAX], table[TEACHER_LOG_SUM], teacher_entropy_C = combine(teacher_R4C)
@@ -213,34 +205,34 @@ def settle_pair(parts_R8C: Tensor, rank: int, rows_C: Tensor, values: Tensor) ->
     return table
 
 
-def limited(divergence: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+def limited(divergence: Tensor, kl_limit: KlLimit) -> tuple[Tensor, Tensor, Tensor]:
     """(value, gradient factor, over the limit) per row."""
-    if rule.max_token_kl is None:
+    if kl_limit.max_token_kl is None:
         return divergence, torch.ones_like(divergence), torch.zeros_like(divergence, dtype=torch.bool)
-    over = divergence > rule.max_token_kl
-    value_over = 0.0 if rule.over_limit == "mask" else rule.max_token_kl
-    factor_over = rule.max_token_kl / divergence if rule.over_limit == "scale" else torch.zeros_like(divergence)
+    over = divergence > kl_limit.max_token_kl
+    value_over = 0.0 if kl_limit.over_limit == "mask" else kl_limit.max_token_kl
+    factor_over = kl_limit.max_token_kl / divergence if kl_limit.over_limit == "scale" else torch.zeros_like(divergence)
     return torch.where(over, value_over, divergence), torch.where(over, factor_over, 1.0), over
 
 
-def settle_divergence(
+def divergence_row_values(
     sums_3C: Tensor,
     weight_N: Tensor,
-    rule: Rule,
+    kl_limit: KlLimit,
     rows_C: Tensor,
     factor_C: Tensor | None,
     values: Tensor,
     table: Tensor,
 ) -> None:
-    """The sums of `divergence_sums` over all shards -> value, limit and loss into `values`, slopes into the table."""
-    divergence_C, centre_C, size_C = sums_3C
-    value_C, gate_C, over_C = limited(divergence_C, rule)
+    """See `Backend.divergence_row_values`."""
+    divergence_C, centre_C, size_C = sums_3C[DIVERGENCE_SUM], sums_3C[CENTRE_SUM], sums_3C[SIZE_SUM]
+    value_C, gate_C, over_C = limited(divergence_C, kl_limit)
     weight_C = weight_N[rows_C]
     values[DIVERGENCE, rows_C] = divergence_C
     values[OVER, rows_C], values[ROW_LOSS, rows_C] = over_C.to(value_C.dtype), value_C * weight_C
     if factor_C is not None:
         table[SLOPE], table[STRENGTH] = gate_C * weight_C * factor_C, gate_C
-        table[EXTRA], table[TOTAL] = centre_C, size_C + centre_C.abs() * table[TOTAL]
+        table[CENTRE], table[TOTAL] = centre_C, size_C + centre_C.abs() * table[TOTAL]
 
 
 # divergences
@@ -274,9 +266,8 @@ def log_probs(z_RK: Tensor, top_R: Tensor, log_sum_R: Tensor) -> Tensor:
 
 
 def divergence_sums(kind: str, student: Logits, teacher: Logits, table: Tensor) -> Tensor:
-    """[3, C] over this shard's columns: the divergence, the centre (reverse KL, JS), and sum |dz| (forward KL) or
-    sum p_S |x| (the others), from which the bound of dropped columns is made."""
-    sums_3C = table.new_zeros(3, table.shape[1])
+    """See `Backend.divergence_sums`."""
+    sums_3C = table.new_zeros(SUM_ROWS, table.shape[1])
     for rows in row_blocks(student.products_CV):
         top, log_sum, top_T, log_sum_T = (table[k, rows] for k in (MAX, LOG_SUM, TEACHER_MAX, TEACHER_LOG_SUM))
         logp_S = log_probs(student.products_CV[rows], top, log_sum)
@@ -284,54 +275,55 @@ def divergence_sums(kind: str, student: Logits, teacher: Logits, table: Tensor) 
         p_S, p_T = logp_S.exp(), logp_T.exp()
         if kind == "js":
             terms, a = js_parts(logp_S, p_S, logp_T, p_T)
-            sums_3C[0, rows], sums_3C[1, rows] = terms.sum(1), (p_S * a).sum(1)
-            sums_3C[2, rows] = a.abs_().mul_(p_S).sum(1)
+            sums_3C[DIVERGENCE_SUM, rows], sums_3C[CENTRE_SUM, rows] = terms.sum(1), (p_S * a).sum(1)
+            sums_3C[SIZE_SUM, rows] = a.abs_().mul_(p_S).sum(1)
         elif kind == "reverse_kl":
             u = logp_T.sub_(logp_S)
-            sums_3C[0, rows] = kl_terms(p_S, p_T, u).sum(1)
-            sums_3C[1, rows], sums_3C[2, rows] = sums_3C[0, rows], u.abs_().mul_(p_S).sum(1)
+            sums_3C[DIVERGENCE_SUM, rows] = kl_terms(p_S, p_T, u).sum(1)
+            sums_3C[CENTRE_SUM, rows] = sums_3C[DIVERGENCE_SUM, rows]
+            sums_3C[SIZE_SUM, rows] = u.abs_().mul_(p_S).sum(1)
         else:
-            sums_3C[0, rows] = kl_terms(p_T, p_S, logp_S.sub_(logp_T)).sum(1)
-            sums_3C[2, rows] = p_S.sub_(p_T).abs_().sum(1)
+            sums_3C[DIVERGENCE_SUM, rows] = kl_terms(p_T, p_S, logp_S.sub_(logp_T)).sum(1)
+            sums_3C[SIZE_SUM, rows] = p_S.sub_(p_T).abs_().sum(1)
     return sums_3C
 
 
 # dz
 
 
-def _add_one_hot_(core_RK: Tensor, targets_R: Tensor) -> Tensor:
-    """Adds 1 at the target's column, in the accumulation dtype; rows without one (negative) stay as they are."""
-    columns_R1 = targets_R.clamp(min=0).unsqueeze(1)
-    return core_RK.scatter_(1, columns_R1, core_RK.gather(1, columns_R1) + (targets_R >= 0).unsqueeze(1))
+def _add_one_hot_(core_RK: Tensor, labels_R: Tensor) -> Tensor:
+    """Adds 1 at the label's column, in the accumulation dtype; rows without one (negative) stay as they are."""
+    columns_R1 = labels_R.clamp(min=0).unsqueeze(1)
+    return core_RK.scatter_(1, columns_R1, core_RK.gather(1, columns_R1) + (labels_R >= 0).unsqueeze(1))
 
 
-def core(kind: str, z_S: Tensor, z_T: Tensor | None, table: Tensor, targets_R: Tensor | None) -> tuple[Tensor, Tensor]:
+def core(kind: str, z_S: Tensor, z_T: Tensor | None, table: Tensor, labels_R: Tensor | None) -> tuple[Tensor, Tensor]:
     """(core, size) on some columns [R, K] of some rows: dz = SLOPE core, and |size| >= |core| elementwise.
 
-    Score rows: onehot - p. Divergences: see the module's text; `size` bounds the core by terms that can be summed over
-    the columns before the centre is known.
+    Score rows: onehot - p. Divergences: dz in the module's text; `size` bounds the core by terms that can be summed
+    over the columns before the centre is known.
     """
     logp_S = log_probs(z_S, table[MAX], table[LOG_SUM])
     if kind == "score":
         core_RK = logp_S.exp_().neg_()
-        core_RK = core_RK if targets_R is None or not core_RK.shape[1] else _add_one_hot_(core_RK, targets_R)
+        core_RK = core_RK if labels_R is None or not core_RK.shape[1] else _add_one_hot_(core_RK, labels_R)
         return core_RK, core_RK
     assert z_T is not None
     logp_T = log_probs(z_T, table[TEACHER_MAX], table[TEACHER_LOG_SUM])
     if kind == "forward_kl":
         core_RK = logp_S.exp_().sub_(logp_T.exp_())
         return core_RK, core_RK
-    p_S, centre_R1 = logp_S.exp(), table[EXTRA].unsqueeze(1)
+    p_S, centre_R1 = logp_S.exp(), table[CENTRE].unsqueeze(1)
     x = js_parts(logp_S, p_S, logp_T, logp_T.exp())[1] if kind == "js" else logp_S.sub_(logp_T)
     size_RK = x.abs().add_(centre_R1.abs()).mul_(p_S)
     return x.sub_(centre_R1).mul_(p_S), size_RK
 
 
 def _entropy_part(z_RK: Tensor, table: Tensor) -> Tensor:
-    """EXTRA times the gradient of the entropy, -p (log p + entropy)."""
+    """ENTROPY_SLOPE times the gradient of the entropy, -p (log p + entropy)."""
     logp = log_probs(z_RK, table[MAX], table[LOG_SUM])
     prob = logp.exp()
-    return logp.add_(table[ENTROPY].unsqueeze(1)).mul_(prob).mul_(-table[EXTRA].unsqueeze(1))
+    return logp.add_(table[ENTROPY].unsqueeze(1)).mul_(prob).mul_(-table[ENTROPY_SLOPE].unsqueeze(1))
 
 
 def _through_softcap(z_RK: Tensor, logits: Logits, rows: slice) -> Tensor | None:
@@ -339,14 +331,13 @@ def _through_softcap(z_RK: Tensor, logits: Logits, rows: slice) -> Tensor | None
     if logits.softcap is None:
         return None
     tanh = z_RK / logits.softcap
-    if logits.inverse_temperature_C is not None:
-        tanh.div_(logits.inverse_temperature_C[rows].unsqueeze(1))
+    if logits.inv_temperature_C is not None:
+        tanh.div_(logits.inv_temperature_C[rows].unsqueeze(1))
     return tanh.square_().neg_().add_(1.0)
 
 
 def column_threshold(table: Tensor, tolerance: float) -> Tensor:
-    """What a column's peak must reach to live, 0-d: `tolerance` of the rows' weights; where no row of the chunk has a
-    gradient of the size of its weight, the largest one is the measure."""
+    """See `Backend.column_threshold`."""
     return (table[STRENGTH] * table[TOTAL]).amax().clamp(max=1.0) * tolerance
 
 
@@ -355,19 +346,17 @@ def live_columns(
     student: Logits,
     teacher: Logits | None,
     table: Tensor,
-    targets_C: Tensor | None,
+    labels_C: Tensor | None,
     threshold: Tensor,
     *,
     all_peaks: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(bool [V], peaks [V]): which columns have a peak that is not below the threshold (0-d), and the peaks, the
-    largest |core| STRENGTH over the chunk's rows. Exact here; unless `all_peaks` is asked for, an implementation may
-    return any smaller peak where it is below the threshold. NaN lives; a peak of 0 never does."""
+    """See `Backend.live_columns`; exact here, also below the threshold."""
     peaks_V = table.new_zeros(student.products_CV.shape[1])
     for rows in row_blocks(student.products_CV):
         z_T = None if teacher is None else teacher.products_CV[rows]
-        targets = None if targets_C is None else targets_C[rows]
-        core_RV, _ = core(kind, student.products_CV[rows], z_T, table[:, rows], targets)
+        labels = None if labels_C is None else labels_C[rows]
+        core_RV, _ = core(kind, student.products_CV[rows], z_T, table[:, rows], labels)
         torch.maximum(peaks_V, core_RV.mul_(table[STRENGTH, rows].unsqueeze(1)).abs_().amax(0), out=peaks_V)
     return ((peaks_V < threshold) | (peaks_V == 0)).logical_not_(), peaks_V
 
@@ -377,18 +366,18 @@ def gradient(
     student: Logits,
     teacher: Logits | None,
     table: Tensor,
-    targets_C: Tensor | None,
+    labels_C: Tensor | None,
     out_CV: Tensor | None,
     *,
     with_entropy: bool = False,
 ) -> Tensor:
-    """dz of every column, [C, V]: into `out_CV` (rounded to its dtype), or in place of the student's logits."""
+    """See `Backend.gradient`."""
     out_CV = student.products_CV if out_CV is None else out_CV
     for rows in row_blocks(student.products_CV):
         z_RV, block = student.products_CV[rows], table[:, rows]
-        targets = None if targets_C is None else targets_C[rows]
+        labels = None if labels_C is None else labels_C[rows]
         chain = _through_softcap(z_RV, student, rows)
-        dz_RV, _ = core(kind, z_RV, None if teacher is None else teacher.products_CV[rows], block, targets)
+        dz_RV, _ = core(kind, z_RV, None if teacher is None else teacher.products_CV[rows], block, labels)
         dz_RV.mul_(block[SLOPE].unsqueeze(1))
         if with_entropy:
             dz_RV.add_(_entropy_part(z_RV, block))
@@ -401,23 +390,19 @@ def gradient_columns(
     student: Logits,
     teacher: Logits | None,
     table: Tensor,
-    targets_C: Tensor | None,
+    labels_C: Tensor | None,
     columns_A: Tensor,
     count: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dz [C, A] of the live columns in `dtype`, what they hold of TOTAL [C], their sum of dz before rounding [C]).
-
-    Of columns_A only the first `count` (0-d; None: all) are live, or none where it is above A; the dz of the others,
-    which repeat a column that is not below any of the live ones, is 0.
-    """
+    """See `Backend.gradient_columns`."""
     z_CA = student.products_CV.index_select(1, columns_A)
     z_T = None if teacher is None else teacher.products_CV.index_select(1, columns_A)
     where = None
-    if targets_C is not None and columns_A.numel():
-        # Positions among the live columns; -1 for a target that is not live.
-        place_C = torch.searchsorted(columns_A, targets_C).clamp_(max=columns_A.numel() - 1)
-        where = torch.where(columns_A[place_C] == targets_C, place_C, -1)
+    if labels_C is not None and columns_A.numel():
+        # Positions among the live columns; -1 for a label that is not live.
+        place_C = torch.searchsorted(columns_A, labels_C).clamp_(max=columns_A.numel() - 1)
+        where = torch.where(columns_A[place_C] == labels_C, place_C, -1)
     chain = _through_softcap(z_CA, student, slice(None))
     core_CA, size_CA = core(kind, z_CA, z_T, table, where)
     if count is not None:
@@ -441,8 +426,7 @@ def finish_columns(
     vocab: int,
     values: Tensor,
 ) -> None:
-    """Writes DROPPED and SHARE of the chunk's rows: the bound of what the dropped columns hold, plus, where their sum
-    is given back to dH (`sum_C`), the size of that sum."""
+    """See `Backend.finish_columns`."""
     total_C = table[TOTAL]
     lost_C = (total_C - kept_C).clamp_(min=0).mul_(1 + DROPPED_MARGIN).add_(DROPPED_FLOOR * total_C.clamp(min=1.0))
     lost_C.mul_(table[SLOPE].abs())
@@ -454,6 +438,11 @@ def finish_columns(
 
 
 # scale
+
+
+def rescaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `Backend.rescaled`."""
+    return torch.mul(grad, factor.reshape(1), out=torch.empty_like(grad, dtype=dtype))
 
 
 def power_of_two_scale(values: Tensor) -> Tensor:

@@ -6,62 +6,63 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sgpo_kernels import launch, rowmath, testing
+from sgpo_kernels import backend, backend_torch, sizes, testing
+from sgpo_kernels.inputs import ClipRange
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 10**4), st.integers(1, 300_000), st.sampled_from(DTYPES))
 def test_cpu_chunks_are_64_mib_at_most(rows, hidden, vocab, dtype):
-    chunk = launch.chunk_rows(rows, hidden, vocab, dtype, "cpu")
+    chunk = sizes.chunk_rows(rows, hidden, vocab, dtype, "cpu")
     assert 1 <= chunk <= max(rows, 1)
-    assert chunk == 1 or chunk * vocab * launch.accumulate_dtype(dtype).itemsize <= 64 << 20
+    assert chunk == 1 or chunk * vocab * sizes.accumulate_dtype(dtype).itemsize <= 64 << 20
 
 
 def test_chunk_rows_of_the_7b_head():
-    assert launch.chunk_rows(8192, 3584, 152064, torch.bfloat16, "cpu") == 110
-    assert launch.chunk_rows(8192, 3584, 152064, torch.bfloat16, "cuda") == 1024
-    assert launch.chunk_rows(100, 3584, 152064, torch.bfloat16, "cuda") == 100
+    assert sizes.chunk_rows(8192, 3584, 152064, torch.bfloat16, "cpu") == 110
+    assert sizes.chunk_rows(8192, 3584, 152064, torch.bfloat16, "cuda") == 1024
+    assert sizes.chunk_rows(100, 3584, 152064, torch.bfloat16, "cuda") == 100
 
 
 @pytest.mark.parametrize("op", ["logprob", "policy", "divergence", "sgpo"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_memory_formula_does_not_hold_the_logits(op, device):
-    few, many = (launch.extra_bytes(op, n, 3584, 152064, torch.bfloat16, device) for n in (8192, 16384))
+    few, many = (sizes.extra_bytes(op, n, 3584, 152064, torch.bfloat16, device) for n in (8192, 16384))
     assert many - few == 8192 * (2 * 3584 * 2 + 48 * 4)
-    without = launch.extra_bytes(op, 8192, 3584, 152064, torch.bfloat16, device, head_grad=False)
+    without = sizes.extra_bytes(op, 8192, 3584, 152064, torch.bfloat16, device, head_grad=False)
     assert few - without >= 152064 * 3584 * 6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("device", "limit"), [("cpu", 64 << 20), ("cuda", 64 << 20)])
 def test_head_blocks_fit_the_cache_of_the_device(dtype, device, limit):
-    size = launch.accumulate_dtype(dtype).itemsize
-    assert launch.head_block_rows(3584, dtype, device) * 3584 * size <= limit
-    assert launch.head_block_rows(10**9, dtype, device) == 128
-    assert all(launch.head_block_rows(hidden, dtype, device) % 128 == 0 for hidden in (576, 1536, 3584, 4096))
+    size = sizes.accumulate_dtype(dtype).itemsize
+    assert sizes.head_block_rows(3584, dtype, device) * 3584 * size <= limit
+    assert sizes.head_block_rows(10**9, dtype, device) == 128
+    assert all(sizes.head_block_rows(hidden, dtype, device) % 128 == 0 for hidden in (576, 1536, 3584, 4096))
 
 
 def test_row_blocks_stay_in_the_cache_of_a_cpu():
-    assert launch.block_rows(32768, torch.float32, "cpu") == 8
-    assert launch.block_rows(10**9, torch.float32, "cpu") == 1
-    assert launch.block_rows(152064, torch.bfloat16, "cuda") == 110
+    assert sizes.block_rows(32768, torch.float32, "cpu") == 8
+    assert sizes.block_rows(10**9, torch.float32, "cpu") == 1
+    assert sizes.block_rows(152064, torch.bfloat16, "cuda") == 110
 
 
 def test_the_7b_shape_stays_under_its_memory_goal():
     """4.7 GiB beyond inputs, hidden gradients and the rounded head gradient, for any number of rows: chunks of 1024
     rows in both contexts (512 would take 0.6 GiB less, and 4 % more time exact, 20 % live, on an H100)."""
     for rows in (9216, 147456):
-        extra = launch.extra_bytes("sgpo", rows, 3584, 152064, torch.bfloat16, "cuda")
+        extra = sizes.extra_bytes("sgpo", rows, 3584, 152064, torch.bfloat16, "cuda")
         outputs = 2 * rows * 3584 * 2 + 152064 * 3584 * 2 + 48 * rows * 4
-        blocks = launch.WORK_BLOCKS * launch.block_rows(152064, torch.bfloat16, "cuda") * 152064 * 4
+        blocks = sizes.WORK_BLOCKS * sizes.block_rows(152064, torch.bfloat16, "cuda") * 152064 * 4
         assert (extra - outputs - blocks) / 2**30 < 4.7
 
 
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=5))
 def test_scale_is_a_power_of_two_just_above_the_largest_value(values):
     tensor = torch.tensor(values)
-    scale = rowmath.power_of_two_scale(tensor).item()
+    scale = backend_torch.power_of_two_scale(tensor).item()
     largest = tensor.abs().max().item()
     assert torch.frexp(torch.tensor(scale)).mantissa.item() == 0.5
     if largest > 1e-30:
@@ -72,23 +73,23 @@ def test_scale_is_a_power_of_two_just_above_the_largest_value(values):
 
 @pytest.mark.parametrize("values", [[0.0], [float("inf")], [float("nan")]])
 def test_scale_of_nothing_usable_is_one(values):
-    assert rowmath.power_of_two_scale(torch.tensor(values)).item() == 1
+    assert backend_torch.power_of_two_scale(torch.tensor(values)).item() == 1
 
 
-def score_table(logits: torch.Tensor, targets: torch.Tensor) -> tuple[rowmath.Logits, torch.Tensor]:
+def score_table(logits: torch.Tensor, targets: torch.Tensor) -> tuple[backend.Logits, torch.Tensor]:
     """Finished logits and the row table of policy rows of weight and advantage 1, exactly on-policy."""
-    side = rowmath.Logits(logits.clone(), None, None, None)
-    parts = rowmath.scan(side, targets).unsqueeze(0)
+    side = backend.Logits(logits.clone(), None, None, None)
+    parts = backend_torch.scan(side, targets).unsqueeze(0)
     one, rows = torch.ones(len(logits), dtype=logits.dtype), torch.arange(len(logits))
-    values = logits.new_zeros(rowmath.VALUE_ROWS, len(logits))
-    bounds = rowmath.Bounds(None, None, None)
-    return side, rowmath.settle_policy(parts, 0, targets, None, one, one, bounds, rows, one, values)
+    values = logits.new_zeros(backend.VALUE_ROWS, len(logits))
+    clip_range = ClipRange(None, None, None)
+    return side, backend_torch.policy_row_values(parts, 0, targets, None, one, one, clip_range, rows, one, values)
 
 
 def test_log_probabilities_keep_their_accuracy_for_large_logits():
     values = (torch.randn(8, 100, dtype=torch.float64) + 1000).float()
     _, table = score_table(values, torch.zeros(8, dtype=torch.int64))
-    ours = rowmath.log_probs(values, table[rowmath.MAX], table[rowmath.LOG_SUM])
+    ours = backend_torch.log_probs(values, table[backend.MAX], table[backend.LOG_SUM])
     assert (ours - values.double().log_softmax(1)).abs().max() < 2e-6
 
 
@@ -97,14 +98,14 @@ def test_gradient_of_score_rows_is_the_gradient_of_the_log_probability():
     targets = torch.randint(9, (6,))
     (-logits.log_softmax(1).gather(1, targets.unsqueeze(1))).sum().backward()
     side, table = score_table(logits.detach(), targets)
-    torch.testing.assert_close(rowmath.gradient("score", side, None, table, targets, None), logits.grad)
+    torch.testing.assert_close(backend_torch.gradient("score", side, None, table, targets, None), logits.grad)
 
 
 def test_total_is_the_sum_of_the_core():
     logits, targets = torch.randn(6, 9, dtype=torch.float64), torch.randint(9, (6,))
     side, table = score_table(logits, targets)
-    core, _ = rowmath.core("score", side.products_CV, None, table, targets)
-    torch.testing.assert_close(table[rowmath.TOTAL], core.abs().sum(1))
+    core, _ = backend_torch.core("score", side.products_CV, None, table, targets)
+    torch.testing.assert_close(table[backend.TOTAL], core.abs().sum(1))
 
 
 @pytest.mark.parametrize(("shift", "passes"), [(0.0, True), (1.5e-3, True), (2.5e-3, False), (torch.nan, False)])
@@ -150,15 +151,15 @@ def test_poisoned_empty_fills_with_nan_and_restores():
 
 
 def test_slabs_are_about_equally_full():
-    assert launch.slab_rows(9216, 1024) == 3072
-    assert launch.slab_rows(8192, 1024) == 4096
-    assert launch.slab_rows(300, 1024) == 1024
+    assert sizes.slab_rows(9216, 1024) == 3072
+    assert sizes.slab_rows(8192, 1024) == 4096
+    assert sizes.slab_rows(300, 1024) == 1024
     for rows in range(1, 20_000, 37):
-        slab = launch.slab_rows(rows, 1024)
+        slab = sizes.slab_rows(rows, 1024)
         assert slab % 1024 == 0
-        assert slab <= launch.SLAB_ROWS
+        assert slab <= sizes.SLAB_ROWS
 
 
 def test_places_for_live_columns():
-    assert launch.column_capacity(1000, 152064) == 1600
-    assert launch.column_capacity(120_000, 152064) == 152064
+    assert sizes.column_capacity(1000, 152064) == 1600
+    assert sizes.column_capacity(120_000, 152064) == 152064

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import sgpo_kernels
 import torch
-from sgpo_kernels import launch, reference, rowmath
+from sgpo_kernels import backend, backend_torch, reference, sizes
+from sgpo_kernels.inputs import ClipRange
 from torch import Tensor
 
 LOSSES = ("policy", "policy_on", "policy_dual", "forward_kl", "reverse_kl", "js", "sgpo")
@@ -103,7 +104,7 @@ def test_the_bound_holds_on_every_row(kind, seed):
     dropped = ~head.grad.any(1)
     share = stats.column_share[0].item()
     assert share == pytest.approx(float((~dropped).double().mean()))
-    assert 0 < share < launch.DENSE_SHARE
+    assert 0 < share < sizes.DENSE_SHARE
     # float32 decides about columns on the edge either way.
     assert float(core[:, dropped].abs().max()) < tolerance * (1 + 1e-3)
     lost = dz[:, dropped].abs().sum(1)
@@ -147,7 +148,7 @@ def test_gathered_columns_give_what_the_dense_product_gives(make_case, op, softc
     """All columns live, but the dense product is forbidden."""
     case = make_case(op, torch.float64, logit_softcap=softcap)
     exact = case.results(chunk_rows=5)
-    monkeypatch.setattr(launch, "DENSE_SHARE", 1.0)
+    monkeypatch.setattr(sizes, "DENSE_SHARE", 1.0)
     ours = case.results(chunk_rows=5, column_tolerance=1e-300)
     for name, value in exact.items():
         if "dropped" not in name and "column_share" not in name:
@@ -265,13 +266,15 @@ def test_targets_outside_the_live_columns_are_no_one_hot_elsewhere():
     z = torch.full((2, 8), -40.0)
     z[0, 5], z[1, 2], z[1, 3] = 40.0, 1.0, 1.0
     targets = torch.tensor([5, 2])
-    side = rowmath.Logits(z, None, None, None)
+    side = backend.Logits(z, None, None, None)
     one, rows = torch.ones(2), torch.arange(2)
-    values = torch.zeros(rowmath.VALUE_ROWS, 2)
-    bounds = rowmath.Bounds(None, None, None)
-    parts = rowmath.scan(side, targets).unsqueeze(0)
-    table = rowmath.settle_policy(parts, 0, targets, None, one, one, bounds, rows, one, values)
-    dz, *_ = rowmath.gradient_columns("score", side, None, table, targets, torch.tensor([2, 3]), None, table.dtype)
+    values = torch.zeros(backend.VALUE_ROWS, 2)
+    clip_range = ClipRange(None, None, None)
+    parts = backend_torch.scan(side, targets).unsqueeze(0)
+    table = backend_torch.policy_row_values(parts, 0, targets, None, one, one, clip_range, rows, one, values)
+    dz, *_ = backend_torch.gradient_columns(
+        "score", side, None, table, targets, torch.tensor([2, 3]), None, table.dtype
+    )
     torch.testing.assert_close(dz, torch.tensor([[0.0, 0.0], [-0.5, 0.5]]))
 
 
@@ -284,10 +287,10 @@ def test_places_that_are_guessed_give_the_same_as_counting(kind, slack, monkeypa
     options = {"column_tolerance": 2.0**-8, "chunk_rows": 24}
     counted = call(kind, x, **options)
     dense = call(kind, x, chunk_rows=24)
-    monkeypatch.setattr(launch, "counts_are_free", lambda device: False)
-    monkeypatch.setattr(launch, "COLUMN_SLACK", slack)
+    monkeypatch.setattr(sizes, "counts_are_free", lambda device: False)
+    monkeypatch.setattr(sizes, "COLUMN_SLACK", slack)
     if slack < 1:
-        monkeypatch.setattr(launch, "column_capacity", lambda live, vocab: 1)
+        monkeypatch.setattr(sizes, "column_capacity", lambda live, vocab: 1)
     guessed = call(kind, x, **options)
     again = call(kind, x, **options)
     for one, other in zip(guessed[2:], again[2:], strict=True):

@@ -3,8 +3,8 @@
 What: the objective of a micro-batch; the two groups share the head's product operand and one dW accumulator.
 Equation: loss = linear_policy_loss(policy rows) + linear_divergence(distillation rows).
 Source: arXiv 2606.24064 Eq. 7, with 1/P, 1/G1, 1/|o| and alpha(q) inside the per-row weights.
-Gradient: the sum of the two (see policy.py and divergence.py), formed in forward.
-Memory: `launch.extra_bytes("sgpo", ...)`, N the rows of both groups, no term in N·V. Saved: one dH per group, one dW,
+Gradient: the sum of the two (see policy_loss.py and divergence.py), formed in forward.
+Memory: `sizes.extra_bytes("sgpo", ...)`, N the rows of both groups, no term in N·V. Saved: one dH per group, one dW,
   one db.
 Precision: as in the two ops; dW is summed over both groups in float32 and rounded once.
 Limits: as in the two ops; on an accelerator two host syncs (the counts of live rows).
@@ -12,33 +12,15 @@ Limits: as in the two ops; on an accelerator two host syncs (the counts of live 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch.distributed as dist
 from torch import Tensor
 
-from sgpo_kernels import contracts, launch
-from sgpo_kernels.divergence import Kind, OverLimit
-from sgpo_kernels.fused import (
-    DistillInputs,
-    DivergenceStats,
-    Options,
-    PolicyInputs,
-    PolicyStats,
-    divergence_stats,
-    fused_loss,
-    policy_stats,
-)
-from sgpo_kernels.rowmath import ROW_LOSS, Bounds, Rule
-
-
-class SgpoStats(NamedTuple):
-    """Statistics of both groups and the two parts of the loss (0-d), all without gradient."""
-
-    policy: PolicyStats
-    divergence: DivergenceStats
-    policy_loss: Tensor
-    distill_loss: Tensor
+from sgpo_kernels import custom_op
+from sgpo_kernels.backend import ROW_LOSS
+from sgpo_kernels.custom_op import FusedResult, operator_arguments
+from sgpo_kernels.inputs import ClipRange, DistillInputs, Kind, KlLimit, LossOptions, OverLimit, PolicyInputs
+from sgpo_kernels.sizes import Impl
+from sgpo_kernels.stats import SgpoStats, divergence_stats, policy_stats
 
 
 def sgpo_loss(
@@ -65,13 +47,13 @@ def sgpo_loss(
     head_grad: Tensor | None = None,
     vocab_group: dist.ProcessGroup | None = None,
     vocab_start: int = 0,
-    impl: launch.Impl = "auto",
+    impl: Impl = "auto",
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, SgpoStats]:
     """Policy loss plus divergence, each with its per-row weights.
 
     Args:
-        policy_hidden: [Np, H]; policy_targets: int64 [Np].
+        policy_hidden: [Np, H] float16, bfloat16, float32 or float64. policy_targets: int64 [Np].
         old_logprobs (or None), advantages, policy_weight: float32 [Np].
         distill_hidden, teacher_hidden: [Nd, H]; distill_weight: float32 [Nd]. Either group may have 0 rows.
         head: [V, H], the dtype of the hidden states. bias: [V] or None.
@@ -83,18 +65,17 @@ def sgpo_loss(
 
     Raises: as `linear_policy_loss`.
     """
-    contracts.check_head(policy_hidden, head, bias, ("policy_hidden", "head", "bias"))
-    contracts.check_matrix("distill_hidden", distill_hidden, head.shape[1], head)
-    policy = PolicyInputs(
-        policy_hidden, policy_targets, old_logprobs, advantages, policy_weight, Bounds(clip_low, clip_high, dual_clip)
-    )
-    distill = DistillInputs(
-        distill_hidden, teacher_hidden, None, None, distill_weight, Rule(kind, max_token_kl, over_limit)
-    )
-    options = Options(
+    clip_range, kl_limit = ClipRange(clip_low, clip_high, dual_clip), KlLimit(kind, max_token_kl, over_limit)
+    policy = PolicyInputs(policy_hidden, policy_targets, old_logprobs, advantages, policy_weight, clip_range)
+    distill = DistillInputs(distill_hidden, teacher_hidden, None, None, distill_weight, kl_limit)
+    options = LossOptions(
         temperature, logit_softcap, column_tolerance, head_grad, vocab_group, vocab_start, impl, chunk_rows
     )
-    result = fused_loss(head, bias, policy, distill, options)
-    parts = result.policy_values[ROW_LOSS].sum(), result.distill_values[ROW_LOSS].sum()
-    stats = policy_stats(result.policy_values, result.policy_live)
-    return result.loss, SgpoStats(stats, divergence_stats(result.distill_values, result.distill_live), *parts)
+    result = FusedResult(*custom_op.fused_loss_op(*operator_arguments(head, bias, policy, distill, options)))
+    stats = SgpoStats(
+        policy=policy_stats(result.policy_values, result.policy_live),
+        divergence=divergence_stats(result.distill_values, result.distill_live),
+        policy_loss=result.policy_values[ROW_LOSS].sum(),
+        distill_loss=result.distill_values[ROW_LOSS].sum(),
+    )
+    return result.loss, stats

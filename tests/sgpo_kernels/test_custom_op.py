@@ -6,7 +6,7 @@ import pytest
 import sgpo_kernels
 import torch
 import torch._dynamo.testing
-from sgpo_kernels import contracts, fused, logprob
+from sgpo_kernels import checks, custom_op, logprob
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -24,15 +24,15 @@ def scalar(case, leaves: dict[str, Tensor], **extra) -> Tensor:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("module", [fused, logprob], ids=["fused_loss", "logprob"])
+@pytest.mark.parametrize("module", [custom_op, logprob], ids=["fused_loss", "logprob"])
 def test_torch_checks_the_operators_of_a_backward_pass(make_case, module, impl, monkeypatch):
     """Schema, aliasing and fake implementation of what backward calls, on the arguments of a real call."""
-    name = "_scaled" if module is fused else "_linear_logprob_backward"
+    name = "scaled_op" if module is custom_op else "_linear_logprob_backward"
     operator, calls = getattr(module, name), []
     monkeypatch.setattr(module, name, lambda *args: calls.append(args) or operator(*args))
-    case = make_case("sgpo" if module is fused else "logprob")
+    case = make_case("sgpo" if module is custom_op else "logprob")
     scalar(case, grown(case), impl=impl).backward()
-    assert len(calls) == (len(case.leaves) if module is fused else 1)
+    assert len(calls) == (len(case.leaves) if module is custom_op else 1)
     for args in calls:
         plain = [value.detach() if isinstance(value, Tensor) else value for value in args]
         torch.library.opcheck(operator, plain, test_utils=("test_schema", "test_faketensor"))
@@ -43,8 +43,8 @@ def test_torch_checks_the_operators_of_a_backward_pass(make_case, module, impl, 
 @pytest.mark.parametrize("options", [{}, {"column_tolerance": 0.02, "logit_softcap": 3.0}], ids=["exact", "live"])
 def test_torch_checks_the_loss_operator_with_absent_arguments(make_case, op, options, impl, monkeypatch):
     """Absent groups, bias and old log-probs, frozen inputs: each of them changes the shapes that the fake returns."""
-    operator, calls = fused._fused_loss, []
-    monkeypatch.setattr(fused, "_fused_loss", lambda *args: calls.append(args) or operator(*args))
+    operator, calls = custom_op.fused_loss_op, []
+    monkeypatch.setattr(custom_op, "fused_loss_op", lambda *args: calls.append(args) or operator(*args))
     case = make_case(op, bias=op == "sgpo", **options)
     for frozen in ((), ("head",), tuple(name for name in case.leaves if "hidden" in name)):
         case.frozen = set(frozen)
@@ -163,7 +163,7 @@ def test_gradcheck_through_the_softcap(make_case, op, temperature, impl):
     # Finite differences would see the teacher through a shared head.
     names = [name for name in case.leaves if op != "sgpo" or "hidden" in name]
     fixed |= {name: leaf for name, leaf in case.leaves.items() if name not in names}
-    if op in contracts.KINDS:
+    if op in checks.KINDS:
         fixed |= {"teacher_head": case.leaves["head"].clone(), "teacher_bias": case.leaves["bias"].clone()}
 
     def run(*values):

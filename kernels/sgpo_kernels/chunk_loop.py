@@ -5,17 +5,9 @@ What: rows h [N, H] of one or several groups meet one head W [V, H]. Per chunk o
   no weight never enter a product.
 Equation: z = softcap(h Wᵀ + b) / temperature; dH = dz W, dW = dzᵀ h, db = sum dz.
 Source: the chain rule; arXiv 2606.24064 Eq. 1 and Eq. 3 supply the dz.
-Live columns: on a confident model dz is almost empty. With column_tolerance > 0 a column of the chunk is multiplied
-  only where |dz| >= tolerance * (the row's weight) * min(1, the chunk's largest sum |dz| / weight) for some row; what
-  each row loses is returned as a bound on sum |dz| over its dropped columns, in units of d loss / d logit. Where more
-  than half of the columns live, the chunk is dense and drops nothing.
-Centring: dz of a row sums to 0, so the sum of what it dropped is known. dH gets it back, multiplied by one mean head
-  row (of the columns that the group's first sparse chunk dropped, weighted by their largest |dz|); on a real model
-  this makes the error of dH several times smaller. The returned bound then includes the sum's size, so that in either
-  case |error of dH| <= dropped * max |W|. Not with a soft-cap or a vocabulary shard, whose dz does not sum to 0.
 Gradient: weights are known in the forward pass, so loss gradients are formed there; backward multiplies by the
   upstream gradient.
-Memory: `launch.extra_bytes`. No term in N·V.
+Memory: `sizes.extra_bytes`. No term in N·V.
 Precision: logits, row values and the dW accumulator are float32 (float64 for float64 inputs). dz is rounded to the
   dtype of hidden for the two products. Row gradients are divided by a power of two near the largest weight before
   they are rounded. dW and db stay in the accumulation dtype until they are multiplied back, and are rounded once: one
@@ -24,28 +16,39 @@ Limits: host syncs on an accelerator: one per group (the count of live rows), an
   first chunk's count of live columns gives the places of the later ones; whether they were enough is asked once, at the
   end, and a chunk that lacked some is done again, densely) or, with vocabulary shards, one per chunk. First derivatives
   only; float32 products follow torch's own TF32 setting on CUDA.
+
+Live columns: on a confident model dz is almost empty. With column_tolerance > 0 a column of the chunk is multiplied
+  only where |dz| >= tolerance * (the row's weight) * min(1, the chunk's largest sum |dz| / weight) for some row; what
+  each row loses is returned as a bound on sum |dz| over its dropped columns, in units of d loss / d logit. Where more
+  than half of the columns live, the chunk is dense and drops nothing.
+
+Centring: dz of a row sums to 0, so the sum of what it dropped is known. dH gets it back, multiplied by one mean head
+  row (of the columns that the group's first sparse chunk dropped, weighted by their largest |dz|); on a real model
+  this makes the error of dH several times smaller. The returned bound then includes the sum's size, so that in either
+  case |error of dH| <= dropped * max |W|. Not with a soft-cap or a vocabulary shard, whose dz does not sum to 0.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sgpo_kernels import contracts, launch
-from sgpo_kernels.heads import Head, Shard, add_mm, bmm, mm
-from sgpo_kernels.rowmath import DROPPED, SHARE, SLOPE, VALUE_ROWS, Logits, power_of_two_scale
+from sgpo_kernels import backend_torch, checks, sizes
+from sgpo_kernels.backend import DROPPED, SHARE, SLOPE, Backend, Logits
+from sgpo_kernels.backend_torch import power_of_two_scale
+from sgpo_kernels.head import Head, Shard, add_mm, bmm, mm
+from sgpo_kernels.row_groups import Chunk, RowGroup, live_index
 
 # Head rows that one program sums for the mean head row.
 MEAN_ROWS = 512
 
 
-class Needs(NamedTuple):
-    """Which inputs want a gradient."""
+class NeedsGrad(NamedTuple):
+    """Which inputs want a gradient; `hidden` has one entry per group."""
 
     head: bool
     bias: bool
@@ -53,6 +56,7 @@ class Needs(NamedTuple):
 
     @property
     def any(self) -> bool:
+        """Whether there is anything to do in backward."""
         return self.head or self.bias or any(self.hidden)
 
 
@@ -67,8 +71,8 @@ class Grads(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Call:
-    """What one call of an op has in common for all of its rows."""
+class SharedInputs:
+    """What all rows of one call have in common: head [V, H], bias [V], soft-cap, this rank's shard, and how to run."""
 
     head: Tensor
     bias: Tensor | None
@@ -77,25 +81,6 @@ class Call:
     impl: str = "auto"
     chunk_rows: int | None = None
     column_tolerance: float = 0.0
-
-    def math(self) -> Any:
-        """The module with the row arithmetic: `rowmath` or `triton_rows`."""
-        name = launch.resolve_impl(self.impl, self.head.device.type, self.head.dtype)
-        return importlib.import_module("sgpo_kernels." + {"torch": "rowmath", "triton": "triton_rows"}[name])
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One step of the loop. `targets_C`: columns of this shard, -1 for none; `factor_C`: what a row gradient is
-    multiplied by (None: none is wanted)."""
-
-    math: Any
-    shard: Shard
-    rows_C: Tensor
-    student: Logits
-    teacher: Logits | None
-    targets_C: Tensor | None
-    factor_C: Tensor | None
 
 
 class LiveColumns(NamedTuple):
@@ -107,53 +92,21 @@ class LiveColumns(NamedTuple):
     count: Tensor | None
 
 
-class RowGroup:
-    """Rows of one kind. `index` int64 [live] names the rows that count, `values` [VALUE_ROWS, N] takes the results."""
+def load_backend(impl: str, device_type: str, dtype: torch.dtype) -> Backend:
+    """The row arithmetic for an `impl`; Triton is imported only where it runs. Raises as `sizes.resolve_impl`."""
+    if sizes.resolve_impl(impl, device_type, dtype) == "triton":
+        from sgpo_kernels import backend_triton
 
-    kind = "score"
-    targets_name = "targets"  # what the op calls them
-    with_entropy = False  # dz has an entropy part (upstream gradients of linear_logprob)
-
-    def __init__(self, hidden: Tensor, index: Tensor, temperature: float | Tensor, targets: Tensor | None = None):
-        acc = launch.accumulate_dtype(hidden.dtype)
-        self.hidden, self.index, self.targets = hidden, index, targets
-        self.values = torch.zeros(VALUE_ROWS, hidden.shape[0], dtype=acc, device=hidden.device)
-        if isinstance(temperature, Tensor):
-            self.inverse_temperature: Tensor | None = temperature.to(acc).reciprocal()
-        else:
-            same = temperature == 1.0
-            self.inverse_temperature = None if same else self.values.new_full((hidden.shape[0],), 1.0 / temperature)
-
-    def teacher(self, head: Head) -> tuple[Tensor, Head] | None:
-        """The other context of the same rows, where there is one."""
-        return None
-
-    def weights(self) -> Tensor:
-        """The size of the row gradients, [live], any sign."""
-        raise NotImplementedError
-
-    def settle(self, chunk: Chunk) -> Tensor:
-        """Writes the row values of the chunk and returns its table (see rowmath)."""
-        raise NotImplementedError
-
-    def gathered(self, chunk: Chunk) -> Tensor:
-        """Row statistics of the student's logits from all shards, [ranks, 4, C]."""
-        parts_R4C = chunk.shard.gather(chunk.math.scan(chunk.student, chunk.targets_C))
-        if chunk.shard.group_name is not None:
-            contracts.check_found_targets(parts_R4C[:, 3].amax(0), self.targets_name)
-        return parts_R4C
+        return backend_triton
+    return backend_torch
 
 
-def live_index(live: Tensor) -> Tensor:
-    """Positions of the rows that count, int64 [live]. On an accelerator this is a host sync."""
-    return live.nonzero().squeeze(1)
-
-
-def run(groups: Sequence[RowGroup], call: Call, needs: Needs) -> Grads:
-    """Runs every live row of every group through the head once. Call it without gradient tracking."""
-    head, bias = call.head, call.bias
+def run(groups: Sequence[RowGroup], shared: SharedInputs, needs: NeedsGrad) -> Grads:
+    """Runs every live row of every group through the head once: row values into the groups, gradients returned. Call it
+    without gradient tracking."""
+    head, bias = shared.head, shared.bias
     with torch.autocast(head.device.type, enabled=False):
-        scale = torch.ones((), dtype=launch.accumulate_dtype(head.dtype), device=head.device)
+        scale = torch.ones((), dtype=sizes.accumulate_dtype(head.dtype), device=head.device)
         hidden_grads = tuple(
             torch.zeros_like(g.hidden) if need else None for g, need in zip(groups, needs.hidden, strict=True)
         )
@@ -161,9 +114,14 @@ def run(groups: Sequence[RowGroup], call: Call, needs: Needs) -> Grads:
         if any(group.index.numel() for group in groups):
             if needs.any:
                 scale = power_of_two_scale(torch.cat([group.weights().to(scale.dtype) for group in groups]))
-            loop = _Loop(groups, call, needs, scale)
+            loop = _ChunkLoop(groups, shared, needs, scale)
             for group, hidden_grad in zip(groups, hidden_grads, strict=True):
-                loop.run(group, hidden_grad)
+                if not group.index.numel():
+                    continue
+                loop.begin_group(group)
+                for rows_C in group.index.split(loop.chunk):
+                    loop.run_chunk(group, rows_C, hidden_grad, dense=not shared.column_tolerance)
+                loop.end_group(group, hidden_grad)
             dhead, dbias = loop.finish()
         if needs.head:
             dhead = torch.zeros_like(head, dtype=scale.dtype) if dhead is None else dhead
@@ -174,73 +132,74 @@ def run(groups: Sequence[RowGroup], call: Call, needs: Needs) -> Grads:
 
 def rescaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """grad * factor (0-d) in `dtype`, multiplied in that of factor (a 0-d factor would be cast to half first)."""
-    if launch.takes_triton(grad) and grad.is_contiguous():
-        return importlib.import_module("sgpo_kernels.triton_rows").rescaled(grad, factor, dtype)
-    return torch.mul(grad, factor.reshape(1), out=torch.empty_like(grad, dtype=dtype))
+    impl = "triton" if sizes.takes_triton(grad) and grad.is_contiguous() else "torch"
+    return load_backend(impl, grad.device.type, grad.dtype).rescaled(grad, factor, dtype)
 
 
-class _Loop:
+class _ChunkLoop:
     """The buffers and accumulators of one call: products [C, V], dW [V, H], db [V] and, where operands are narrower
     than accumulators, a slab of dz rows, so that dW is updated once per several chunks."""
 
-    def __init__(self, groups: Sequence[RowGroup], call: Call, needs: Needs, scale: Tensor):
-        self.call, self.needs, self.math = call, needs, call.math()
-        self.head = Head.of(call.head, call.bias)
+    def __init__(self, groups: Sequence[RowGroup], shared: SharedInputs, needs: NeedsGrad, scale: Tensor):
+        self.shared, self.needs = shared, needs
+        self.backend = load_backend(shared.impl, shared.head.device.type, shared.head.dtype)
+        self.head = Head.of(shared.head, shared.bias)
         self.scale = scale if needs.any else None
         self.acc, self.operand = scale.dtype, self.head.weight_VH.dtype
         rows = max(group.index.numel() for group in groups)
-        vocab, width = call.head.shape
-        self.chunk = min(rows, call.chunk_rows or self._default_chunk(rows, width, vocab))
+        vocab, width = shared.head.shape
+        self.chunk = min(rows, shared.chunk_rows or self._default_chunk(rows, width, vocab))
         contexts = 1 + any(group.teacher(self.head) is not None for group in groups)
-        self.products = [launch.padded_empty(self.chunk, vocab, like=scale) for _ in range(contexts)]
+        self.products = [sizes.padded_empty(self.chunk, vocab, like=scale) for _ in range(contexts)]
         self.head_VH: Tensor | None = None
         self.bias_V: Tensor | None = None
         total = sum(group.index.numel() for group in groups)
-        self.slab_rows = launch.slab_rows(total, self.chunk) if needs.head else self.chunk
+        self.slab_rows = sizes.slab_rows(total, self.chunk) if needs.head else self.chunk
         self.slab: tuple[Tensor, Tensor] | None = None
         self.filled = 0
-        self.centred = call.softcap is None and call.shard.group_name is None
+        self.centred = shared.softcap is None and shared.shard.group_name is None
         self.centre_H: Tensor | None = None
         # Ranks of a sharded vocabulary must take the same steps, so that none does a chunk again.
-        self.counts_each = launch.counts_are_free(call.head.device.type) or call.shard.group_name is not None
+        self.counts_each = sizes.counts_are_free(shared.head.device.type) or shared.shard.group_name is not None
         self.places: int | None = None
         self.guesses: list[tuple[Tensor, Tensor]] = []
 
     def _default_chunk(self, rows: int, width: int, vocab: int) -> int:
-        device = self.call.head.device.type
-        chunk = launch.chunk_rows(rows, width, vocab, self.call.head.dtype, device)
+        device = self.shared.head.device.type
+        chunk = sizes.chunk_rows(rows, width, vocab, self.shared.head.dtype, device)
         # It depends on this rank's columns on a CPU only, and all ranks must take the same steps.
-        return self.call.shard.smallest(chunk) if device == "cpu" else chunk
+        return self.shared.shard.smallest(chunk) if device == "cpu" else chunk
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.acc, device=self.call.head.device)
+        return torch.empty(shape, dtype=dtype or self.acc, device=self.shared.head.device)
 
-    def run(self, group: RowGroup, hidden_grad: Tensor | None) -> None:
-        if not group.index.numel():
-            return
+    def begin_group(self, group: RowGroup) -> None:
+        """Before the chunks of a group, whose mean head row and places are its own."""
         group.values[SHARE].index_fill_(0, group.index, 1.0)
         self.centre_H, self.places = None, None
-        for rows_C in group.index.split(self.chunk):
-            self._run_chunk(group, rows_C, hidden_grad, dense=not self.call.column_tolerance)
-        for rows_C in self._rows_that_lacked_places():
-            group.values[SHARE].index_fill_(0, rows_C, 1.0)
-            group.values[DROPPED].index_fill_(0, rows_C, 0.0)
-            self._run_chunk(group, rows_C, hidden_grad, dense=True)
-        if self.call.column_tolerance:
-            self.call.shard.sum_(group.values[DROPPED])
 
-    def _run_chunk(self, group: RowGroup, rows_C: Tensor, hidden_grad: Tensor | None, *, dense: bool) -> None:
+    def run_chunk(self, group: RowGroup, rows_C: Tensor, hidden_grad: Tensor | None, *, dense: bool) -> None:
+        """Logits, row values and gradients of some live rows of a group."""
         hidden_CH = group.hidden[rows_C].to(self.operand)
         chunk = self._open(group, rows_C, hidden_CH)
-        table = group.settle(chunk)
+        table = group.row_values(chunk)
         if chunk.factor_C is None:
             return
-        contracts.check_half_range(table[SLOPE], group.hidden.dtype)
+        checks.check_half_range(table[SLOPE], group.hidden.dtype)
         live = None if dense else self._live_columns(group, chunk, table)
         if live is None:
             self._dense(group, chunk, table, hidden_CH, hidden_grad)
         else:
             self._sparse(group, chunk, table, live, hidden_CH, hidden_grad)
+
+    def end_group(self, group: RowGroup, hidden_grad: Tensor | None) -> None:
+        """After them: chunks whose live columns did not fit are done again, and the shards' losses are added up."""
+        for rows_C in self._rows_that_lacked_places():
+            group.values[SHARE].index_fill_(0, rows_C, 1.0)
+            group.values[DROPPED].index_fill_(0, rows_C, 0.0)
+            self.run_chunk(group, rows_C, hidden_grad, dense=True)
+        if self.shared.column_tolerance:
+            self.shared.shard.sum_(group.values[DROPPED])
 
     def _rows_that_lacked_places(self) -> list[Tensor]:
         """The rows of chunks whose live columns did not fit. One host sync where there are guesses to check."""
@@ -249,28 +208,28 @@ class _Loop:
         return [rows_C for (rows_C, _), count in zip(guesses, counts, strict=True) if count > (self.places or 0)]
 
     def _open(self, group: RowGroup, rows_C: Tensor, hidden_CH: Tensor) -> Chunk:
-        """The products of both contexts. Two products of one shape: equal states give bitwise equal logits."""
-        heat = None if group.inverse_temperature is None else group.inverse_temperature[rows_C]
+        """The chunk with the products of both contexts: two of one shape, so that equal states give equal bits."""
+        inverse = None if group.inv_temperature is None else group.inv_temperature[rows_C]
         buffers = [buffer[: rows_C.numel()] for buffer in self.products]
-        student = Logits(self.head.products(hidden_CH, buffers[0]), self.head.bias_V, self.call.softcap, heat, {})
+        student = Logits(self.head.products(hidden_CH, buffers[0]), self.head.bias_V, self.shared.softcap, inverse, {})
         side, teacher = group.teacher(self.head), None
         if side is not None:
             hidden, head = side
-            teacher = Logits(head.products(hidden[rows_C], buffers[1]), head.bias_V, self.call.softcap, heat, {})
-        targets = None if group.targets is None else group.targets[rows_C]
-        if targets is not None:
-            targets = self.call.shard.local(targets, self.call.head.shape[0])
+            teacher = Logits(head.products(hidden[rows_C], buffers[1]), head.bias_V, self.shared.softcap, inverse, {})
+        labels = None if group.labels is None else group.labels[rows_C]
+        if labels is not None:
+            labels = self.shared.shard.local(labels, self.shared.head.shape[0])
         factor = None
         if self.scale is not None:
-            factor = (1.0 / self.scale).expand(rows_C.numel()) if heat is None else heat / self.scale
-        return Chunk(self.math, self.call.shard, rows_C, student, teacher, targets, factor)
+            factor = (1.0 / self.scale).expand(rows_C.numel()) if inverse is None else inverse / self.scale
+        return Chunk(self.backend, self.shared.shard, rows_C, student, teacher, labels, factor)
 
     def _live_columns(self, group: RowGroup, chunk: Chunk, table: Tensor) -> LiveColumns | None:
-        """The columns to multiply; None means all of them. The first sparse chunk also settles the mean head row."""
-        threshold = self.math.column_threshold(table, self.call.column_tolerance)
+        """The columns to multiply; None means all of them. The first sparse chunk also fixes the mean head row."""
+        threshold = self.backend.column_threshold(table, self.shared.column_tolerance)
         first = self.centred and self.centre_H is None
-        live_V, peaks_V = self.math.live_columns(
-            group.kind, chunk.student, chunk.teacher, table, chunk.targets_C, threshold, all_peaks=first
+        live_V, peaks_V = self.backend.live_columns(
+            group.kind, chunk.student, chunk.teacher, table, chunk.labels_C, threshold, all_peaks=first
         )
         vocab = live_V.numel()
         if self.places is not None:
@@ -279,12 +238,12 @@ class _Loop:
             return LiveColumns(torch.nonzero_static(live_V, size=self.places, fill_value=vocab - 1).squeeze(1), count)
         columns_A = live_index(live_V)
         count = columns_A.numel()
-        if count > launch.DENSE_SHARE * vocab:
+        if count > sizes.DENSE_SHARE * vocab:
             return None
         if count and first:
             self.centre_H = self._mean_head_row(peaks_V.index_fill_(0, columns_A, 0.0))
         if count and not self.counts_each:
-            self.places = launch.column_capacity(count, vocab)
+            self.places = sizes.column_capacity(count, vocab)
         return LiveColumns(columns_A, None)
 
     def _mean_head_row(self, weights_V: Tensor) -> Tensor:
@@ -304,8 +263,8 @@ class _Loop:
     ) -> None:
         narrow = self.operand != self.acc
         out_CV = self._slab_rows(hidden_CH) if narrow else None
-        dz_CV = self.math.gradient(
-            group.kind, chunk.student, chunk.teacher, table, chunk.targets_C, out_CV, with_entropy=group.with_entropy
+        dz_CV = self.backend.gradient(
+            group.kind, chunk.student, chunk.teacher, table, chunk.labels_C, out_CV, with_entropy=group.with_entropy
         )
         self._add_bias(None, dz_CV)
         if not narrow:
@@ -325,18 +284,18 @@ class _Loop:
         hidden_grad: Tensor | None,
     ) -> None:
         columns_A = live.columns_A
-        dz_CA, kept_C, sum_C = self.math.gradient_columns(
-            group.kind, chunk.student, chunk.teacher, table, chunk.targets_C, *live, group.hidden.dtype
+        dz_CA, kept_C, sum_C = self.backend.gradient_columns(
+            group.kind, chunk.student, chunk.teacher, table, chunk.labels_C, *live, group.hidden.dtype
         )
         assert self.scale is not None
-        self.math.finish_columns(
+        self.backend.finish_columns(
             table, kept_C, sum_C if self.centre_H is not None else None, *live, self.scale, chunk.rows_C,
             chunk.student.products_CV.shape[1], group.values,
         )  # fmt: skip
         self._add_bias(columns_A, dz_CA)
         dz_CA = dz_CA.to(self.operand)
         dhidden_CH = None
-        block = launch.head_block_rows(hidden_CH.shape[1], self.acc, hidden_CH.device.type)
+        block = sizes.head_block_rows(hidden_CH.shape[1], self.acc, hidden_CH.device.type)
         for columns, dz in zip(columns_A.split(block), dz_CA.split(block, 1), strict=True):
             if hidden_grad is not None:
                 part_CH = mm(dz, self.head.weight_VH[columns])
@@ -350,27 +309,27 @@ class _Loop:
             self._store(hidden_grad, chunk, dhidden_CH)
 
     def _store(self, hidden_grad: Tensor, chunk: Chunk, dhidden_CH: Tensor) -> None:
-        dhidden_CH = self.call.shard.sum_(dhidden_CH)
-        contracts.check_half_range(dhidden_CH, hidden_grad.dtype)
+        dhidden_CH = self.shared.shard.sum_(dhidden_CH)
+        checks.check_half_range(dhidden_CH, hidden_grad.dtype)
         hidden_grad.index_copy_(0, chunk.rows_C, dhidden_CH.to(hidden_grad.dtype))
 
     def _head_sum(self) -> Tensor:
         if self.head_VH is None:
-            self.head_VH = torch.zeros_like(self.call.head, dtype=self.acc, memory_format=torch.contiguous_format)
+            self.head_VH = torch.zeros_like(self.shared.head, dtype=self.acc, memory_format=torch.contiguous_format)
         return self.head_VH
 
     def _add_to_head(self, dz_SV: Tensor, hidden_SH: Tensor) -> None:
         if self.head_VH is None:
             self.head_VH = mm(dz_SV.t(), hidden_SH)
         else:
-            block = launch.head_block_rows(hidden_SH.shape[1], self.acc, hidden_SH.device.type)
+            block = sizes.head_block_rows(hidden_SH.shape[1], self.acc, hidden_SH.device.type)
             add_mm(self.head_VH, dz_SV.t(), hidden_SH, block)
 
     def _add_bias(self, columns_A: Tensor | None, dz_CK: Tensor) -> None:
         if not self.needs.bias:
             return
         if self.bias_V is None:
-            self.bias_V = dz_CK.new_zeros(self.call.head.shape[0], dtype=self.acc)
+            self.bias_V = dz_CK.new_zeros(self.shared.head.shape[0], dtype=self.acc)
         total = dz_CK.sum(0, dtype=self.acc)
         self.bias_V.add_(total) if columns_A is None else self.bias_V.index_add_(0, columns_A, total)
 
@@ -378,7 +337,7 @@ class _Loop:
         """Where the dz of these rows goes, beside their hidden states."""
         rows = hidden_CH.shape[0]
         if self.slab is None:
-            vocab, width = self.call.head.shape
+            vocab, width = self.shared.head.shape
             self.slab = (
                 self._empty(self.slab_rows, vocab, dtype=self.operand),
                 hidden_CH.new_empty(self.slab_rows, width),
