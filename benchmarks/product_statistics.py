@@ -284,8 +284,8 @@ def main() -> int:
         "shape": options.shape,
         **measure.origin(options.device, "benchmarks.product_statistics"),
     }
-    sizes: Any = ((16,), 16, ([SMALL], [SMALL])) if small else ((2048, 8192), 1024, (ONE, TWO))
-    for row in measured(SHAPES[options.shape], options.device, options.seconds, *sizes):
+    tries: Any = ((16,), 16, ([SMALL], [SMALL])) if small else ((2048, 8192), 1024, (ONE, TWO))
+    for row in measured(SHAPES[options.shape], options.device, options.seconds, *tries):
         print(row, flush=True)
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**row, **common}) + "\n")

@@ -153,7 +153,7 @@ def products(shape: ops.Shape, device: str, seconds: float) -> Iterator[dict[str
         yield from byte_products(head, timer)
 
 
-def sizes(shape: ops.Shape, device: str, seconds: float) -> Iterator[dict[str, Any]]:
+def chunk_and_slab(shape: ops.Shape, device: str, seconds: float) -> Iterator[dict[str, Any]]:
     """Time and peak of the sgpo case per (slab, chunk), by ours exact and live."""
     op, mix = ops.OPS["sgpo"], ops.MIXES["sgpo"]
     rows = ops.group_rows(op, mix, shape.rows)
@@ -192,7 +192,7 @@ def main() -> int:
         return 2
     measure.require_own_kernels()
     common = {"shape": options.shape, **measure.origin(options.device, "benchmarks.products")}
-    part = sizes if options.sizes else products
+    part = chunk_and_slab if options.sizes else products
     for row in part(ops.SHAPES[options.shape], options.device, options.seconds):
         print(row, flush=True)
         with options.out.open("a", encoding="utf-8") as file:
