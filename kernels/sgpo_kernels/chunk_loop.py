@@ -85,11 +85,11 @@ class SharedInputs:
 
 class LiveColumns(NamedTuple):
     """Columns of a chunk that carry gradient, ascending, int64 [A]. Where the host does not know how many there are,
-    the first `count` (0-d, on the device) do, and the rest are places not taken, filled with the last column; a count
+    the first `taken` (0-d, on the device) do, and the rest are places not taken, filled with the last column; a count
     above A says that they did not fit, and none is used."""
 
     columns_A: Tensor
-    count: Tensor | None
+    taken: Tensor | None
 
 
 def load_backend(impl: str, device_type: str, dtype: torch.dtype) -> Backend:
