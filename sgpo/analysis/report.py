@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from sgpo.reporting.figures import BLUE, GREEN, GREY, ORANGE, legend, new_figure, token_label
-from sgpo.reporting.html import note, page, plot_html, table
+from sgpo.reporting.html_parts import note, page, plot_html, table
 
 Json = dict[str, Any]
 

@@ -23,7 +23,7 @@ from sgpo.strategies.extract_report import report_details, status_line
 from sgpo.strategies.extraction import Candidate, Extraction, Settings, Source, best
 from sgpo.strategies.formulas import formula_comparer
 from sgpo.strategies.leakage import Solution, find_leaks
-from sgpo.strategies.prompts import Templates
+from sgpo.strategies.questions import Templates
 from sgpo.strategies.settings import ExtractConfig
 from sgpo.types import Problem, SgpoError
 from sgpo.utils.config_file import checked, config_first, load_settings

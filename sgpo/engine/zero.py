@@ -24,7 +24,7 @@ from sgpo.engine.optimizer import build_optimizer, fit_blocks, forget, is_8bit, 
 from sgpo.model.activations import tiled_mlps
 from sgpo.model.lora import merged_weights
 from sgpo.model.policy import PolicyModel
-from sgpo.planning.training import bucket_elements
+from sgpo.planning.training_memory import bucket_elements
 from sgpo.types import SgpoError
 from sgpo.utils import distributed
 from sgpo.utils.lora_names import is_adapter, plain_name

@@ -1,6 +1,6 @@
 """What a run will need, before anything is loaded: memory by phase and term, time by phase, and what to change.
 
-Every term is a formula of the config and the model's sizes: those of training in `training`, those of rollouts here.
+Every term is a formula of the config and the model's sizes: those of training in `training_memory`, those of rollouts here.
 Terms that are not formulas are named constants below, with where they come from.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sgpo.planning.times import phase_seconds
-from sgpo.planning.training import GIB, Place, Terms, TrainingMemory
+from sgpo.planning.training_memory import GIB, Place, Terms, TrainingMemory
 
 # Assumptions: CUDA context with libraries; what a sleeping vLLM keeps (CUDA graphs, workspaces); a Python process with
 # torch and DeepSpeed, and a reward worker, on the host.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sgpo.planning.training import TrainingMemory
+from sgpo.planning.training_memory import TrainingMemory
 
 # Assumptions, not measurements: training TFLOP/s, sampled tokens/s of a model of 1e9 weights, GiB/s to the host.
 CARD_RATES = {

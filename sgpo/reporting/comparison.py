@@ -22,7 +22,7 @@ from sgpo.reporting.curves import (
     smoothing_window,
 )
 from sgpo.reporting.figures import BLUE, PALETTE, new_figure
-from sgpo.reporting.html import page, plot_html, table
+from sgpo.reporting.html_parts import page, plot_html, table
 from sgpo.reporting.run_data import RunData, load_run
 from sgpo.types import SgpoError
 

@@ -23,7 +23,7 @@ from sgpo.reporting.curves import (
     draw_times,
 )
 from sgpo.reporting.figures import save_figure
-from sgpo.reporting.html import cell_text, image, note, page, plot_html, table
+from sgpo.reporting.html_parts import cell_text, image, note, page, plot_html, table
 from sgpo.reporting.run_data import RunData, load_run, load_trajectory
 from sgpo.reporting.run_files import METRICS_FILE, ROLLOUTS_FILE, TRAJECTORIES_FILE, iter_jsonl
 from sgpo.reporting.trajectory import draw_trajectory, trajectory_text

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from sgpo.reporting.figures import PALETTE, new_figure
-from sgpo.reporting.html import note, page, plot_html, table
+from sgpo.reporting.html_parts import note, page, plot_html, table
 from sgpo.utils.statistics import permutation_p_value, t_interval
 
 HEADER = (

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sgpo.reporting.figures import BLUE, DPI, GREY, ORANGE, legend, token_label
-from sgpo.reporting.html import note
+from sgpo.reporting.html_parts import note
 from sgpo.reporting.run_data import Trajectory
 
 TOKENS_SHOWN = 60

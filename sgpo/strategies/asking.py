@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sgpo.strategies.prompts import Messages
+from sgpo.strategies.questions import Messages
 from sgpo.utils.append_log import KeyedLines
 
 

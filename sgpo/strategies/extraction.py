@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from sgpo.strategies.asking import Answer, Asker, Failure, Question, Sampling
 from sgpo.strategies.leakage import Equal, Leak, Solution, find_leaks
-from sgpo.strategies.prompts import Malformed, Messages, Templates, parse_scores, parse_strategy
+from sgpo.strategies.questions import Malformed, Messages, Templates, parse_scores, parse_strategy
 from sgpo.types import Problem
 from sgpo.utils.seeds import seed_of
 

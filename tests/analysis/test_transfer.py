@@ -18,7 +18,7 @@ from sgpo.analysis.transfer import (
 from sgpo.data import builtin
 from sgpo.data.prompts import PromptBuilder, PromptTemplate
 from sgpo.strategies.calculator import strategy_from_calculator_trace
-from sgpo.strategies.prompts import parse_strategy
+from sgpo.strategies.questions import parse_strategy
 from sgpo.types import ChatTurn, Problem, SgpoError
 
 IDS = [f"p{i}" for i in range(7)]

@@ -21,7 +21,7 @@ from sgpo.rewards.answers import after_thinking
 from sgpo.strategies.asking import Answer, AnswerCache, Asker, Failure, Question, Sampling
 from sgpo.strategies.extraction import Extraction, Settings, Source
 from sgpo.strategies.local import LocalBackend
-from sgpo.strategies.prompts import Templates
+from sgpo.strategies.questions import Templates
 from sgpo.strategies.settings import ExtractConfig
 from sgpo.types import Problem, Rollout
 from sgpo.utils.config_file import known_keys

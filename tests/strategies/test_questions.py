@@ -12,7 +12,7 @@ from rich.console import Console
 
 from sgpo.strategies.asking import Answer, AnswerCache, Asker, Failure, Question, Sampling
 from sgpo.strategies.display import ExtractDisplay
-from sgpo.strategies.prompts import MAX_STRATEGY_CHARS, Malformed, Templates, parse_scores, parse_strategy
+from sgpo.strategies.questions import MAX_STRATEGY_CHARS, Malformed, Templates, parse_scores, parse_strategy
 from sgpo.types import SgpoError
 
 GOOD = "Problem type: counting.\nStrategy: Count twice.\nSteps:\n- Count one way.\n- Count the other way."
