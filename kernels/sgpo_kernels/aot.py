@@ -107,7 +107,7 @@ def variants(arch: int) -> Iterator[Variant]:
     for ranks in (1, 8):
         yield Variant("pair_row_values", {"RANKS": ranks, **block}, 4)
     for over in const.LIMITS.values():
-        yield Variant("divergence_row_values", {"OVER": over, "HAS_FACTOR": True, **block}, 4)
+        yield Variant("divergence_row_values", {"OVER_LIMIT": over, "HAS_FACTOR": True, **block}, 4)
 
 
 def compile_variant(variant: Variant, arch: int) -> Resources:

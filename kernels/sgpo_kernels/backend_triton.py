@@ -234,7 +234,7 @@ def divergence_row_values(
         table,
         count,
         values.shape[1],
-        OVER=const.LIMITS[kl_limit.over_limit],
+        OVER_LIMIT=const.LIMITS[kl_limit.over_limit],
         HAS_FACTOR=factor_C is not None,
         BLOCK=ROW_BLOCK,
         num_warps=4,

@@ -1,6 +1,7 @@
 """Names for use inside Triton kernels: the planes of backend.py and the codes of kinds, as compile-time constants.
 
-What: `const.SLOPE` in a kernel and `backend.SLOPE` in torch are the same plane, because the one is made of the other.
+What: `SLOPE` in a kernel and `backend.SLOPE` in torch are the same plane, because the one is made of the other.
+  Kernels import the names themselves: Triton's cache keys hold the values of globals, but not of a module's attributes.
 Limits: nothing that is annealed during training is here; those numbers are run-time arguments.
 """
 

@@ -19,7 +19,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sgpo_kernels import triton_constants as const
+from sgpo_kernels.triton_constants import (
+    CENTRE,
+    CENTRE_SUM,
+    DIVERGENCE_SUM,
+    DROPPED,
+    ENTROPY,
+    ENTROPY_SLOPE,
+    FORWARD_KL,
+    JS,
+    LOG_SUM,
+    MAX,
+    REVERSE_KL,
+    SCORE,
+    SHARE,
+    SIZE_SUM,
+    SIZES,
+    SLOPE,
+    STRENGTH,
+    TEACHER_LOG_SUM,
+    TEACHER_MAX,
+    TOTAL,
+)
 from sgpo_kernels.triton_tiles import load_inv_temperature, load_tile
 
 
@@ -46,7 +67,7 @@ def _js_parts(v):
     return g, 0.5 * (v - tl.where(small, c_series, size + tail))
 
 
-@triton.jit(do_not_specialize=const.SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def divergence_tiles(
     products_ptr, stride, bias_ptr, teacher_ptr, teacher_stride, teacher_bias_ptr, inv_temperature_ptr, softcap,
     table_ptr, sums_ptr, C, V, T,
@@ -63,21 +84,21 @@ def divergence_tiles(
                        softcap, HAS_BIAS, HAS_SOFTCAP)  # fmt: skip
     z_T, _ = load_tile(teacher_ptr, teacher_stride, rows, row_inside, columns, column_inside, teacher_bias_ptr,
                        inv_temperature, softcap, HAS_TEACHER_BIAS, HAS_SOFTCAP)  # fmt: skip
-    top = tl.load(table_ptr + const.MAX * C + rows, mask=row_inside, other=0.0)
-    log_sum = tl.load(table_ptr + const.LOG_SUM * C + rows, mask=row_inside, other=0.0)
-    teacher_top = tl.load(table_ptr + const.TEACHER_MAX * C + rows, mask=row_inside, other=0.0)
-    teacher_log_sum = tl.load(table_ptr + const.TEACHER_LOG_SUM * C + rows, mask=row_inside, other=0.0)
+    top = tl.load(table_ptr + MAX * C + rows, mask=row_inside, other=0.0)
+    log_sum = tl.load(table_ptr + LOG_SUM * C + rows, mask=row_inside, other=0.0)
+    teacher_top = tl.load(table_ptr + TEACHER_MAX * C + rows, mask=row_inside, other=0.0)
+    teacher_log_sum = tl.load(table_ptr + TEACHER_LOG_SUM * C + rows, mask=row_inside, other=0.0)
     logp_S = tl.where(inside, (z_S - top[:, None]) - log_sum[:, None], 0.0)
     logp_T = tl.where(inside, (z_T - teacher_top[:, None]) - teacher_log_sum[:, None], 0.0)
     p_S = tl.where(inside, tl.exp(logp_S), 0.0)
     p_T = tl.where(inside, tl.exp(logp_T), 0.0)
     u = logp_S - logp_T
-    if KIND == const.JS:
+    if KIND == JS:
         g, a = _js_parts(0.5 * u)
         terms = g * (p_S + p_T) * 0.5
         centre = p_S * a
         size = p_S * tl.abs(a)
-    elif KIND == const.REVERSE_KL:
+    elif KIND == REVERSE_KL:
         terms = _kl_terms(p_S, p_T, -u)
         centre = terms
         size = p_S * tl.abs(u)
@@ -87,39 +108,39 @@ def divergence_tiles(
         size = tl.abs(p_S - p_T)
     at = rows.to(tl.int64) * T + tl.program_id(1)
     plane = C.to(tl.int64) * T
-    tl.store(sums_ptr + const.DIVERGENCE_SUM * plane + at, tl.sum(terms, 1), mask=row_inside)
-    tl.store(sums_ptr + const.CENTRE_SUM * plane + at, tl.sum(centre, 1), mask=row_inside)
-    tl.store(sums_ptr + const.SIZE_SUM * plane + at, tl.sum(size, 1), mask=row_inside)
+    tl.store(sums_ptr + DIVERGENCE_SUM * plane + at, tl.sum(terms, 1), mask=row_inside)
+    tl.store(sums_ptr + CENTRE_SUM * plane + at, tl.sum(centre, 1), mask=row_inside)
+    tl.store(sums_ptr + SIZE_SUM * plane + at, tl.sum(size, 1), mask=row_inside)
 
 
 @triton.jit
 def _core(z_S, z_T, is_label, inside, table_ptr, rows, row_inside, C, KIND: tl.constexpr):
     """(core, size, log p_S, p_S) of a tile: dz = SLOPE core, size >= |core|; zeros outside."""
-    top = tl.load(table_ptr + const.MAX * C + rows, mask=row_inside, other=0.0)
-    log_sum = tl.load(table_ptr + const.LOG_SUM * C + rows, mask=row_inside, other=0.0)
+    top = tl.load(table_ptr + MAX * C + rows, mask=row_inside, other=0.0)
+    log_sum = tl.load(table_ptr + LOG_SUM * C + rows, mask=row_inside, other=0.0)
     logp_S = tl.where(inside, (z_S - top[:, None]) - log_sum[:, None], 0.0)
     p_S = tl.where(inside, tl.exp(logp_S), 0.0)
-    if KIND == const.SCORE:
+    if KIND == SCORE:
         core = tl.where(is_label, 1.0 - p_S, -p_S)
         size = tl.abs(core)
     else:
-        teacher_top = tl.load(table_ptr + const.TEACHER_MAX * C + rows, mask=row_inside, other=0.0)
-        teacher_log_sum = tl.load(table_ptr + const.TEACHER_LOG_SUM * C + rows, mask=row_inside, other=0.0)
+        teacher_top = tl.load(table_ptr + TEACHER_MAX * C + rows, mask=row_inside, other=0.0)
+        teacher_log_sum = tl.load(table_ptr + TEACHER_LOG_SUM * C + rows, mask=row_inside, other=0.0)
         logp_T = tl.where(inside, (z_T - teacher_top[:, None]) - teacher_log_sum[:, None], 0.0)
-        if KIND == const.FORWARD_KL:
+        if KIND == FORWARD_KL:
             core = p_S - tl.where(inside, tl.exp(logp_T), 0.0)
             size = tl.abs(core)
         else:
-            centre = tl.load(table_ptr + const.CENTRE * C + rows, mask=row_inside, other=0.0)[:, None]
+            centre = tl.load(table_ptr + CENTRE * C + rows, mask=row_inside, other=0.0)[:, None]
             x = logp_S - logp_T
-            if KIND == const.JS:
+            if KIND == JS:
                 _, x = _js_parts(0.5 * x)
             core = p_S * (x - centre)
             size = p_S * (tl.abs(x) + tl.abs(centre))
     return core, size, logp_S, p_S
 
 
-@triton.jit(do_not_specialize=const.SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def peak_tiles(
     products_ptr, stride, bias_ptr, teacher_ptr, teacher_stride, teacher_bias_ptr, inv_temperature_ptr, softcap,
     table_ptr, labels_ptr, tiles_ptr, teacher_tiles_ptr, threshold_ptr, peaks_ptr, C, V, T,
@@ -134,22 +155,22 @@ def peak_tiles(
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     row_inside, column_inside = rows < C, columns < V
-    strength = tl.load(table_ptr + const.STRENGTH * C + rows, mask=row_inside, other=0.0)
+    strength = tl.load(table_ptr + STRENGTH * C + rows, mask=row_inside, other=0.0)
     labels = rows * 0 - 1
-    if KIND == const.SCORE:
+    if KIND == SCORE:
         labels = tl.load(labels_ptr + rows, mask=row_inside, other=-1).to(tl.int32)
     reach = 1.0 + 0.0 * strength
     if SKIP:
-        top = tl.load(table_ptr + const.MAX * C + rows, mask=row_inside, other=0.0)
-        log_sum = tl.load(table_ptr + const.LOG_SUM * C + rows, mask=row_inside, other=0.0)
+        top = tl.load(table_ptr + MAX * C + rows, mask=row_inside, other=0.0)
+        log_sum = tl.load(table_ptr + LOG_SUM * C + rows, mask=row_inside, other=0.0)
         at = rows.to(tl.int64) * T + tl.program_id(1)
         reach = tl.exp(tl.load(tiles_ptr + at, mask=row_inside, other=float("-inf")) - top - log_sum)
-        if KIND == const.SCORE:
+        if KIND == SCORE:
             here = (labels >= tl.program_id(1) * BLOCK_V) & (labels < (tl.program_id(1) + 1) * BLOCK_V)
             reach = tl.where(here, 1.0, reach)
         else:
-            top = tl.load(table_ptr + const.TEACHER_MAX * C + rows, mask=row_inside, other=0.0)
-            log_sum = tl.load(table_ptr + const.TEACHER_LOG_SUM * C + rows, mask=row_inside, other=0.0)
+            top = tl.load(table_ptr + TEACHER_MAX * C + rows, mask=row_inside, other=0.0)
+            log_sum = tl.load(table_ptr + TEACHER_LOG_SUM * C + rows, mask=row_inside, other=0.0)
             other = tl.load(teacher_tiles_ptr + at, mask=row_inside, other=float("-inf"))
             reach = tl.maximum(reach, tl.exp(other - top - log_sum))
         # Written so that NaN is read.
@@ -161,7 +182,7 @@ def peak_tiles(
         z_S, _ = load_tile(products_ptr, stride, rows, row_inside, columns, column_inside, bias_ptr, inv_temperature,
                            softcap, HAS_BIAS, HAS_SOFTCAP)  # fmt: skip
         z_T = z_S
-        if KIND != const.SCORE:
+        if KIND != SCORE:
             z_T, _ = load_tile(teacher_ptr, teacher_stride, rows, row_inside, columns, column_inside,
                                teacher_bias_ptr, inv_temperature, softcap, HAS_TEACHER_BIAS, HAS_SOFTCAP)  # fmt: skip
         is_label = columns[None, :] == labels[:, None]
@@ -173,7 +194,7 @@ def peak_tiles(
     tl.store(peaks_ptr + at, peaks, mask=column_inside)
 
 
-@triton.jit(do_not_specialize=const.SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def gradient_tiles(
     products_ptr, stride, bias_ptr, teacher_ptr, teacher_stride, teacher_bias_ptr, inv_temperature_ptr, softcap,
     table_ptr, labels_ptr, out_ptr, out_stride, C, V,
@@ -190,17 +211,17 @@ def gradient_tiles(
                            softcap, HAS_BIAS, HAS_SOFTCAP)  # fmt: skip
     z_T = z_S
     labels = rows * 0 - 1
-    if KIND == const.SCORE:
+    if KIND == SCORE:
         labels = tl.load(labels_ptr + rows, mask=row_inside, other=-1).to(tl.int32)
     else:
         z_T, _ = load_tile(teacher_ptr, teacher_stride, rows, row_inside, columns, column_inside, teacher_bias_ptr,
                            inv_temperature, softcap, HAS_TEACHER_BIAS, HAS_SOFTCAP)  # fmt: skip
     is_label = columns[None, :] == labels[:, None]
     core, _, logp, p = _core(z_S, z_T, is_label, inside, table_ptr, rows, row_inside, C, KIND)
-    dz = core * tl.load(table_ptr + const.SLOPE * C + rows, mask=row_inside, other=0.0)[:, None]
+    dz = core * tl.load(table_ptr + SLOPE * C + rows, mask=row_inside, other=0.0)[:, None]
     if WITH_ENTROPY:
-        slope = tl.load(table_ptr + const.ENTROPY_SLOPE * C + rows, mask=row_inside, other=0.0)[:, None]
-        entropy = tl.load(table_ptr + const.ENTROPY * C + rows, mask=row_inside, other=0.0)[:, None]
+        slope = tl.load(table_ptr + ENTROPY_SLOPE * C + rows, mask=row_inside, other=0.0)[:, None]
+        entropy = tl.load(table_ptr + ENTROPY * C + rows, mask=row_inside, other=0.0)[:, None]
         dz -= slope * p * (logp + entropy)
     if HAS_SOFTCAP:
         dz *= chain
@@ -208,7 +229,7 @@ def gradient_tiles(
     tl.store(out_ptr + offsets, dz.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=const.SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def gradient_column_tiles(
     products_ptr, stride, bias_ptr, teacher_ptr, teacher_stride, teacher_bias_ptr, inv_temperature_ptr, softcap,
     table_ptr, labels_ptr, live_ptr, count_ptr, out_ptr, out_stride, sums_ptr, C, A, T,
@@ -231,14 +252,14 @@ def gradient_column_tiles(
                            softcap, HAS_BIAS, HAS_SOFTCAP)  # fmt: skip
     z_T = z_S
     labels = rows * 0 - 1
-    if KIND == const.SCORE:
+    if KIND == SCORE:
         labels = tl.load(labels_ptr + rows, mask=row_inside, other=-1).to(tl.int32)
     else:
         z_T, _ = load_tile(teacher_ptr, teacher_stride, rows, row_inside, columns, place_inside, teacher_bias_ptr,
                            inv_temperature, softcap, HAS_TEACHER_BIAS, HAS_SOFTCAP)  # fmt: skip
     is_label = inside & (columns[None, :] == labels[:, None])
     core, size, _, _ = _core(z_S, z_T, is_label, inside, table_ptr, rows, row_inside, C, KIND)
-    dz = core * tl.load(table_ptr + const.SLOPE * C + rows, mask=row_inside, other=0.0)[:, None]
+    dz = core * tl.load(table_ptr + SLOPE * C + rows, mask=row_inside, other=0.0)[:, None]
     if HAS_SOFTCAP:
         dz *= chain
     offsets = rows.to(tl.int64)[:, None] * out_stride + place.to(tl.int64)[None, :]
@@ -249,18 +270,18 @@ def gradient_column_tiles(
     tl.store(sums_ptr + C.to(tl.int64) * T + at, tl.sum(dz, 1), mask=row_inside)
 
 
-@triton.jit(do_not_specialize=(*const.SIZES, "tolerance"))
+@triton.jit(do_not_specialize=(*SIZES, "tolerance"))
 def column_threshold(table_ptr, tolerance, threshold_ptr, C, BLOCK: tl.constexpr):
     """threshold = tolerance min(1, max STRENGTH TOTAL), by one program. NaN is passed on."""
     at = tl.arange(0, BLOCK)
-    strength = tl.load(table_ptr + const.STRENGTH * C + at, mask=at < C, other=0.0)
-    size = strength * tl.load(table_ptr + const.TOTAL * C + at, mask=at < C, other=0.0)
+    strength = tl.load(table_ptr + STRENGTH * C + at, mask=at < C, other=0.0)
+    size = strength * tl.load(table_ptr + TOTAL * C + at, mask=at < C, other=0.0)
     nan = tl.max(tl.where(size == size, 0, 1), 0)
     largest = tl.minimum(tl.max(tl.where(size == size, size, 0.0), 0), 1.0)
     tl.store(threshold_ptr, tl.where(nan > 0, float("nan"), largest * tolerance))
 
 
-@triton.jit(do_not_specialize=const.SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def live_columns(peaks_ptr, threshold_ptr, alive_ptr, largest_ptr, T, V, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr):
     """From peaks [T, V] per block of rows: the largest of each column, and whether it is not below the threshold."""
     columns = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -273,7 +294,7 @@ def live_columns(peaks_ptr, threshold_ptr, alive_ptr, largest_ptr, T, V, BLOCK_T
     tl.store(largest_ptr + columns, largest, mask=inside)
 
 
-@triton.jit(do_not_specialize=(*const.SIZES, "share"))
+@triton.jit(do_not_specialize=(*SIZES, "share"))
 def finish_columns(
     table_ptr, kept_ptr, sum_ptr, count_ptr, scale_ptr, rows_ptr, values_ptr, A, share, floor, margin, C, N,
     HAS_SUM: tl.constexpr, HAS_COUNT: tl.constexpr, BLOCK: tl.constexpr,
@@ -282,8 +303,8 @@ def finish_columns(
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < C
     rows = tl.load(rows_ptr + at, mask=inside, other=0)
-    total = tl.load(table_ptr + const.TOTAL * C + at, mask=inside, other=0.0)
-    slope = tl.load(table_ptr + const.SLOPE * C + at, mask=inside, other=0.0)
+    total = tl.load(table_ptr + TOTAL * C + at, mask=inside, other=0.0)
+    slope = tl.load(table_ptr + SLOPE * C + at, mask=inside, other=0.0)
     lost = total - tl.load(kept_ptr + at, mask=inside, other=0.0)
     lost = tl.where(lost < 0.0, 0.0, lost) * margin + floor * tl.where(total < 1.0, 1.0, total)
     lost *= tl.abs(slope)
@@ -292,8 +313,8 @@ def finish_columns(
     live = A
     if HAS_COUNT:
         live = tl.load(count_ptr).to(tl.int32)
-    tl.store(values_ptr + const.DROPPED * N + rows, lost * tl.load(scale_ptr), mask=inside)
-    tl.store(values_ptr + const.SHARE * N + rows, rows * 0 + live * share, mask=inside)
+    tl.store(values_ptr + DROPPED * N + rows, lost * tl.load(scale_ptr), mask=inside)
+    tl.store(values_ptr + SHARE * N + rows, rows * 0 + live * share, mask=inside)
 
 
 @triton.jit

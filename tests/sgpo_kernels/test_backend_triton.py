@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -310,3 +313,21 @@ def test_rescaled_rounds_once(dtype):
     # The interpreter truncates to bfloat16.
     rtol = 2.0**-7 if dtype == torch.bfloat16 and DEVICE == "cpu" else 0.0
     torch.testing.assert_close(result, (grad * factor).to(dtype), rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("kernel", ["triton_gradients.gradient_tiles", "triton_statistics.label_row_values"])
+def test_a_plane_that_moves_is_a_kernel_that_is_compiled_anew(kernel):
+    """Triton finds compiled kernels by a key, which must hold the planes of the row table."""
+    module, name = kernel.split(".")
+    program = (
+        "import sys; from sgpo_kernels import backend\n"
+        "if sys.argv[1] == 'moved': backend.SLOPE, backend.STRENGTH = backend.STRENGTH, backend.SLOPE\n"
+        f"from sgpo_kernels import {module}; print({module}.{name}.cache_key)"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    keys = {
+        subprocess.run([sys.executable, "-c", program, word], env=environment, capture_output=True, text=True).stdout
+        for word in ("as it is", "moved", "moved")
+    }
+    assert "" not in keys
+    assert len(keys) == 2
