@@ -1,7 +1,7 @@
 """What a run will need, before anything is loaded: memory by phase and term, time by phase, and what to change.
 
-Every term is a formula of the config and the model's sizes: those of training in `training_memory`, those of rollouts here.
-Terms that are not formulas are named constants below, with where they come from.
+Every term is a formula of the config and the model's sizes: those of training are in `training_memory`, those of
+rollouts here. Terms that are not formulas are named constants below, with where they come from.
 """
 
 from __future__ import annotations
