@@ -83,11 +83,11 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     synced = PolicySampler(engine, sampler, probe_ids=probe, tolerance=0.1, token_budget=tokens, pad_id=0)
     requests = [RolloutRequest(i, "auto", 0, (3, 4 + i, 5), seed=i) for i in range(options.rollouts)]
     sampling = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=tokens // 4)
-    gauge, peaks = MemoryTracker(planned, synced.asleep_bytes), Meter()
+    tracker, peaks = MemoryTracker(planned, synced.asleep_bytes), Meter()
     clocks, reports, sampled, norms = [], [], 0, []
 
     def stage(name: str) -> None:
-        peaks.max(name, gauge.read() or 0.0)
+        peaks.max(name, tracker.read() or 0.0)
         clocks[-1].stage(name)
 
     try:
@@ -103,7 +103,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             stage("sleep")
             norms.append(training_step(engine, config, tokens)[2])
             stage("train")
-        memory = gauge.summary()
+        memory = tracker.summary()
     finally:
         synced.close()
         engine.close()

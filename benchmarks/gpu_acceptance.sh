@@ -15,9 +15,11 @@ set -um  # -m: children in the background keep SIGINT
 [ $# -eq 1 ] || { echo "usage: bash benchmarks/gpu_acceptance.sh OUT_DIR" >&2; exit 2; }
 QUICK="machine parity-real parity sgpo stages ceilings memory"
 FULL="machine tuning policy divergence train-3b train-7b peers-compile peers-ours peers-liger peers-cut peers-fla colocated rollouts"
+PATIENCE=${DRY:+20}  # how much longer a dry run may take: a busy CPU says nothing about a GPU's times
+: "${PATIENCE:=1}"
 case ${PROFILE:=quick} in
-  quick) : "${PARTS:=$QUICK}" "${BUDGET:=290}" ;;
-  full) : "${PARTS:=$FULL}" "${BUDGET:=490}" ;;
+  quick) : "${PARTS:=$QUICK}" "${BUDGET:=$((290 * PATIENCE))}" ;;
+  full) : "${PARTS:=$FULL}" "${BUDGET:=$((490 * PATIENCE))}" ;;
   *) echo "error: PROFILE is quick or full, not $PROFILE." >&2; exit 2 ;;
 esac
 for name in $PARTS; do
@@ -59,7 +61,7 @@ enough() {  # enough NAME LIMIT_S: whether a third of the limit is left; if not,
 
 part() {  # part NAME LIMIT_S COMMAND...: @SECONDS in the command is what the program itself may take
   enough "$1" "$2" || return
-  local name=$1 limit=$(($2 < $(left) ? $2 : $(left))) begin=$SECONDS from code
+  local name=$1 limit=$(($2 * PATIENCE < $(left) ? $2 * PATIENCE : $(left))) begin=$SECONDS from code
   shift 2
   set -- "${@//@SECONDS/$((limit > 20 ? limit - 12 : limit))}"
   printf '\n=== %s\n' "$name" | tee -a "$LOG"

@@ -5,10 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from processes import PATIENCE_S, PROMPT_S, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = "machine parity-real parity sgpo stages ceilings memory"
@@ -30,7 +30,7 @@ def rows_of(out: Path) -> list[dict]:
 def finished(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("acceptance")
     script = start(out, PARTS=request.param, SGPO_COMMIT="0" * 40)
-    return request.param.split(), script.communicate(timeout=500)[0], script.returncode, out
+    return request.param.split(), script.communicate(timeout=PATIENCE_S)[0], script.returncode, out
 
 
 def test_every_part_runs_dry(finished):
@@ -52,12 +52,9 @@ def test_every_part_runs_dry(finished):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
 def test_a_signal_leaves_whole_rows_and_a_summary(tmp_path, number):
     script = start(tmp_path, PARTS="machine tuning ceilings")
-    end = time.monotonic() + 60
-    while not ((tmp_path / "rows.jsonl").exists() and rows_of(tmp_path)):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_until(lambda: (tmp_path / "rows.jsonl").exists() and rows_of(tmp_path), "a row of tuning")
     script.send_signal(number)
-    output = script.communicate(timeout=30)[0]
+    output = script.communicate(timeout=PROMPT_S)[0]
     assert script.returncode == 1, output
     assert rows_of(tmp_path)
     summary = (tmp_path / "summary.txt").read_text()
@@ -71,19 +68,19 @@ def test_a_wheel_that_pip_refuses_is_noted(tmp_path):
     wheels.mkdir()
     (wheels / "nothing-1.0-cp39-cp39-any.whl").write_bytes(b"")
     script = start(tmp_path / "out", PARTS="machine", WHEELS=str(wheels))
-    output = script.communicate(timeout=120)[0]
+    output = script.communicate(timeout=PROMPT_S)[0]
     assert script.returncode == 0, output
     assert "refused: nothing-1.0-cp39-cp39-any.whl" in (tmp_path / "out" / "summary.txt").read_text()
 
 
 def test_parts_for_which_no_time_is_left_are_noted(tmp_path):
     script = start(tmp_path, PARTS="memory", BUDGET="5")
-    assert script.communicate(timeout=60)[0].startswith("memory         not run: 5 s are left")
+    assert script.communicate(timeout=PROMPT_S)[0].startswith("memory         not run: 5 s are left")
     assert script.returncode == 0
 
 
 @pytest.mark.parametrize("variables", [{"PROFILE": "slow"}, {"PARTS": "machine everything"}])
 def test_errors_of_usage(tmp_path, variables):
     script = start(tmp_path / "out", **variables)
-    assert script.communicate(timeout=20)[0].startswith("error: ")
+    assert script.communicate(timeout=PROMPT_S)[0].startswith("error: ")
     assert script.returncode == 2

@@ -48,7 +48,7 @@ def test_small_step_beside_vllm_gives_a_row(launcher, tmp_path):
     row = json.loads(out.read_text())
     assert len(row["seconds"]) == len(row["syncs"]) == len(row["grad_norms"]) == 2
     assert set(row["seconds"][0]) == set(row["peak_mib"]) == {"sync", "rollout", "sleep", "train"}
-    assert set(row["memory"]) == {"sync", "rollout", "train"}
+    assert set(row["memory"]) == {"planned_mib", "measured_mib", "ratio"}
     assert all(report["sync_bytes"] > 200_000 and report["sync_gap_max"] < 0.02 for report in row["syncs"])
     assert row["rollout_tokens_per_s"] > 0
 
