@@ -130,9 +130,10 @@ def run(groups: Sequence[RowGroup], shared: SharedInputs, needs: NeedsGrad) -> G
         return Grads(scale, dhead, dbias, hidden_grads)
 
 
-def rescaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * factor (0-d) in `dtype`, multiplied in that of factor (a 0-d factor would be cast to half first)."""
-    impl = "triton" if sizes.takes_triton(grad) and grad.is_contiguous() else "torch"
+def rescaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
+    """grad * factor (0-d) in `dtype`, multiplied in that of factor (a 0-d factor would be cast to half first), by the
+    implementation of the call: Triton's kernel is for contiguous tensors on CUDA."""
+    impl = impl if grad.is_cuda and grad.is_contiguous() else "torch"
     return load_backend(impl, grad.device.type, grad.dtype).rescaled(grad, factor, dtype)
 
 

@@ -312,13 +312,13 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.custom_op("sgpo_kernels::scaled", mutates_args=())
-def scaled_op(grad: Tensor, upstream: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled_op(grad: Tensor, upstream: Tensor, scale: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
     """grad * upstream * scale in `dtype`; upstream and scale 0-d."""
-    return chunk_loop.rescaled(grad, upstream.to(scale.dtype) * scale, dtype)
+    return chunk_loop.rescaled(grad, upstream.to(scale.dtype) * scale, dtype, impl)
 
 
 @scaled_op.register_fake
-def _(grad: Tensor, upstream: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _(grad: Tensor, upstream: Tensor, scale: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
     return torch.empty_like(grad, dtype=dtype)
 
 
@@ -327,7 +327,7 @@ scaled_op.register_autograd(checks.refuse_second_derivative)
 
 class SavedGrads(NamedTuple):
     """What backward needs of a result: the gradients of the fields of WantedGrads, the scale that they were divided
-    by, and the dtypes that they are rounded to (None where the input is absent)."""
+    by, the dtypes that they are rounded to (None where the input is absent), and the implementation that does it."""
 
     scale: Tensor
     dhead: Tensor
@@ -335,6 +335,7 @@ class SavedGrads(NamedTuple):
     dpolicy: Tensor
     ddistill: Tensor
     dtypes: tuple[torch.dtype | None, ...]
+    impl: str
 
 
 def dtypes_of(inputs: OperatorInputs) -> tuple[torch.dtype | None, ...]:
@@ -356,7 +357,9 @@ def input_grads(
         # part without a word. This way it raises.
         upstream.requires_grad_()
     parts = zip(wanted, (result.dhead, result.dbias, result.dpolicy, result.ddistill), result.dtypes, strict=True)
-    found = [scaled_op(grad, upstream, result.scale, dtype) if need else None for need, grad, dtype in parts]
+    found = [
+        scaled_op(grad, upstream, result.scale, dtype, result.impl) if need else None for need, grad, dtype in parts
+    ]
     return (*found, *[None] * (arguments - len(found)))
 
 
@@ -366,13 +369,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(result.scale, result.dhead, result.dbias, result.dpolicy, result.ddistill)
-    ctx.dtypes, ctx.arguments = dtypes_of(given), len(inputs)
+    ctx.dtypes, ctx.impl, ctx.arguments = dtypes_of(given), given.impl, len(inputs)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * ctx.arguments
-    saved = SavedGrads(*ctx.saved_tensors, dtypes=ctx.dtypes)
+    saved = SavedGrads(*ctx.saved_tensors, dtypes=ctx.dtypes, impl=ctx.impl)
     return input_grads(saved, grad_loss.detach(), ctx.wanted, ctx.head_grad, ctx.arguments)
 
 

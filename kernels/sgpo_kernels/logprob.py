@@ -136,7 +136,7 @@ def _linear_logprob_backward(
     grads = chunk_loop.run([rows], shared, NeedsGrad(need_head, need_bias, (need_hidden,)))
     found = zip((grads.hidden[0], grads.head, grads.bias), (hidden, head, bias), strict=True)
     return tuple(
-        head.new_empty(0) if grad is None or like is None else chunk_loop.rescaled(grad, grads.scale, like.dtype)
+        head.new_empty(0) if grad is None or like is None else chunk_loop.rescaled(grad, grads.scale, like.dtype, impl)
         for grad, like in found
     )  # type: ignore[return-value]
 

@@ -97,7 +97,7 @@ def _backward(ctx: Any, grad_losses: Tensor | None, *_: Any) -> tuple[Tensor | N
         weighted = _weighted(inputs, grad_losses.detach().contiguous())
         result = FusedResult(*custom_op.fused_loss_op(*weighted, *wanted, None))
     dtypes = custom_op.dtypes_of(inputs)
-    saved = SavedGrads(result.scale, result.dhead, result.dbias, result.dpolicy, result.ddistill, dtypes)
+    saved = SavedGrads(result.scale, result.dhead, result.dbias, result.dpolicy, result.ddistill, dtypes, inputs.impl)
     return custom_op.input_grads(saved, torch.ones_like(result.scale), wanted, ctx.head_grad, arguments)
 
 

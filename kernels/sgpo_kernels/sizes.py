@@ -175,11 +175,6 @@ def resolve_impl(impl: str, device_type: str, dtype: torch.dtype) -> str:
     return impl
 
 
-def takes_triton(tensor: torch.Tensor) -> bool:
-    """Whether "auto" would take Triton for this tensor."""
-    return tensor.is_cuda and _why_no_triton("cuda", tensor.dtype) is None
-
-
 def _why_no_triton(device_type: str, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return "does not take float64"

@@ -158,6 +158,14 @@ def test_host_syncs_are_the_counts_that_shapes_need(make_case, op, impl, toleran
     assert syncs <= groups + chunks
 
 
+def test_what_asks_for_torch_gets_no_triton(make_case, op, monkeypatch):
+    from sgpo_kernels import backend_triton
+
+    for name in ("scan", "gradient", "rescaled"):
+        monkeypatch.setattr(backend_triton, name, lambda *_, **__: pytest.fail("Triton ran"))
+    to_cuda(make_case(op, torch.bfloat16, (70, 64, 1003))).results(impl="torch")
+
+
 @pytest.mark.parametrize(("op", "formula"), [("policy", "policy"), ("forward_kl", "divergence"), ("js", "divergence")])
 @pytest.mark.parametrize("tolerance", [0.0, 2.0**-8])
 def test_peak_is_below_the_formula(make_case, op, formula, tolerance):

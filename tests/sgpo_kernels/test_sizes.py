@@ -50,13 +50,13 @@ def test_row_blocks_stay_in_the_cache_of_a_cpu():
 
 
 def test_the_7b_shape_stays_under_its_memory_goal():
-    """4.7 GiB beyond inputs, hidden gradients and the rounded head gradient, for any number of rows: chunks of 1024
-    rows in both contexts (512 would take 0.6 GiB less, and 4 % more time exact, 20 % live, on an H100)."""
+    """4.6 GiB beyond inputs, hidden gradients and the rounded head gradient, for any number of rows: chunks of 1024
+    rows in both contexts (512 would take 0.6 GiB less, and 1 % more time exact, 20 % live, on an H100)."""
     for rows in (9216, 147456):
         extra = sizes.extra_bytes("sgpo", rows, 3584, 152064, torch.bfloat16, "cuda")
         outputs = 2 * rows * 3584 * 2 + 152064 * 3584 * 2 + 48 * rows * 4
         blocks = sizes.WORK_BLOCKS * sizes.block_rows(152064, torch.bfloat16, "cuda") * 152064 * 4
-        assert (extra - outputs - blocks) / 2**30 < 4.7
+        assert (extra - outputs - blocks) / 2**30 < 4.6
 
 
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=5))
