@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import processes
 import pytest
@@ -15,6 +16,11 @@ if not torch.cuda.is_available():
     # Triton's interpreter; it must be on before anything imports triton, which `import torch` does not.
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    # What torch.compile made of an earlier version of our operators must not be found again: its key holds a forward
+    # graph, but not the operators of the backward. Workers and child processes inherit the folder.
+    _compiled = TemporaryDirectory(prefix="inductor-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
 
 
 @pytest.fixture(scope="session")
