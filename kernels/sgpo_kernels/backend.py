@@ -59,6 +59,14 @@ class Logits(NamedTuple):
     notes: dict[str, Tensor] | None = None
 
 
+class LiveColumns(NamedTuple):
+    """Columns of a chunk that carry gradient, ascending. `count` (0-d): only the first so many of columns_A, a number
+    that only the device knows; None: all of them."""
+
+    columns_A: Tensor
+    count: Tensor | None
+
+
 class Backend(Protocol):
     """The functions of `backend_torch` and `backend_triton`, which are modules: hence no `self` there.
 
@@ -139,10 +147,11 @@ class Backend(Protocol):
         threshold: Tensor,
         *,
         all_peaks: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """(bool [V], peaks [V]): which columns have a peak that is not below the threshold (0-d), and the peaks, the
-        largest |core| * STRENGTH over the chunk's rows. Unless `all_peaks` is asked for, any smaller peak may come
-        back where it is below the threshold. NaN lives; a peak of 0 never does."""
+    ) -> tuple[LiveColumns, Tensor]:
+        """(live columns, peaks [V]): a column lives where its peak, the largest |core| * STRENGTH over the chunk's
+        rows, is not below the threshold (0-d). Peaks from the threshold on come back as 0; unless `all_peaks` is asked
+        for, any smaller one may too. NaN lives; a peak of 0 never does. Where the count stays on the device and is
+        above `sizes.dense_limit`, every column lives."""
         ...
 
     def gradient(
@@ -166,15 +175,11 @@ class Backend(Protocol):
         teacher: Logits | None,
         table: Tensor,
         labels_C: Tensor | None,
-        columns_A: Tensor,
-        count: Tensor | None,
+        live: LiveColumns,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dz [C, A] of the live columns in `dtype`, what they hold of TOTAL [C], their sum of dz before rounding [C]).
-
-        Of columns_A only the first `count` (0-d; None: all) are live, or none where it is above A; the dz of the
-        others, which repeat a column that is not below any of the live ones, is 0.
-        """
+        Behind the count, dz is not written."""
         ...
 
     def finish_columns(
@@ -182,8 +187,7 @@ class Backend(Protocol):
         table: Tensor,
         kept_C: Tensor,
         sum_C: Tensor | None,
-        columns_A: Tensor,
-        count: Tensor | None,
+        live: LiveColumns,
         scale: Tensor,
         rows_C: Tensor,
         vocab: int,
@@ -191,6 +195,14 @@ class Backend(Protocol):
     ) -> None:
         """Writes DROPPED and SHARE of the chunk's rows: the bound of what the dropped columns hold, plus, where their
         sum is given back to dH (`sum_C`), the size of that sum."""
+        ...
+
+    def live_hidden(self, dz_CA: Tensor, head_VH: Tensor, live: LiveColumns) -> Tensor:
+        """dz_A W_A [C, H] in the accumulation dtype."""
+        ...
+
+    def add_live_head(self, sums_VH: Tensor, dz_CA: Tensor, hidden_CH: Tensor, live: LiveColumns) -> None:
+        """sums_VH[A] += dz_Aᵀ h."""
         ...
 
     def rescaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -57,8 +57,10 @@ from sgpo_kernels.backend import (
     TOP,
     TOTAL,
     WEIGHTED_SUM,
+    LiveColumns,
     Logits,
 )
+from sgpo_kernels.head import mm
 from sgpo_kernels.inputs import ClipRange, KlLimit
 
 # Below this |u| the terms of a divergence come from their series.
@@ -350,15 +352,16 @@ def live_columns(
     threshold: Tensor,
     *,
     all_peaks: bool,
-) -> tuple[Tensor, Tensor]:
-    """See `Backend.live_columns`; exact here, also below the threshold."""
+) -> tuple[LiveColumns, Tensor]:
+    """See `Backend.live_columns`; all peaks are exact here. On an accelerator the count is a host sync."""
     peaks_V = table.new_zeros(student.products_CV.shape[1])
     for rows in row_blocks(student.products_CV):
         z_T = None if teacher is None else teacher.products_CV[rows]
         labels = None if labels_C is None else labels_C[rows]
         core_RV, _ = core(kind, student.products_CV[rows], z_T, table[:, rows], labels)
         torch.maximum(peaks_V, core_RV.mul_(table[STRENGTH, rows].unsqueeze(1)).abs_().amax(0), out=peaks_V)
-    return ((peaks_V < threshold) | (peaks_V == 0)).logical_not_(), peaks_V
+    columns_A = ((peaks_V < threshold) | (peaks_V == 0)).logical_not_().nonzero().squeeze(1)
+    return LiveColumns(columns_A, None), peaks_V.index_fill_(0, columns_A, 0.0)
 
 
 def gradient(
@@ -391,11 +394,11 @@ def gradient_columns(
     teacher: Logits | None,
     table: Tensor,
     labels_C: Tensor | None,
-    columns_A: Tensor,
-    count: Tensor | None,
+    live: LiveColumns,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Backend.gradient_columns`."""
+    columns_A = live.columns_A
     z_CA = student.products_CV.index_select(1, columns_A)
     z_T = None if teacher is None else teacher.products_CV.index_select(1, columns_A)
     where = None
@@ -405,10 +408,6 @@ def gradient_columns(
         where = torch.where(columns_A[place_C] == labels_C, place_C, -1)
     chain = _through_softcap(z_CA, student, slice(None))
     core_CA, size_CA = core(kind, z_CA, z_T, table, where)
-    if count is not None:
-        places = columns_A.numel()
-        vacant_A = torch.arange(places, device=columns_A.device) >= torch.where(count > places, 0, count)
-        core_CA, size_CA = core_CA.masked_fill(vacant_A, 0.0), size_CA.masked_fill(vacant_A, 0.0)
     kept_C = size_CA.abs().sum(1)
     dz_CA = core_CA.mul_(table[SLOPE].unsqueeze(1))
     dz_CA = dz_CA if chain is None else dz_CA.mul_(chain)
@@ -419,8 +418,7 @@ def finish_columns(
     table: Tensor,
     kept_C: Tensor,
     sum_C: Tensor | None,
-    columns_A: Tensor,
-    count: Tensor | None,
+    live: LiveColumns,
     scale: Tensor,
     rows_C: Tensor,
     vocab: int,
@@ -432,9 +430,28 @@ def finish_columns(
     lost_C.mul_(table[SLOPE].abs())
     if sum_C is not None:
         lost_C.add_(sum_C.abs())
-    share = table.new_full((), columns_A.numel()) if count is None else count.to(table.dtype)
     values[DROPPED].index_copy_(0, rows_C, lost_C.mul_(scale))
-    values[SHARE].index_copy_(0, rows_C, (share / vocab).expand(len(rows_C)))
+    values[SHARE].index_fill_(0, rows_C, live.columns_A.numel() / vocab)
+
+
+def live_hidden(dz_CA: Tensor, head_VH: Tensor, live: LiveColumns) -> Tensor:
+    """See `Backend.live_hidden`; the gathered rows of the head come block by block."""
+    width = head_VH.shape[1]
+    block = sizes.head_block_rows(width, sizes.accumulate_dtype(dz_CA.dtype), dz_CA.device.type)
+    parts = zip(live.columns_A.split(block), dz_CA.split(block, 1), strict=True)
+    columns, dz = next(parts)
+    dhidden_CH = mm(dz, head_VH[columns])
+    for columns, dz in parts:
+        dhidden_CH.add_(mm(dz, head_VH[columns]))
+    return dhidden_CH
+
+
+def add_live_head(sums_VH: Tensor, dz_CA: Tensor, hidden_CH: Tensor, live: LiveColumns) -> None:
+    """See `Backend.add_live_head`."""
+    block = sizes.head_block_rows(sums_VH.shape[1], sums_VH.dtype, sums_VH.device.type)
+    for columns, dz in zip(live.columns_A.split(block), dz_CA.split(block, 1), strict=True):
+        # No column appears twice: no order matters.
+        sums_VH.index_add_(0, columns, mm(dz.t(), hidden_CH))
 
 
 # scale

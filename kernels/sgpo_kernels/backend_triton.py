@@ -20,14 +20,15 @@ import torch
 import triton
 from torch import Tensor
 
-from sgpo_kernels import backend_torch, sizes, triton_gradients, triton_statistics
+from sgpo_kernels import backend_torch, sizes, triton_gradients, triton_products, triton_statistics
 from sgpo_kernels import triton_constants as const
-from sgpo_kernels.backend import STAT_ROWS, SUM_ROWS, TABLE_ROWS, Logits
+from sgpo_kernels.backend import STAT_ROWS, SUM_ROWS, TABLE_ROWS, LiveColumns, Logits
 from sgpo_kernels.inputs import ClipRange, KlLimit
 
 # Launch syntax is beyond type checkers.
 statistics: Any = triton_statistics
 gradients: Any = triton_gradients
+products: Any = triton_products
 # The default of fused multiply-adds changes in Triton 3.10: said here.
 COMPILED: dict[str, Any] = {} if sizes.interpreting() else {"enable_fp_fusion": True}
 # Planes of the statistics of a tile.
@@ -35,6 +36,8 @@ TILE_STATS = 3
 ROW_BLOCK = 128
 RESCALE_BLOCK = 2048
 LIVE_TILE = 8192
+# Programs that take turns with the tiles of live columns, whose number the host does not know.
+LIVE_PROGRAMS = 16
 
 
 def _blocks(kernel: str, like: Tensor) -> sizes.Blocks:
@@ -260,8 +263,8 @@ def live_columns(
     threshold: Tensor,
     *,
     all_peaks: bool,
-) -> tuple[Tensor, Tensor]:
-    """See `Backend.live_columns`."""
+) -> tuple[LiveColumns, Tensor]:
+    """See `Backend.live_columns`; the count stays on the device."""
     rows, vocab = student.products_CV.shape
     # The column tiles of scan, whose maxima tell which tiles need no reading.
     block = _blocks("peaks", table)._replace(columns=_blocks("scan", table).columns)
@@ -286,23 +289,29 @@ def live_columns(
         **flags,
         **_options(block),
     )
-    if len(found) > LIVE_TILE // 64:
-        found = found.amax(0, keepdim=True)
-    live_V, peaks_V = table.new_empty(vocab, dtype=torch.bool), table.new_empty(vocab)
-    blocks = triton.next_power_of_2(len(found))
-    gradients.live_columns[(triton.cdiv(vocab, LIVE_TILE // blocks),)](
-        found,
-        threshold,
-        live_V,
-        peaks_V,
-        len(found),
-        vocab,
-        BLOCK_T=blocks,
-        BLOCK_V=LIVE_TILE // blocks,
-        num_warps=4,
-        **COMPILED,
-    )
-    return live_V, peaks_V
+    return _placed(found, threshold)
+
+
+def _placed(peaks_TV: Tensor, threshold: Tensor) -> tuple[LiveColumns, Tensor]:
+    """The live columns by the largest of each column's peaks, and the peaks of the others."""
+    vocab = peaks_TV.shape[1]
+    if len(peaks_TV) > LIVE_TILE // 64:
+        peaks_TV = peaks_TV.amax(0, keepdim=True)
+    blocks = triton.next_power_of_2(len(peaks_TV))
+    width = LIVE_TILE // blocks
+    programs = triton.cdiv(vocab, width)
+    live_V, dropped_V = peaks_TV.new_empty(vocab, dtype=torch.bool), peaks_TV.new_empty(vocab)
+    counts, columns_V = live_V.new_empty(programs, dtype=torch.int32), live_V.new_empty(vocab, dtype=torch.int32)
+    gradients.live_columns[(programs,)](
+        peaks_TV, threshold, live_V, dropped_V, counts, len(peaks_TV), vocab,
+        BLOCK_T=blocks, BLOCK_V=width, num_warps=4, **COMPILED,
+    )  # fmt: skip
+    count = counts.new_empty(())
+    gradients.place_columns[(programs,)](
+        live_V, counts, columns_V, count, sizes.dense_limit(vocab), programs, vocab,
+        BLOCK_T=triton.next_power_of_2(programs), BLOCK_V=width, num_warps=4, **COMPILED,
+    )  # fmt: skip
+    return LiveColumns(columns_V, count), dropped_V
 
 
 def gradient(
@@ -342,33 +351,25 @@ def gradient_columns(
     teacher: Logits | None,
     table: Tensor,
     labels_C: Tensor | None,
-    columns_A: Tensor,
-    count: Tensor | None,
+    live: LiveColumns,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Backend.gradient_columns`."""
-    rows, live = student.products_CV.shape[0], columns_A.numel()
-    dz_CA = sizes.padded_empty(rows, live, like=table, dtype=dtype)
-    if not live:
-        return dz_CA, table.new_zeros(rows), table.new_zeros(rows)
+    rows = student.products_CV.shape[0]
+    dz_CA = sizes.padded_empty(rows, live.columns_A.numel(), like=table, dtype=dtype)
     block = _blocks("columns", table)
-    tiles = triton.cdiv(live, block.columns)
-    sums = table.new_empty(2, rows, tiles)
+    sums = table.new_empty(2, rows, LIVE_PROGRAMS)
     arguments, flags = _sides(student, teacher)
-    gradients.gradient_column_tiles[(triton.cdiv(rows, block.rows), tiles)](
+    gradients.gradient_column_tiles[(triton.cdiv(rows, block.rows), LIVE_PROGRAMS)](
         *arguments,
         table,
         table if labels_C is None else labels_C,
-        columns_A,
-        columns_A if count is None else count,
+        *live,
         dz_CA,
         dz_CA.stride(0),
         sums,
         rows,
-        live,
-        tiles,
         KIND=const.KINDS[kind],
-        HAS_COUNT=count is not None,
         **flags,
         **_options(block),
     )
@@ -380,8 +381,7 @@ def finish_columns(
     table: Tensor,
     kept_C: Tensor,
     sum_C: Tensor | None,
-    columns_A: Tensor,
-    count: Tensor | None,
+    live: LiveColumns,
     scale: Tensor,
     rows_C: Tensor,
     vocab: int,
@@ -393,21 +393,45 @@ def finish_columns(
         table,
         kept_C,
         kept_C if sum_C is None else sum_C,
-        columns_A if count is None else count,
+        live.count,
         scale,
         rows_C,
         values,
-        columns_A.numel(),
         1.0 / vocab,
         backend_torch.DROPPED_FLOOR,
         1 + backend_torch.DROPPED_MARGIN,
         rows,
         values.shape[1],
+        vocab,
         HAS_SUM=sum_C is not None,
-        HAS_COUNT=count is not None,
         BLOCK=ROW_BLOCK,
         num_warps=4,
         **COMPILED,
+    )
+
+
+def _tile_options(tiles: sizes.Tiles) -> dict[str, Any]:
+    blocks = {"BLOCK_R": tiles.rows, "BLOCK_V": tiles.columns, "BLOCK_K": tiles.depth}
+    return {**blocks, "num_warps": tiles.warps, "num_stages": tiles.stages, **COMPILED}
+
+
+def live_hidden(dz_CA: Tensor, head_VH: Tensor, live: LiveColumns) -> Tensor:
+    """See `Backend.live_hidden`."""
+    rows, width = len(dz_CA), head_VH.shape[1]
+    tiles = sizes.product_tiles("live_hidden", dz_CA.dtype)
+    out_CH = dz_CA.new_empty(rows, width, dtype=torch.float32)
+    products.live_hidden[(triton.cdiv(rows, tiles.rows), triton.cdiv(width, tiles.columns))](
+        dz_CA, dz_CA.stride(0), *live, head_VH, *head_VH.stride(), out_CH, rows, width, **_tile_options(tiles)
+    )
+    return out_CH
+
+
+def add_live_head(sums_VH: Tensor, dz_CA: Tensor, hidden_CH: Tensor, live: LiveColumns) -> None:
+    """See `Backend.add_live_head`; sums_VH and hidden_CH contiguous."""
+    rows, width = hidden_CH.shape
+    tiles = sizes.product_tiles("live_head", dz_CA.dtype)
+    products.live_head[(LIVE_PROGRAMS, triton.cdiv(width, tiles.columns))](
+        dz_CA, dz_CA.stride(0), *live, hidden_CH, sums_VH, rows, width, **_tile_options(tiles)
     )
 
 

@@ -12,10 +12,9 @@ Precision: logits, row values and the dW accumulator are float32 (float64 for fl
   dtype of hidden for the two products. Row gradients are divided by a power of two near the largest weight before
   they are rounded. dW and db stay in the accumulation dtype until they are multiplied back, and are rounded once: one
   pass over dW, and a sum over rows of such quotients cannot overflow float16.
-Limits: host syncs on an accelerator: one per group (the count of live rows), and with a column tolerance two more (the
-  first chunk's count of live columns gives the places of the later ones; whether they were enough is asked once, at the
-  end, and a chunk that lacked some is done again, densely) or, with vocabulary shards, one per chunk. First derivatives
-  only; float32 products follow torch's own TF32 setting on CUDA.
+Limits: host syncs on an accelerator: one per group (the count of live rows); with a column tolerance and impl="torch"
+  one per chunk (the count of live columns, which Triton's kernels leave on the device). First derivatives only; float32
+  products follow torch's own TF32 setting on CUDA, but for Triton's with live columns, which are exact.
 
 Live columns: on a confident model dz is almost empty. With column_tolerance > 0 a column of the chunk is multiplied
   only where |dz| >= tolerance * (the row's weight) * min(1, the chunk's largest sum |dz| / weight) for some row; what
@@ -23,7 +22,7 @@ Live columns: on a confident model dz is almost empty. With column_tolerance > 0
   than half of the columns live, the chunk is dense and drops nothing.
 
 Centring: dz of a row sums to 0, so the sum of what it dropped is known. dH gets it back, multiplied by one mean head
-  row (of the columns that the group's first sparse chunk dropped, weighted by their largest |dz|); on a real model
+  row (of the columns below the threshold in the group's first chunk, weighted by their largest |dz|); on a real model
   this makes the error of dH several times smaller. The returned bound then includes the sum's size, so that in either
   case |error of dH| <= dropped * max |W|. Not with a soft-cap or a vocabulary shard, whose dz does not sum to 0.
 """
@@ -38,10 +37,10 @@ import torch
 from torch import Tensor
 
 from sgpo_kernels import backend_torch, checks, sizes
-from sgpo_kernels.backend import DROPPED, SHARE, SLOPE, Backend, Logits
+from sgpo_kernels.backend import DROPPED, SHARE, SLOPE, Backend, LiveColumns, Logits
 from sgpo_kernels.backend_torch import power_of_two_scale
 from sgpo_kernels.head import Head, Shard, add_mm, bmm, mm
-from sgpo_kernels.row_groups import Chunk, RowGroup, live_index
+from sgpo_kernels.row_groups import Chunk, RowGroup
 
 # Head rows that one program sums for the mean head row.
 MEAN_ROWS = 512
@@ -83,15 +82,6 @@ class SharedInputs:
     column_tolerance: float = 0.0
 
 
-class LiveColumns(NamedTuple):
-    """Columns of a chunk that carry gradient, ascending, int64 [A]. Where the host does not know how many there are,
-    the first `taken` (0-d, on the device) do, and the rest are places not taken, filled with the last column; a count
-    above A says that they did not fit, and none is used."""
-
-    columns_A: Tensor
-    taken: Tensor | None
-
-
 def load_backend(impl: str, device_type: str, dtype: torch.dtype) -> Backend:
     """The row arithmetic for an `impl`; Triton is imported only where it runs. Raises as `sizes.resolve_impl`."""
     if sizes.resolve_impl(impl, device_type, dtype) == "triton":
@@ -120,8 +110,8 @@ def run(groups: Sequence[RowGroup], shared: SharedInputs, needs: NeedsGrad) -> G
                     continue
                 loop.begin_group(group)
                 for rows_C in group.index.split(loop.chunk):
-                    loop.run_chunk(group, rows_C, hidden_grad, dense=not shared.column_tolerance)
-                loop.end_group(group, hidden_grad)
+                    loop.run_chunk(group, rows_C, hidden_grad)
+                loop.end_group(group)
             dhead, dbias = loop.finish()
         if needs.head:
             dhead = torch.zeros_like(head, dtype=scale.dtype) if dhead is None else dhead
@@ -160,10 +150,6 @@ class _ChunkLoop:
         self.filled = 0
         self.centred = shared.softcap is None and shared.shard.group_name is None
         self.centre_H: Tensor | None = None
-        # Ranks of a sharded vocabulary must take the same steps, so that none does a chunk again.
-        self.counts_each = sizes.counts_are_free(shared.head.device.type) or shared.shard.group_name is not None
-        self.places: int | None = None
-        self.guesses: list[tuple[Tensor, Tensor]] = []
 
     def _default_chunk(self, rows: int, width: int, vocab: int) -> int:
         device = self.shared.head.device.type
@@ -175,11 +161,11 @@ class _ChunkLoop:
         return torch.empty(shape, dtype=dtype or self.acc, device=self.shared.head.device)
 
     def begin_group(self, group: RowGroup) -> None:
-        """Before the chunks of a group, whose mean head row and places are its own."""
+        """Before the chunks of a group, whose mean head row is its own."""
         group.values[SHARE].index_fill_(0, group.index, 1.0)
-        self.centre_H, self.places = None, None
+        self.centre_H = None
 
-    def run_chunk(self, group: RowGroup, rows_C: Tensor, hidden_grad: Tensor | None, *, dense: bool) -> None:
+    def run_chunk(self, group: RowGroup, rows_C: Tensor, hidden_grad: Tensor | None) -> None:
         """Logits, row values and gradients of some live rows of a group."""
         hidden_CH = group.hidden[rows_C].to(self.operand)
         chunk = self._open(group, rows_C, hidden_CH)
@@ -187,26 +173,16 @@ class _ChunkLoop:
         if chunk.factor_C is None:
             return
         checks.check_half_range(table[SLOPE], group.hidden.dtype)
-        live = None if dense else self._live_columns(group, chunk, table)
+        live = self._live_columns(group, chunk, table) if self.shared.column_tolerance else None
         if live is None:
             self._dense(group, chunk, table, hidden_CH, hidden_grad)
         else:
             self._sparse(group, chunk, table, live, hidden_CH, hidden_grad)
 
-    def end_group(self, group: RowGroup, hidden_grad: Tensor | None) -> None:
-        """After them: chunks whose live columns did not fit are done again, and the shards' losses are added up."""
-        for rows_C in self._rows_that_lacked_places():
-            group.values[SHARE].index_fill_(0, rows_C, 1.0)
-            group.values[DROPPED].index_fill_(0, rows_C, 0.0)
-            self.run_chunk(group, rows_C, hidden_grad, dense=True)
+    def end_group(self, group: RowGroup) -> None:
+        """After them: what all shards dropped."""
         if self.shared.column_tolerance:
             self.shared.shard.sum_(group.values[DROPPED])
-
-    def _rows_that_lacked_places(self) -> list[Tensor]:
-        """The rows of chunks whose live columns did not fit. One host sync where there are guesses to check."""
-        guesses, self.guesses = self.guesses, []
-        counts = torch.stack([count for _, count in guesses]).tolist() if guesses else []
-        return [rows_C for (rows_C, _), count in zip(guesses, counts, strict=True) if count > (self.places or 0)]
 
     def _open(self, group: RowGroup, rows_C: Tensor, hidden_CH: Tensor) -> Chunk:
         """The chunk with the products of both contexts: two of one shape, so that equal states give equal bits."""
@@ -226,26 +202,17 @@ class _ChunkLoop:
         return Chunk(self.backend, self.shared.shard, rows_C, student, teacher, labels, factor)
 
     def _live_columns(self, group: RowGroup, chunk: Chunk, table: Tensor) -> LiveColumns | None:
-        """The columns to multiply; None means all of them. The first sparse chunk also fixes the mean head row."""
+        """The columns to multiply; None means all of them. The group's first chunk also fixes the mean head row."""
         threshold = self.backend.column_threshold(table, self.shared.column_tolerance)
         first = self.centred and self.centre_H is None
-        live_V, peaks_V = self.backend.live_columns(
+        live, dropped_V = self.backend.live_columns(
             group.kind, chunk.student, chunk.teacher, table, chunk.labels_C, threshold, all_peaks=first
         )
-        vocab = live_V.numel()
-        if self.places is not None:
-            count = live_V.sum()
-            self.guesses.append((chunk.rows_C, count))
-            return LiveColumns(torch.nonzero_static(live_V, size=self.places, fill_value=vocab - 1).squeeze(1), count)
-        columns_A = live_index(live_V)
-        count = columns_A.numel()
-        if count > sizes.DENSE_SHARE * vocab:
+        if first:
+            self.centre_H = self._mean_head_row(dropped_V)
+        if live.count is None and live.columns_A.numel() > sizes.dense_limit(dropped_V.numel()):
             return None
-        if count and first:
-            self.centre_H = self._mean_head_row(peaks_V.index_fill_(0, columns_A, 0.0))
-        if count and not self.counts_each:
-            self.places = sizes.column_capacity(count, vocab)
-        return LiveColumns(columns_A, None)
+        return live
 
     def _mean_head_row(self, weights_V: Tensor) -> Tensor:
         """The weighted mean of the head's rows, [H]; 0 where all weights are. One pass over the head, block by block:
@@ -284,27 +251,20 @@ class _ChunkLoop:
         hidden_CH: Tensor,
         hidden_grad: Tensor | None,
     ) -> None:
-        columns_A = live.columns_A
         dz_CA, kept_C, sum_C = self.backend.gradient_columns(
-            group.kind, chunk.student, chunk.teacher, table, chunk.labels_C, *live, group.hidden.dtype
+            group.kind, chunk.student, chunk.teacher, table, chunk.labels_C, live, group.hidden.dtype
         )
         assert self.scale is not None
         self.backend.finish_columns(
-            table, kept_C, sum_C if self.centre_H is not None else None, *live, self.scale, chunk.rows_C,
+            table, kept_C, sum_C if self.centre_H is not None else None, live, self.scale, chunk.rows_C,
             chunk.student.products_CV.shape[1], group.values,
         )  # fmt: skip
-        self._add_bias(columns_A, dz_CA)
+        self._add_bias(live, dz_CA)
         dz_CA = dz_CA.to(self.operand)
-        dhidden_CH = None
-        block = sizes.head_block_rows(hidden_CH.shape[1], self.acc, hidden_CH.device.type)
-        for columns, dz in zip(columns_A.split(block), dz_CA.split(block, 1), strict=True):
-            if hidden_grad is not None:
-                part_CH = mm(dz, self.head.weight_VH[columns])
-                dhidden_CH = part_CH if dhidden_CH is None else dhidden_CH.add_(part_CH)
-            if self.needs.head:
-                # No column appears twice, but for places that are not taken, which add zeros: no order matters.
-                self._head_sum().index_add_(0, columns, mm(dz.t(), hidden_CH))
-        if hidden_grad is not None and dhidden_CH is not None:
+        if self.needs.head:
+            self.backend.add_live_head(self._head_sum(), dz_CA, hidden_CH, live)
+        if hidden_grad is not None:
+            dhidden_CH = self.backend.live_hidden(dz_CA, self.head.weight_VH, live)
             if self.centre_H is not None:
                 dhidden_CH.addr_(sum_C, self.centre_H, alpha=-1)
             self._store(hidden_grad, chunk, dhidden_CH)
@@ -326,13 +286,18 @@ class _ChunkLoop:
             block = sizes.head_block_rows(hidden_SH.shape[1], self.acc, hidden_SH.device.type)
             add_mm(self.head_VH, dz_SV.t(), hidden_SH, block)
 
-    def _add_bias(self, columns_A: Tensor | None, dz_CK: Tensor) -> None:
+    def _add_bias(self, live: LiveColumns | None, dz_CK: Tensor) -> None:
         if not self.needs.bias:
             return
         if self.bias_V is None:
             self.bias_V = dz_CK.new_zeros(self.shared.head.shape[0], dtype=self.acc)
-        total = dz_CK.sum(0, dtype=self.acc)
-        self.bias_V.add_(total) if columns_A is None else self.bias_V.index_add_(0, columns_A, total)
+        total_K = dz_CK.sum(0, dtype=self.acc)
+        if live is None:
+            self.bias_V.add_(total_K)
+            return
+        if live.count is not None:
+            total_K = torch.where(torch.arange(len(total_K), device=total_K.device) < live.count, total_K, 0.0)
+        self.bias_V.index_add_(0, live.columns_A, total_K)
 
     def _slab_rows(self, hidden_CH: Tensor) -> Tensor:
         """Where the dz of these rows goes, beside their hidden states."""

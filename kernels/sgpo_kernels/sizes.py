@@ -25,9 +25,6 @@ HEAD_BLOCK_BYTES = {"cpu": 64 << 20, "cuda": 64 << 20}
 ROW_BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
 # Above this share of live columns a chunk is multiplied densely.
 DENSE_SHARE = 0.5
-# Places for live columns in the chunks after a group's first, whose count the host does not wait for: this many times
-# the first one's.
-COLUMN_SLACK = 1.5
 # Chunk-sized [C, V] tensors in the accumulation dtype that an op holds at the same time, at most.
 WORK_CHUNKS: dict[Op, float] = {"logprob": 3, "policy": 3, "divergence": 4, "sgpo": 4}
 # Row-block-sized tensors of the plain torch arithmetic.
@@ -57,14 +54,9 @@ def slab_rows(rows: int, chunk: int) -> int:
     return max(1, math.ceil(rows / slabs / chunk)) * chunk
 
 
-def counts_are_free(device_type: str) -> bool:
-    """Whether the host may ask for a count at any time: on the CPU; an accelerator would have to catch up first."""
-    return device_type == "cpu"
-
-
-def column_capacity(live: int, vocab: int) -> int:
-    """Places for the live columns of a later chunk, where the first one had `live`; a multiple of 64."""
-    return min(vocab, math.ceil((live * COLUMN_SLACK + 64) / 64) * 64)
+def dense_limit(vocab: int) -> int:
+    """The largest number of live columns with which a chunk is not multiplied densely."""
+    return int(DENSE_SHARE * vocab)
 
 
 def padded_empty(rows: int, columns: int, *, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -188,6 +180,33 @@ def _why_no_triton(device_type: str, dtype: torch.dtype) -> str | None:
 @functools.cache
 def _announce_auto(impl: str, device_type: str, dtype: str) -> None:
     log.info('impl="auto" chose "%s" for %s on %s', impl, dtype, device_type)
+
+
+class Tiles(NamedTuple):
+    """The tile of a product in Triton [rows, columns], how much of the inner dimension a step takes, warps, stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# By kernel, for operands of two bytes; wider ones take half of each side.
+PRODUCT_TILES = {
+    "live_hidden": Tiles(128, 128, 64, 8, 3),
+    "live_head": Tiles(128, 128, 64, 8, 3),
+    "sweep": Tiles(128, 256, 64, 8, 4),
+    "gathered": Tiles(128, 128, 64, 8, 3),
+}
+
+
+def product_tiles(kernel: str, dtype: torch.dtype) -> Tiles:
+    """The tile of a product for operands of a dtype."""
+    tiles = PRODUCT_TILES[kernel]
+    if dtype.itemsize <= 2:
+        return tiles
+    return tiles._replace(rows=tiles.rows // 2, columns=tiles.columns // 2, depth=tiles.depth // 2)
 
 
 class Blocks(NamedTuple):

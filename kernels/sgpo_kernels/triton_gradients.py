@@ -1,7 +1,8 @@
 """Triton kernels from the table to gradients: divergence sums, column peaks, dz of all columns or of the live ones.
 
 What: per chunk `divergence_tiles` (distillation rows, before their values), `peak_tiles` (with a column tolerance),
-  then `gradient_tiles` or `gradient_column_tiles`; `rescale` for the finished gradients.
+  `live_columns` and `place_columns`, then `gradient_tiles` or `gradient_column_tiles`; `rescale` for the finished
+  gradients. How many columns live only the device knows.
 Equation: backend_torch.py has the same arithmetic in plain torch; dz = SLOPE * core.
 Source: as backend_torch.py.
 Gradient: d loss / d (product + bias): the derivative of the soft-cap is in it.
@@ -232,42 +233,46 @@ def gradient_tiles(
 @triton.jit(do_not_specialize=SIZES)
 def gradient_column_tiles(
     products_ptr, stride, bias_ptr, teacher_ptr, teacher_stride, teacher_bias_ptr, inv_temperature_ptr, softcap,
-    table_ptr, labels_ptr, live_ptr, count_ptr, out_ptr, out_stride, sums_ptr, C, A, T,
-    KIND: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr,
+    table_ptr, labels_ptr, live_ptr, count_ptr, out_ptr, out_stride, sums_ptr, C,
+    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dz of the live columns into out [C, A], and per tile their share of TOTAL and the sum of dz into sums [2, C, T].
-    With a count only so many of the A columns are live (none where it is above A), and the dz of the others is 0."""
+    """dz of the `count` live columns into out [C, count], and per program of the second grid axis, which take turns
+    with the column tiles, their share of TOTAL and the sum of dz into sums [2, C, programs]."""
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    place = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    row_inside, place_inside = rows < C, place < A
-    whole = row_inside[:, None] & place_inside[None, :]
-    if HAS_COUNT:
-        count = tl.load(count_ptr)
-        place_inside = place_inside & (place < tl.where(count > A, 0, count))
-    inside = row_inside[:, None] & place_inside[None, :]
-    columns = tl.load(live_ptr + place, mask=place_inside, other=0).to(tl.int32)
+    row_inside = rows < C
     inv_temperature = load_inv_temperature(inv_temperature_ptr, rows, row_inside, HAS_TEMPERATURE)
-    z_S, chain = load_tile(products_ptr, stride, rows, row_inside, columns, place_inside, bias_ptr, inv_temperature,
-                           softcap, HAS_BIAS, HAS_SOFTCAP)  # fmt: skip
-    z_T = z_S
     labels = rows * 0 - 1
     if KIND == SCORE:
         labels = tl.load(labels_ptr + rows, mask=row_inside, other=-1).to(tl.int32)
-    else:
-        z_T, _ = load_tile(teacher_ptr, teacher_stride, rows, row_inside, columns, place_inside, teacher_bias_ptr,
-                           inv_temperature, softcap, HAS_TEACHER_BIAS, HAS_SOFTCAP)  # fmt: skip
-    is_label = inside & (columns[None, :] == labels[:, None])
-    core, size, _, _ = _core(z_S, z_T, is_label, inside, table_ptr, rows, row_inside, C, KIND)
-    dz = core * tl.load(table_ptr + SLOPE * C + rows, mask=row_inside, other=0.0)[:, None]
-    if HAS_SOFTCAP:
-        dz *= chain
-    offsets = rows.to(tl.int64)[:, None] * out_stride + place.to(tl.int64)[None, :]
-    dz = tl.where(inside, dz, 0.0)
-    tl.store(out_ptr + offsets, dz.to(out_ptr.dtype.element_ty), mask=whole)
-    at = rows.to(tl.int64) * T + tl.program_id(1)
-    tl.store(sums_ptr + at, tl.sum(tl.where(inside, size, 0.0), 1), mask=row_inside)
-    tl.store(sums_ptr + C.to(tl.int64) * T + at, tl.sum(dz, 1), mask=row_inside)
+    slope = tl.load(table_ptr + SLOPE * C + rows, mask=row_inside, other=0.0)[:, None]
+    count = tl.load(count_ptr)
+    kept = tl.zeros([BLOCK_R], tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    for tile in tl.range(tl.program_id(1), tl.cdiv(count, BLOCK_V), tl.num_programs(1)):
+        place = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        place_inside = place < count
+        inside = row_inside[:, None] & place_inside[None, :]
+        columns = tl.load(live_ptr + place, mask=place_inside, other=0)
+        z_S, chain = load_tile(products_ptr, stride, rows, row_inside, columns, place_inside, bias_ptr,
+                               inv_temperature, softcap, HAS_BIAS, HAS_SOFTCAP)  # fmt: skip
+        z_T = z_S
+        if KIND != SCORE:
+            z_T, _ = load_tile(teacher_ptr, teacher_stride, rows, row_inside, columns, place_inside,
+                               teacher_bias_ptr, inv_temperature, softcap, HAS_TEACHER_BIAS, HAS_SOFTCAP)  # fmt: skip
+        is_label = inside & (columns[None, :] == labels[:, None])
+        core, size, _, _ = _core(z_S, z_T, is_label, inside, table_ptr, rows, row_inside, C, KIND)
+        dz = core * slope
+        if HAS_SOFTCAP:
+            dz *= chain
+        dz = tl.where(inside, dz, 0.0)
+        offsets = rows.to(tl.int64)[:, None] * out_stride + place[None, :]
+        tl.store(out_ptr + offsets, dz.to(out_ptr.dtype.element_ty), mask=inside)
+        kept += tl.sum(tl.where(inside, size, 0.0), 1)
+        total += tl.sum(dz, 1)
+    at = rows.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(sums_ptr + at, kept, mask=row_inside)
+    tl.store(sums_ptr + C.to(tl.int64) * tl.num_programs(1) + at, total, mask=row_inside)
 
 
 @triton.jit(do_not_specialize=(*SIZES, "tolerance"))
@@ -282,8 +287,11 @@ def column_threshold(table_ptr, tolerance, threshold_ptr, C, BLOCK: tl.constexpr
 
 
 @triton.jit(do_not_specialize=SIZES)
-def live_columns(peaks_ptr, threshold_ptr, alive_ptr, largest_ptr, T, V, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr):
-    """From peaks [T, V] per block of rows: the largest of each column, and whether it is not below the threshold."""
+def live_columns(
+    peaks_ptr, threshold_ptr, alive_ptr, dropped_ptr, counts_ptr, T, V, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr
+):  # fmt: skip
+    """From peaks [T, V] per block of rows: whether each column's largest is not below the threshold, the largest of the
+    others (0 where it is not), and how many of each program's columns live."""
     columns = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     blocks = tl.arange(0, BLOCK_T)
     inside = columns < V
@@ -291,15 +299,40 @@ def live_columns(peaks_ptr, threshold_ptr, alive_ptr, largest_ptr, T, V, BLOCK_T
     largest = tl.max(tl.load(peaks_ptr + offsets, mask=(blocks < T)[:, None] & inside[None, :], other=0.0), 0)
     dead = (largest < tl.load(threshold_ptr)) | (largest == 0.0)
     tl.store(alive_ptr + columns, dead == 0, mask=inside)
-    tl.store(largest_ptr + columns, largest, mask=inside)
+    tl.store(dropped_ptr + columns, tl.where(dead, largest, 0.0), mask=inside)
+    tl.store(counts_ptr + tl.program_id(0), tl.sum(tl.where(inside & (dead == 0), 1, 0), 0))
+
+
+@triton.jit(do_not_specialize=(*SIZES, "limit"))
+def place_columns(
+    alive_ptr, counts_ptr, live_ptr, count_ptr, limit, T, V, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr
+):  # fmt: skip
+    """The live columns in ascending order into live [V], the last column in the places behind them, and their number.
+    Where there are more than `limit`, every column lives."""
+    program = tl.program_id(0)
+    tiles = tl.arange(0, BLOCK_T)
+    counts = tl.load(counts_ptr + tiles, mask=tiles < T, other=0)
+    total = tl.sum(counts, 0)
+    columns = program * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = columns < V
+    # V where every column lives, else 0.
+    every = tl.where(total > limit, V, 0)
+    alive = tl.load(alive_ptr + columns, mask=inside, other=0).to(tl.int32)
+    alive = tl.where(inside & (columns < every), 1, alive)
+    before = tl.where(every > 0, program * BLOCK_V, tl.sum(tl.where(tiles < program, counts, 0), 0))
+    tl.store(live_ptr + before + tl.cumsum(alive, 0) - 1, columns, mask=alive != 0)
+    total = tl.maximum(total, every)
+    tl.store(live_ptr + columns, V - 1, mask=inside & (columns >= total))
+    if program == 0:
+        tl.store(count_ptr, total)
 
 
 @triton.jit(do_not_specialize=(*SIZES, "share"))
 def finish_columns(
-    table_ptr, kept_ptr, sum_ptr, count_ptr, scale_ptr, rows_ptr, values_ptr, A, share, floor, margin, C, N,
-    HAS_SUM: tl.constexpr, HAS_COUNT: tl.constexpr, BLOCK: tl.constexpr,
+    table_ptr, kept_ptr, sum_ptr, count_ptr, scale_ptr, rows_ptr, values_ptr, share, floor, margin, C, N, V,
+    HAS_SUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """DROPPED and SHARE of the chunk's rows into values."""
+    """DROPPED and SHARE of the chunk's rows into values; nothing is dropped where every column lives."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < C
     rows = tl.load(rows_ptr + at, mask=inside, other=0)
@@ -310,11 +343,10 @@ def finish_columns(
     lost *= tl.abs(slope)
     if HAS_SUM:
         lost += tl.abs(tl.load(sum_ptr + at, mask=inside, other=0.0))
-    live = A
-    if HAS_COUNT:
-        live = tl.load(count_ptr).to(tl.int32)
-    tl.store(values_ptr + DROPPED * N + rows, lost * tl.load(scale_ptr), mask=inside)
-    tl.store(values_ptr + SHARE * N + rows, rows * 0 + live * share, mask=inside)
+    count = tl.load(count_ptr)
+    lost = tl.where(count == V, 0.0, lost * tl.load(scale_ptr))
+    tl.store(values_ptr + DROPPED * N + rows, lost, mask=inside)
+    tl.store(values_ptr + SHARE * N + rows, rows * 0 + count * share, mask=inside)
 
 
 @triton.jit

@@ -28,6 +28,8 @@ def small_blocks(monkeypatch):
     tiles = {name: block._replace(rows=2, columns=16) for name, block in sizes.DEFAULT_BLOCKS.items()}
     if DEVICE == "cpu":
         monkeypatch.setattr(sizes, "DEFAULT_BLOCKS", tiles)
+        # Wide operands take half of each.
+        monkeypatch.setattr(sizes, "PRODUCT_TILES", dict.fromkeys(sizes.PRODUCT_TILES, sizes.Tiles(32, 32, 32, 4, 2)))
 
 
 def check(case, **extra) -> dict[str, Tensor]:
@@ -183,9 +185,9 @@ def test_tiles_that_are_not_read_hold_no_live_column(make_case):
 
     gen = torch.Generator().manual_seed(3)
     z = torch.randn(8, 64, generator=gen)
-    z[:, 32:] -= 8
+    z[:, 24:] -= 8
     z[5, 60] += 12
-    targets = torch.randint(32, (8,), generator=gen)
+    targets = torch.randint(24, (8,), generator=gen)
     tolerance = torch.tensor(0.01)
     found = {}
     for name, module in {"triton": backend_triton, "torch": backend_torch}.items():
@@ -198,16 +200,16 @@ def test_tiles_that_are_not_read_hold_no_live_column(make_case):
         )
         side = ("score", logits, None, table, targets)
         live, found[name] = module.live_columns(*side, tolerance, all_peaks=False)
-        assert torch.equal(live, found[name] >= tolerance)
-        assert torch.equal(live, found.setdefault("live", live))
-        _, everything = module.live_columns(*side, tolerance, all_peaks=True)
+        columns = live.columns_A if live.count is None else live.columns_A[: live.count]
+        assert columns.tolist() == found.setdefault("live", columns).tolist()
+        assert not found[name][columns.long()].any()
+        _, everything = module.live_columns(*side, torch.tensor(9.0), all_peaks=True)
         torch.testing.assert_close(everything, found.setdefault("everything", everything))
-    skipped = found["triton"] == 0
+    dropped = torch.ones(64, dtype=torch.bool).index_fill(0, found["live"].long(), False)
+    assert torch.equal(found["everything"] < tolerance, dropped)
+    skipped = dropped & (found["triton"] == 0)
     assert skipped.any()
-    assert bool((found["torch"][skipped] < tolerance).all())
-    live = found["torch"] >= tolerance
-    assert torch.equal(found["triton"] >= tolerance, live)
-    torch.testing.assert_close(found["triton"][live], found["torch"][live])
+    assert bool((found["triton"] <= found["torch"] * (1 + 1e-5)).all())
 
 
 def row_kernels(products: Tensor, teacher: Tensor, out: Tensor, kind: str) -> list[Tensor]:
@@ -231,19 +233,13 @@ def row_kernels(products: Tensor, teacher: Tensor, out: Tensor, kind: str) -> li
         sums = backend_triton.divergence_sums(kind, student, other, table)
         kl_limit = KlLimit(kind, None, "mask")
         backend_triton.divergence_row_values(sums, one, kl_limit, index, one, values, table)
-    columns = torch.tensor([1, 5, 7, vocab - 1], device=DEVICE)
     chunk = (kind, student, side, table, targets)
-    live, kept, total = backend_triton.gradient_columns(*chunk, columns, None, torch.float32)
+    _, peaks = backend_triton.live_columns(*chunk, torch.tensor(9.0, device=DEVICE), all_peaks=True)
+    count = torch.tensor(4, dtype=torch.int32, device=DEVICE)
+    columns = torch.tensor([1, 5, 7, vocab - 1, vocab - 1], dtype=torch.int32, device=DEVICE)
+    live, kept, total = backend_triton.gradient_columns(*chunk, backend.LiveColumns(columns, count), torch.float32)
+    live = live[:, :4]
     torch.testing.assert_close(total, live.sum(1))
-    places = torch.cat([columns, columns[-1:].expand(3)])
-    padded, kept_too, _ = backend_triton.gradient_columns(*chunk, places, torch.tensor(4, device=DEVICE), torch.float32)
-    assert torch.equal(padded[:, :4], live)
-    assert not padded[:, 4:].any()
-    assert torch.equal(kept, kept_too)
-    lacking, *sums = backend_triton.gradient_columns(*chunk, columns, torch.tensor(5, device=DEVICE), torch.float32)
-    assert not any(part.any() for part in (lacking, *sums))
-    threshold = torch.zeros((), device=DEVICE)
-    _, peaks = backend_triton.live_columns(*chunk, threshold, all_peaks=True)
     dz = backend_triton.gradient(kind, student, side, table, targets, out)
     return [value.clone() for value in (values, table, live, kept, peaks, dz)]
 
@@ -284,23 +280,61 @@ def test_without_interpreter_or_cuda_it_says_what_to_do(make_case, op, monkeypat
         make_case(op).call(sgpo_kernels, impl="triton")
 
 
-@pytest.mark.parametrize("counted", [True, False])
-def test_thresholds_and_bounds_are_those_of_plain_torch(counted):
+@pytest.mark.parametrize("centred", [True, False])
+def test_thresholds_and_bounds_are_those_of_plain_torch(centred):
     from sgpo_kernels import backend_triton
 
     gen = torch.Generator().manual_seed(0)
     table = torch.rand(backend.TABLE_ROWS, 300, generator=gen).to(DEVICE)
     table[backend.SLOPE] -= 0.5
     kept, total = table[backend.TOTAL] * 0.9, torch.randn(300, generator=gen).to(DEVICE)
-    columns, count = torch.arange(7, device=DEVICE), torch.tensor(5, device=DEVICE) if counted else None
+    columns, count = torch.arange(7, device=DEVICE), torch.tensor(5, dtype=torch.int32, device=DEVICE)
     rows, scale = torch.randperm(320, generator=gen)[:300].to(DEVICE), torch.tensor(0.25, device=DEVICE)
     found = []
-    for module in (backend_torch, backend_triton):
+    for module, live in ((backend_torch, (columns[:5], None)), (backend_triton, (columns.int(), count))):
         values = torch.zeros(backend.VALUE_ROWS, 320, device=DEVICE)
-        module.finish_columns(table, kept, total if counted else None, columns, count, scale, rows, 1000, values)
+        module.finish_columns(
+            table, kept, total if centred else None, backend.LiveColumns(*live), scale, rows, 1000, values
+        )
         found.append((values, module.column_threshold(table, 0.01), module.column_threshold(table * torch.nan, 0.01)))
     torch.testing.assert_close(*found, equal_nan=True)
-    assert float(found[0][0][backend.SHARE].max()) == pytest.approx((5 if counted else 7) / 1000)
+    assert float(found[0][0][backend.SHARE].max()) == pytest.approx(5 / 1000)
+
+
+@pytest.mark.parametrize("peaks", [0.01, 0.6])
+@pytest.mark.parametrize("blocks", [1, 3, 200])
+def test_live_columns_stand_in_their_order_and_above_the_limit_there_are_all(peaks, blocks):
+    from sgpo_kernels import backend_triton
+
+    vocab = 20_000
+    found = torch.rand(blocks, vocab, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    largest = found.amax(0)
+    threshold = largest.quantile(1 - peaks)
+    (columns, count), dropped = backend_triton._placed(found, threshold)
+    expected = (largest >= threshold).nonzero().squeeze(1) if peaks < 0.5 else torch.arange(vocab, device=DEVICE)
+    assert columns[:count].tolist() == expected.tolist()
+    assert bool((columns[count:] == vocab - 1).all())
+    assert torch.equal(dropped, torch.where(largest < threshold, largest, 0.0))
+
+
+@pytest.mark.parametrize("live", [0, 1, 40, 67])
+def test_products_of_live_columns_are_those_of_plain_torch(live):
+    from sgpo_kernels import backend_triton
+
+    gen = torch.Generator().manual_seed(live)
+    dz, hidden, head, sums = (torch.randn(n, k, generator=gen) for n, k in ((21, 67), (21, 35), (67, 35), (67, 35)))
+    columns = torch.randperm(67, generator=gen)[:live].sort().values
+    places = torch.cat([columns, torch.full((67 - live,), 66)]).int().to(DEVICE)
+    dz, hidden, head, sums = (x.to(DEVICE) for x in (dz, hidden, head, sums))
+    counted = backend.LiveColumns(places, torch.tensor(live, dtype=torch.int32, device=DEVICE))
+    known = backend.LiveColumns(columns.to(DEVICE), None)
+    dz[:, live:] = torch.nan
+    ours = backend_triton.live_hidden(dz, head, counted)
+    torch.testing.assert_close(ours, backend_torch.live_hidden(dz[:, :live], head, known))
+    added, plain = sums.clone(), sums.clone()
+    backend_triton.add_live_head(added, dz, hidden, counted)
+    backend_torch.add_live_head(plain, dz[:, :live], hidden, known)
+    torch.testing.assert_close(added, plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

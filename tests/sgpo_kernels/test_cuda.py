@@ -148,12 +148,12 @@ def test_offsets_beyond_32_bits(op):
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 @pytest.mark.parametrize("tolerance", [0.0, 2.0**-8])
 def test_host_syncs_are_the_counts_that_shapes_need(make_case, op, impl, tolerance):
-    """One per group of rows; with live columns one more per chunk."""
+    """One per group of rows; with live columns and plain torch one more per chunk."""
     case = to_cuda(make_case(op, torch.bfloat16, (70, 64, 1003)))
     extra = {} if op == "logprob" else {"column_tolerance": tolerance}
     case.results(chunk_rows=32, impl=impl, **extra)
     groups = 2 if op == "sgpo" else 1
-    chunks = 0 if op == "logprob" or not tolerance else 3 * groups
+    chunks = 0 if op == "logprob" or not tolerance or impl == "triton" else 3 * groups
     syncs = testing.host_syncs(lambda: case.results(chunk_rows=32, impl=impl, **extra))
     assert syncs <= groups + chunks
 

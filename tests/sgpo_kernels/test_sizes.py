@@ -158,8 +158,3 @@ def test_slabs_are_about_equally_full():
         slab = sizes.slab_rows(rows, 1024)
         assert slab % 1024 == 0
         assert slab <= sizes.SLAB_ROWS
-
-
-def test_places_for_live_columns():
-    assert sizes.column_capacity(1000, 152064) == 1600
-    assert sizes.column_capacity(120_000, 152064) == 152064
