@@ -59,12 +59,23 @@ class Logits(NamedTuple):
     notes: dict[str, Tensor] | None = None
 
 
+class Sweep(NamedTuple):
+    """One context of a chunk that gets no logits (impl="triton-nologits"): what they would be made of, the log-probs of
+    the sampling policy (None where no gradient is wanted), and what `scan` leaves for later stages."""
+
+    hidden_CH: Tensor
+    head_VH: Tensor
+    inv_temperature_C: Tensor | None
+    old_C: Tensor | None
+    notes: dict[str, Tensor]
+
+
 class LiveColumns(NamedTuple):
-    """Columns of a chunk that carry gradient, ascending. `count` (0-d): only the first so many of columns_A, a number
+    """Columns of a chunk that carry gradient, ascending. `taken` (0-d): only the first so many of columns_A, a number
     that only the device knows; None: all of them."""
 
     columns_A: Tensor
-    count: Tensor | None
+    taken: Tensor | None
 
 
 class Backend(Protocol):
@@ -179,7 +190,7 @@ class Backend(Protocol):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dz [C, A] of the live columns in `dtype`, what they hold of TOTAL [C], their sum of dz before rounding [C]).
-        Behind the count, dz is not written."""
+        Behind those that are taken, dz is not written."""
         ...
 
     def finish_columns(

@@ -89,11 +89,30 @@ def scan(logits: Logits, labels_C: Tensor | None) -> Tensor:
     if logits.notes is not None:
         logits.notes["tiles"] = tile_stats
     stats_4C = products.new_empty(STAT_ROWS, rows)
-    pointer = stats_4C if labels_C is None else labels_C
+    combine(tile_stats, (tiles, 1), stats_4C, labels_C, common, flags)
+    return stats_4C
+
+
+NO_FLAGS = {"HAS_BIAS": False, "HAS_SOFTCAP": False, "HAS_TEMPERATURE": False}
+
+
+def combine(
+    tile_stats: Tensor,
+    steps: tuple[int, int],
+    stats_4C: Tensor,
+    labels_C: Tensor | None = None,
+    products: tuple[Any, ...] | None = None,
+    flags: dict[str, Any] = NO_FLAGS,
+) -> None:
+    """Statistics of tiles, with their steps from row to row and from tile to tile, into those of rows; with labels,
+    also the logit of each from the products."""
+    rows = stats_4C.shape[1]
+    tiles = tile_stats[0].numel() // rows
     statistics.combine_tiles[(triton.cdiv(rows, 4),)](
         tile_stats,
-        *common,
-        pointer,
+        *steps,
+        *(products or (tile_stats, 0, tile_stats, tile_stats, 1.0)),
+        stats_4C if labels_C is None else labels_C,
         stats_4C,
         rows,
         tiles,
@@ -104,7 +123,6 @@ def scan(logits: Logits, labels_C: Tensor | None) -> Tensor:
         num_warps=4,
         **COMPILED,
     )
-    return stats_4C
 
 
 def score_row_values(
@@ -289,22 +307,26 @@ def live_columns(
         **flags,
         **_options(block),
     )
-    return _placed(found, threshold)
+    if len(found) > LIVE_TILE // 64:
+        found = found.amax(0, keepdim=True)
+    return placed(found, threshold)
 
 
-def _placed(peaks_TV: Tensor, threshold: Tensor) -> tuple[LiveColumns, Tensor]:
-    """The live columns by the largest of each column's peaks, and the peaks of the others."""
+def placed(
+    peaks_TV: Tensor, threshold: Tensor, reach_T: Tensor | None = None, forced_V: Tensor | None = None
+) -> tuple[LiveColumns, Tensor]:
+    """The live columns by the largest of each column's peaks, and the peaks of the others; with `reach_T` and
+    `forced_V`, those of a sweep."""
     vocab = peaks_TV.shape[1]
-    if len(peaks_TV) > LIVE_TILE // 64:
-        peaks_TV = peaks_TV.amax(0, keepdim=True)
     blocks = triton.next_power_of_2(len(peaks_TV))
     width = LIVE_TILE // blocks
     programs = triton.cdiv(vocab, width)
     live_V, dropped_V = peaks_TV.new_empty(vocab, dtype=torch.bool), peaks_TV.new_empty(vocab)
     counts, columns_V = live_V.new_empty(programs, dtype=torch.int32), live_V.new_empty(vocab, dtype=torch.int32)
     gradients.live_columns[(programs,)](
-        peaks_TV, threshold, live_V, dropped_V, counts, len(peaks_TV), vocab,
-        BLOCK_T=blocks, BLOCK_V=width, num_warps=4, **COMPILED,
+        peaks_TV, peaks_TV if reach_T is None else reach_T, live_V if forced_V is None else forced_V,
+        threshold, live_V, dropped_V, counts, len(peaks_TV), vocab,
+        SWEPT=reach_T is not None, BLOCK_T=blocks, BLOCK_V=width, num_warps=4, **COMPILED,
     )  # fmt: skip
     count = counts.new_empty(())
     gradients.place_columns[(programs,)](
@@ -393,7 +415,7 @@ def finish_columns(
         table,
         kept_C,
         kept_C if sum_C is None else sum_C,
-        live.count,
+        live.taken,
         scale,
         rows_C,
         values,
@@ -410,7 +432,7 @@ def finish_columns(
     )
 
 
-def _tile_options(tiles: sizes.Tiles) -> dict[str, Any]:
+def tile_options(tiles: sizes.Tiles) -> dict[str, Any]:
     blocks = {"BLOCK_R": tiles.rows, "BLOCK_V": tiles.columns, "BLOCK_K": tiles.depth}
     return {**blocks, "num_warps": tiles.warps, "num_stages": tiles.stages, **COMPILED}
 
@@ -421,7 +443,7 @@ def live_hidden(dz_CA: Tensor, head_VH: Tensor, live: LiveColumns) -> Tensor:
     tiles = sizes.product_tiles("live_hidden", dz_CA.dtype)
     out_CH = dz_CA.new_empty(rows, width, dtype=torch.float32)
     products.live_hidden[(triton.cdiv(rows, tiles.rows), triton.cdiv(width, tiles.columns))](
-        dz_CA, dz_CA.stride(0), *live, head_VH, *head_VH.stride(), out_CH, rows, width, **_tile_options(tiles)
+        dz_CA, dz_CA.stride(0), *live, head_VH, *head_VH.stride(), out_CH, rows, width, **tile_options(tiles)
     )
     return out_CH
 
@@ -431,7 +453,7 @@ def add_live_head(sums_VH: Tensor, dz_CA: Tensor, hidden_CH: Tensor, live: LiveC
     rows, width = hidden_CH.shape
     tiles = sizes.product_tiles("live_head", dz_CA.dtype)
     products.live_head[(LIVE_PROGRAMS, triton.cdiv(width, tiles.columns))](
-        dz_CA, dz_CA.stride(0), *live, hidden_CH, sums_VH, rows, width, **_tile_options(tiles)
+        dz_CA, dz_CA.stride(0), *live, hidden_CH, sums_VH, rows, width, **tile_options(tiles)
     )
 
 

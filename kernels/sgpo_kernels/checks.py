@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sgpo_kernels.inputs import ClipRange, DistillInputs, KlLimit, LossOptions, PolicyInputs
+from sgpo_kernels.sizes import IMPLS
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KINDS = ("forward_kl", "reverse_kl", "js")
@@ -319,7 +320,7 @@ def check_options(options: LossOptions, rows: int, head: Tensor) -> None:
     check_softcap(options.logit_softcap)
     check_number("column_tolerance", options.column_tolerance, low=0.0, high=1.0)
     check_shard(options.vocab_group, options.vocab_start)
-    check_choice("impl", options.impl, ("auto", "triton", "torch"))
+    check_choice("impl", options.impl, IMPLS)
     check_chunk_rows(options.chunk_rows)
     if options.head_grad is not None:
         check_head_grad(options.head_grad, head)

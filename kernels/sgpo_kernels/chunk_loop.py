@@ -29,17 +29,17 @@ Centring: dz of a row sums to 0, so the sum of what it dropped is known. dH gets
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from sgpo_kernels import backend_torch, checks, sizes
-from sgpo_kernels.backend import DROPPED, SHARE, SLOPE, Backend, LiveColumns, Logits
+from sgpo_kernels.backend import DROPPED, SHARE, SLOPE, Backend, LiveColumns, Logits, Sweep
 from sgpo_kernels.backend_torch import power_of_two_scale
-from sgpo_kernels.head import Head, Shard, add_mm, bmm, mm
+from sgpo_kernels.head import Head, Shard, add_mm, bmm, mm, read_later
 from sgpo_kernels.row_groups import Chunk, RowGroup
 
 # Head rows that one program sums for the mean head row.
@@ -140,8 +140,7 @@ class _ChunkLoop:
         rows = max(group.index.numel() for group in groups)
         vocab, width = shared.head.shape
         self.chunk = min(rows, shared.chunk_rows or self._default_chunk(rows, width, vocab))
-        contexts = 1 + any(group.teacher(self.head) is not None for group in groups)
-        self.products = [sizes.padded_empty(self.chunk, vocab, like=scale) for _ in range(contexts)]
+        self.products: dict[str, Tensor] = {}
         self.head_VH: Tensor | None = None
         self.bias_V: Tensor | None = None
         total = sum(group.index.numel() for group in groups)
@@ -150,6 +149,9 @@ class _ChunkLoop:
         self.filled = 0
         self.centred = shared.softcap is None and shared.shard.group_name is None
         self.centre_H: Tensor | None = None
+        self.sweeps: Backend | None = None
+        self.diffuse = False
+        self.late_counts: list[Callable[[], int]] = []
 
     def _default_chunk(self, rows: int, width: int, vocab: int) -> int:
         device = self.shared.head.device.type
@@ -163,54 +165,86 @@ class _ChunkLoop:
     def begin_group(self, group: RowGroup) -> None:
         """Before the chunks of a group, whose mean head row is its own."""
         group.values[SHARE].index_fill_(0, group.index, 1.0)
-        self.centre_H = None
+        self.centre_H, self.diffuse = None, False
+        self.late_counts.clear()
+        self.sweeps = self._backend_without_logits(group) if self.shared.impl == "triton-nologits" else None
+
+    def _backend_without_logits(self, group: RowGroup) -> Backend | None:
+        """The arithmetic of rows that need no logits; None where they do."""
+        from sgpo_kernels import backend_sweep
+
+        plain = self.centred and self.shared.bias is None and group.kind == "score"
+        kept = self.scale is None or (self.shared.column_tolerance > 0 and group.old_logprobs is not None)
+        readable = backend_sweep.takes(self.head.weight_VH)
+        return cast(Backend, backend_sweep) if plain and kept and readable else None
 
     def run_chunk(self, group: RowGroup, rows_C: Tensor, hidden_grad: Tensor | None) -> None:
         """Logits, row values and gradients of some live rows of a group."""
         hidden_CH = group.hidden[rows_C].to(self.operand)
-        chunk = self._open(group, rows_C, hidden_CH)
+        sparse = self.shared.column_tolerance > 0 and self.scale is not None and not self._is_diffuse()
+        chunk = self._open(group, rows_C, hidden_CH, self.sweeps if sparse or self.scale is None else None)
         table = group.row_values(chunk)
         if chunk.factor_C is None:
             return
         checks.check_half_range(table[SLOPE], group.hidden.dtype)
-        live = self._live_columns(group, chunk, table) if self.shared.column_tolerance else None
+        live = self._live_columns(group, chunk, table) if sparse else None
         if live is None:
             self._dense(group, chunk, table, hidden_CH, hidden_grad)
         else:
             self._sparse(group, chunk, table, live, hidden_CH, hidden_grad)
+
+    def _is_diffuse(self) -> bool:
+        """Whether every column lived in the chunk before the last one or an earlier one of the group. The host hears of
+        it that late, so that it never waits for what it has just launched; a dense product then costs less."""
+        if not self.diffuse and len(self.late_counts) > 1:
+            self.diffuse = self.late_counts[-2]() == self.shared.head.shape[0]
+        return self.diffuse
 
     def end_group(self, group: RowGroup) -> None:
         """After them: what all shards dropped."""
         if self.shared.column_tolerance:
             self.shared.shard.sum_(group.values[DROPPED])
 
-    def _open(self, group: RowGroup, rows_C: Tensor, hidden_CH: Tensor) -> Chunk:
-        """The chunk with the products of both contexts: two of one shape, so that equal states give equal bits."""
+    def _open(self, group: RowGroup, rows_C: Tensor, hidden_CH: Tensor, sweeps: Backend | None) -> Chunk:
+        """The chunk with the products of both contexts: two of one shape, so that equal states give equal bits. With
+        `sweeps`, with what they would be made of."""
         inverse = None if group.inv_temperature is None else group.inv_temperature[rows_C]
-        buffers = [buffer[: rows_C.numel()] for buffer in self.products]
-        student = Logits(self.head.products(hidden_CH, buffers[0]), self.head.bias_V, self.shared.softcap, inverse, {})
+        if sweeps is not None:
+            old = None if self.scale is None or group.old_logprobs is None else group.old_logprobs[rows_C]
+            student: Any = Sweep(hidden_CH, self.head.weight_VH, inverse, old, {})
+        else:
+            student = self._logits("student", hidden_CH, self.head, inverse)
         side, teacher = group.teacher(self.head), None
         if side is not None:
-            hidden, head = side
-            teacher = Logits(head.products(hidden[rows_C], buffers[1]), head.bias_V, self.shared.softcap, inverse, {})
+            teacher = self._logits("teacher", side[0][rows_C], side[1], inverse)
         labels = None if group.labels is None else group.labels[rows_C]
         if labels is not None:
             labels = self.shared.shard.local(labels, self.shared.head.shape[0])
         factor = None
         if self.scale is not None:
             factor = (1.0 / self.scale).expand(rows_C.numel()) if inverse is None else inverse / self.scale
-        return Chunk(self.backend, self.shared.shard, rows_C, student, teacher, labels, factor)
+        return Chunk(sweeps or self.backend, self.shared.shard, rows_C, student, teacher, labels, factor)
+
+    def _logits(self, context: str, hidden_CH: Tensor, head: Head, inverse_C: Tensor | None) -> Logits:
+        """The products of a context, in the buffer that it has for the whole call."""
+        if context not in self.products:
+            vocab = self.shared.head.shape[0]
+            self.products[context] = sizes.padded_empty(self.chunk, vocab, like=hidden_CH, dtype=self.acc)
+        products_CV = head.products(hidden_CH, self.products[context][: len(hidden_CH)])
+        return Logits(products_CV, head.bias_V, self.shared.softcap, inverse_C, {})
 
     def _live_columns(self, group: RowGroup, chunk: Chunk, table: Tensor) -> LiveColumns | None:
         """The columns to multiply; None means all of them. The group's first chunk also fixes the mean head row."""
         threshold = self.backend.column_threshold(table, self.shared.column_tolerance)
         first = self.centred and self.centre_H is None
-        live, dropped_V = self.backend.live_columns(
+        live, dropped_V = chunk.backend.live_columns(
             group.kind, chunk.student, chunk.teacher, table, chunk.labels_C, threshold, all_peaks=first
         )
         if first:
             self.centre_H = self._mean_head_row(dropped_V)
-        if live.count is None and live.columns_A.numel() > sizes.dense_limit(dropped_V.numel()):
+        if live.taken is not None:
+            self.late_counts.append(read_later(live.taken))
+        elif live.columns_A.numel() > sizes.dense_limit(dropped_V.numel()):
             return None
         return live
 
@@ -251,13 +285,13 @@ class _ChunkLoop:
         hidden_CH: Tensor,
         hidden_grad: Tensor | None,
     ) -> None:
-        dz_CA, kept_C, sum_C = self.backend.gradient_columns(
+        dz_CA, kept_C, sum_C = chunk.backend.gradient_columns(
             group.kind, chunk.student, chunk.teacher, table, chunk.labels_C, live, group.hidden.dtype
         )
         assert self.scale is not None
         self.backend.finish_columns(
             table, kept_C, sum_C if self.centre_H is not None else None, live, self.scale, chunk.rows_C,
-            chunk.student.products_CV.shape[1], group.values,
+            self.shared.head.shape[0], group.values,
         )  # fmt: skip
         self._add_bias(live, dz_CA)
         dz_CA = dz_CA.to(self.operand)
@@ -295,8 +329,8 @@ class _ChunkLoop:
         if live is None:
             self.bias_V.add_(total_K)
             return
-        if live.count is not None:
-            total_K = torch.where(torch.arange(len(total_K), device=total_K.device) < live.count, total_K, 0.0)
+        if live.taken is not None:
+            total_K = torch.where(torch.arange(len(total_K), device=total_K.device) < live.taken, total_K, 0.0)
         self.bias_V.index_add_(0, live.columns_A, total_K)
 
     def _slab_rows(self, hidden_CH: Tensor) -> Tensor:

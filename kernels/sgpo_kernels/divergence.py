@@ -64,7 +64,8 @@ def linear_divergence(
         column_tolerance: 0 is exact; above 0, backward leaves out vocabulary columns whose gradient is that small.
         head_grad: [V, H] float32 (float64) buffer that takes the head's gradient, unrounded, instead of head.grad.
         vocab_group, vocab_start: the ranks that hold the head's rows in pieces; first token id of this rank's piece.
-        impl: "auto" (Triton on CUDA), "triton" or "torch". chunk_rows: rows per chunk, None for that of `sizes`.
+        impl: "auto" (Triton on CUDA), "triton", "triton-nologits" (backend_sweep.py) or "torch". chunk_rows: rows per
+            chunk, None for that of `sizes`.
         More on the last lines at `inputs.LossOptions`.
 
     Returns: (loss, DivergenceStats): loss 0-d float32 (float64 for float64 inputs), differentiable in hidden, head and

@@ -1,7 +1,7 @@
 """The output head as the chunk loop sees it: matrix products with float32 results, and the shard of the vocabulary.
 
 What: `mm`, `bmm` and `add_mm` are torch's products with a wide result; `Head` holds W and b ready for them; `Shard`
-  says which rows of W this rank holds and talks to the other ranks.
+  says which rows of W this rank holds and talks to the other ranks; `read_later` brings a number to the host.
 Equation: products = h Wᵀ; the logits z = softcap(products + b) / temperature are made later, by the row arithmetic.
 Gradient: none here; the chunk loop multiplies dz by W and h itself.
 Memory: on the CPU half heads are copied once per call in float32; on CUDA nothing of the head's size.
@@ -14,6 +14,7 @@ Limits: vocabulary shards (tensor parallel): every rank holds all rows h and the
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,22 @@ def adds_in_place(dtype: torch.dtype, device: torch.device) -> bool:
     except (RuntimeError, TypeError):
         return False
     return True
+
+
+def read_later(count: Tensor) -> Callable[[], int]:
+    """A function that returns the number `count` (0-d). On CUDA it is sent to the host now, and the function waits for
+    it to arrive, but not for anything that is launched after this call."""
+    if not count.is_cuda:
+        return lambda: int(count)
+    here = torch.empty_like(count, device="cpu", pin_memory=True).copy_(count, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def read() -> int:
+        arrived.synchronize()
+        return int(here)
+
+    return read
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ def linear_logprob(
         logit_softcap: cap > 0 of cap tanh(z / cap), applied before the temperature; None for none.
         vocab_group, vocab_start: the process group over which the head's rows are sharded, and the first token id of
             this rank's piece (see `linear_policy_loss`).
-        impl: "auto" (Triton on CUDA), "triton" or "torch". chunk_rows: rows per chunk, None for that of `sizes`.
+        impl: "auto" (Triton on CUDA), "triton", "triton-nologits" (backend_sweep.py) or "torch". chunk_rows: rows per
+            chunk, None for that of `sizes`.
 
     Returns: (logprobs [N], entropy [N]), float32 (float64 for float64 inputs), both differentiable in hidden, head
     and bias.
@@ -62,7 +63,7 @@ def linear_logprob(
     checks.check_temperature(temperature, hidden.shape[0], hidden)
     checks.check_softcap(logit_softcap)
     checks.check_shard(vocab_group, vocab_start)
-    checks.check_choice("impl", impl, ("auto", "triton", "torch"))
+    checks.check_choice("impl", impl, sizes.IMPLS)
     checks.check_chunk_rows(chunk_rows)
     checks.check_no_tangents(hidden, head, bias)
     row_temperature = temperature if isinstance(temperature, Tensor) else None

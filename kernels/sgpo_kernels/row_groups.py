@@ -42,6 +42,7 @@ class RowGroup:
 
     kind = "score"
     with_entropy = False  # dz has an entropy part (upstream gradients of linear_logprob)
+    old_logprobs: Tensor | None = None  # [N], of the sampling policy
 
     def __init__(
         self,

@@ -10,11 +10,12 @@ import importlib.util
 import logging
 import math
 import os
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
-Impl = Literal["auto", "triton", "torch"]
+Impl = Literal["auto", "triton", "triton-nologits", "torch"]
+IMPLS = get_args(Impl)
 Op = Literal["logprob", "policy", "divergence", "sgpo"]
 
 CPU_CHUNK_BYTES = 64 << 20
@@ -149,21 +150,23 @@ def interpreting() -> bool:
 
 
 def resolve_impl(impl: str, device_type: str, dtype: torch.dtype) -> str:
-    """The implementation that runs, "triton" or "torch". "auto" takes Triton on CUDA below float64, and says so once.
+    """The implementation that runs, "triton" or "torch". "auto" takes Triton on CUDA below float64, and says so once;
+    "triton-nologits" is "triton" where rows need no logits (backend_sweep.py).
 
     Raises: ValueError for an unknown name; NotImplementedError where Triton cannot run: float64, a device other than
     CUDA (unless Triton's interpreter is on), or no Triton.
     """
-    if impl not in ("auto", "triton", "torch"):
-        raise ValueError(f'impl: expected "auto", "triton" or "torch", got {impl!r}.')
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {', '.join(IMPLS)}; got {impl!r}.")
     if impl == "auto":
         installed = importlib.util.find_spec("triton") is not None
         impl = "triton" if device_type == "cuda" and dtype != torch.float64 and installed else "torch"
         _announce_auto(impl, device_type, str(dtype))
-    elif impl == "triton":
+    elif impl != "torch":
         reason = _why_no_triton(device_type, dtype)
         if reason:
-            raise NotImplementedError(f'impl="triton" {reason}: use impl="auto" or impl="torch".')
+            raise NotImplementedError(f'impl="{impl}" {reason}: use impl="auto" or impl="torch".')
+        impl = "triton"
     return impl
 
 

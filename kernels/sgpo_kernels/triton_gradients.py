@@ -288,16 +288,26 @@ def column_threshold(table_ptr, tolerance, threshold_ptr, C, BLOCK: tl.constexpr
 
 @triton.jit(do_not_specialize=SIZES)
 def live_columns(
-    peaks_ptr, threshold_ptr, alive_ptr, dropped_ptr, counts_ptr, T, V, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr
+    peaks_ptr, reach_ptr, forced_ptr, threshold_ptr, alive_ptr, dropped_ptr, counts_ptr, T, V,
+    SWEPT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """From peaks [T, V] per block of rows: whether each column's largest is not below the threshold, the largest of the
-    others (0 where it is not), and how many of each program's columns live."""
+    others (0 where it is not), and how many of each program's columns live. SWEPT: peaks are logs, which `reach` [T]
+    belongs to, and `forced` columns live anyhow."""
     columns = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     blocks = tl.arange(0, BLOCK_T)
     inside = columns < V
     offsets = blocks.to(tl.int64)[:, None] * V + columns[None, :]
-    largest = tl.max(tl.load(peaks_ptr + offsets, mask=(blocks < T)[:, None] & inside[None, :], other=0.0), 0)
+    mask = (blocks < T)[:, None] & inside[None, :]
+    if SWEPT:
+        peaks = tl.load(peaks_ptr + offsets, mask=mask, other=float("-inf"))
+        peaks += tl.load(reach_ptr + blocks, mask=blocks < T, other=0.0)[:, None]
+        largest = tl.exp(tl.max(tl.where(peaks == peaks, peaks, float("inf")), 0))
+    else:
+        largest = tl.max(tl.load(peaks_ptr + offsets, mask=mask, other=0.0), 0)
     dead = (largest < tl.load(threshold_ptr)) | (largest == 0.0)
+    if SWEPT:
+        dead = dead & (tl.load(forced_ptr + columns, mask=inside, other=0) == 0)
     tl.store(alive_ptr + columns, dead == 0, mask=inside)
     tl.store(dropped_ptr + columns, tl.where(dead, largest, 0.0), mask=inside)
     tl.store(counts_ptr + tl.program_id(0), tl.sum(tl.where(inside & (dead == 0), 1, 0), 0))

@@ -83,16 +83,18 @@ def scan_tiles(
 
 @triton.jit(do_not_specialize=SIZES)
 def combine_tiles(
-    tiles_ptr, products_ptr, stride, bias_ptr, inv_temperature_ptr, softcap, labels_ptr, stats_ptr, C, T,
+    tiles_ptr, row_step, tile_step, products_ptr, stride, bias_ptr, inv_temperature_ptr, softcap, labels_ptr, stats_ptr,
+    C, T,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, HAS_LABELS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """stats [STAT_ROWS, C]: max, sum, weighted sum of the whole row, and the label's logit (-inf without one)."""
+    """stats [STAT_ROWS, C]: max, sum, weighted sum of the whole row, from those of its tiles [3, ...] with the steps
+    given; and, where labels are, the label's logit (-inf without one)."""
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     tiles = tl.arange(0, BLOCK_T)
     row_inside = rows < C
     inside = row_inside[:, None] & (tiles < T)[None, :]
-    at = rows.to(tl.int64)[:, None] * T + tiles[None, :]
+    at = rows.to(tl.int64)[:, None] * row_step + tiles[None, :] * tile_step
     plane = C.to(tl.int64) * T
     tops = tl.load(tiles_ptr + TOP * plane + at, mask=inside, other=float("-inf"))
     sums = tl.load(tiles_ptr + EXP_SUM * plane + at, mask=inside, other=0.0)

@@ -200,7 +200,7 @@ def test_tiles_that_are_not_read_hold_no_live_column(make_case):
         )
         side = ("score", logits, None, table, targets)
         live, found[name] = module.live_columns(*side, tolerance, all_peaks=False)
-        columns = live.columns_A if live.count is None else live.columns_A[: live.count]
+        columns = live.columns_A if live.taken is None else live.columns_A[: live.taken]
         assert columns.tolist() == found.setdefault("live", columns).tolist()
         assert not found[name][columns.long()].any()
         _, everything = module.live_columns(*side, torch.tensor(9.0), all_peaks=True)
@@ -310,7 +310,7 @@ def test_live_columns_stand_in_their_order_and_above_the_limit_there_are_all(pea
     found = torch.rand(blocks, vocab, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     largest = found.amax(0)
     threshold = largest.quantile(1 - peaks)
-    (columns, count), dropped = backend_triton._placed(found, threshold)
+    (columns, count), dropped = backend_triton.placed(found, threshold)
     expected = (largest >= threshold).nonzero().squeeze(1) if peaks < 0.5 else torch.arange(vocab, device=DEVICE)
     assert columns[:count].tolist() == expected.tolist()
     assert bool((columns[count:] == vocab - 1).all())
