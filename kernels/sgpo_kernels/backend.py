@@ -190,7 +190,7 @@ class Backend(Protocol):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dz [C, A] of the live columns in `dtype`, what they hold of TOTAL [C], their sum of dz before rounding [C]).
-        Behind those that are taken, dz is not written."""
+        Behind those that are taken, dz is 0 up to a multiple of 16 and then not written."""
         ...
 
     def finish_columns(

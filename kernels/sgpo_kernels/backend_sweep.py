@@ -6,10 +6,10 @@ Equation: p_j = e^(z_j - guess) e^(guess - log sum). The guess of log sum is the
   the sampling policy, known before the product; so that p is bounded, column by column, in the product's own tiles.
 Source: as backend_torch.py.
 Gradient: as backend_torch.py, on live columns whose logits are formed a second time.
-Memory: no logits; per chunk 3 C V / 256 floats of tile statistics and C / 128 V of column peaks.
+Memory: no logits; per chunk 3 C V / 128 floats of tile statistics and C / 128 V of column peaks.
 Precision: as backend_triton.py. A guess that is off keeps more columns than it must, never fewer.
 Limits: column_tolerance > 0 where gradients are wanted, and old_logprobs; no bias, soft-cap or vocabulary shards; rows
-  of whole 16 bytes. Other rows go the way of impl="triton".
+  of whole 16 bytes; compute capability 9.0. Other rows go the way of impl="triton".
 """
 
 from __future__ import annotations
@@ -56,20 +56,24 @@ GROUP = 8
 
 
 def takes(head: Tensor) -> bool:
-    """Whether TMA descriptors can read the head [V, H], and rows as wide as its own."""
+    """Whether TMA descriptors can read the head [V, H], and rows as wide as its own, on this device."""
     steps = (head.stride(0), head.shape[1], head.data_ptr() // head.element_size())
     whole = head.stride(1) == 1 and all(step * head.element_size() % 16 == 0 for step in steps)
-    return whole and (head.element_size() == 2 or not head.is_cuda)
+    on_device = not head.is_cuda or (
+        head.element_size() == 2 and torch.cuda.get_device_capability(head.device) >= (9, 0)
+    )
+    return whole and on_device
 
 
 def scan(sweep: Sweep, labels_C: Tensor) -> Tensor:
     """See `Backend.scan`; leaves what `live_columns` needs in the sweep's notes."""
     hidden, head = sweep.hidden_CH, sweep.head_VH
     (rows, width), vocab = hidden.shape, len(head)
-    tiles = sizes.product_tiles("sweep", hidden.dtype)
+    tiles = backend_triton.product_tiles("sweep", hidden)
     column_tiles, row_tiles = triton.cdiv(vocab, tiles.columns), triton.cdiv(rows, tiles.rows)
+    halves = 2 * column_tiles
     stats_4C = hidden.new_empty(STAT_ROWS, rows, dtype=torch.float32)
-    tile_stats = stats_4C.new_empty(TILE_STATS, column_tiles, rows)
+    tile_stats = stats_4C.new_empty(TILE_STATS, halves, rows)
     inverse, flags = _temperature(sweep)
     taken_C, guess_C, peaks = stats_4C[LABEL_LOGIT], stats_4C, stats_4C
     if sweep.old_C is not None:
@@ -82,7 +86,7 @@ def scan(sweep: Sweep, labels_C: Tensor) -> Tensor:
     programs = torch.cuda.get_device_properties(head.device).multi_processor_count if head.is_cuda else 4
     products.sweep[(min(programs, row_tiles * column_tiles),)](
         _descriptor(hidden, tiles.rows, tiles.depth), _descriptor(head, tiles.columns, tiles.depth),
-        labels_C, guess_C, inverse, tile_stats, taken_C, peaks, rows, vocab, width, column_tiles,
+        labels_C, guess_C, inverse, tile_stats, taken_C, peaks, rows, vocab, width, halves,
         PEAKS=sweep.old_C is not None, **flags, PROGRAMS=programs, GROUP=GROUP, **tile_options(tiles),
     )  # fmt: skip
     backend_triton.combine(tile_stats, (1, rows), stats_4C)
@@ -116,7 +120,7 @@ def live_columns(
     forced_V = torch.zeros(peaks.shape[1], dtype=torch.bool, device=table.device)
     products.sweep_reach[(len(peaks),)](
         table, student.notes["guess"], student.notes["taken"], labels_C, threshold, reach_T, forced_V, rows,
-        BLOCK=sizes.product_tiles("sweep", student.hidden_CH.dtype).rows, num_warps=4, **COMPILED,
+        BLOCK=backend_triton.product_tiles("sweep", student.hidden_CH).rows, num_warps=4, **COMPILED,
     )  # fmt: skip
     return backend_triton.placed(peaks, threshold, reach_T, forced_V)
 
@@ -134,7 +138,7 @@ def gradient_columns(
     del kind, teacher
     hidden, head = student.hidden_CH, student.head_VH
     rows, width = hidden.shape
-    tiles = sizes.product_tiles("gathered", hidden.dtype)
+    tiles = backend_triton.product_tiles("gathered", hidden)
     dz_CA = sizes.padded_empty(rows, live.columns_A.numel(), like=table, dtype=dtype)
     sums = table.new_empty(2, rows, LIVE_PROGRAMS)
     inverse, flags = _temperature(student)

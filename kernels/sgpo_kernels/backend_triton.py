@@ -40,9 +40,17 @@ LIVE_TILE = 8192
 LIVE_PROGRAMS = 16
 
 
+def _arch(like: Tensor) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(like.device) if like.is_cuda else None
+
+
 def _blocks(kernel: str, like: Tensor) -> sizes.Blocks:
-    arch = torch.cuda.get_device_capability(like.device) if like.is_cuda else None
-    return sizes.blocks(kernel, arch)
+    return sizes.blocks(kernel, _arch(like))
+
+
+def product_tiles(kernel: str, operand: Tensor) -> sizes.Tiles:
+    """The tile of a product with operands such as this one."""
+    return sizes.product_tiles(kernel, operand.dtype, _arch(operand))
 
 
 def _options(block: sizes.Blocks) -> dict[str, Any]:
@@ -440,7 +448,7 @@ def tile_options(tiles: sizes.Tiles) -> dict[str, Any]:
 def live_hidden(dz_CA: Tensor, head_VH: Tensor, live: LiveColumns) -> Tensor:
     """See `Backend.live_hidden`."""
     rows, width = len(dz_CA), head_VH.shape[1]
-    tiles = sizes.product_tiles("live_hidden", dz_CA.dtype)
+    tiles = product_tiles("live_hidden", dz_CA)
     out_CH = dz_CA.new_empty(rows, width, dtype=torch.float32)
     products.live_hidden[(triton.cdiv(rows, tiles.rows), triton.cdiv(width, tiles.columns))](
         dz_CA, dz_CA.stride(0), *live, head_VH, *head_VH.stride(), out_CH, rows, width, **tile_options(tiles)
@@ -451,7 +459,7 @@ def live_hidden(dz_CA: Tensor, head_VH: Tensor, live: LiveColumns) -> Tensor:
 def add_live_head(sums_VH: Tensor, dz_CA: Tensor, hidden_CH: Tensor, live: LiveColumns) -> None:
     """See `Backend.add_live_head`; sums_VH and hidden_CH contiguous."""
     rows, width = hidden_CH.shape
-    tiles = sizes.product_tiles("live_head", dz_CA.dtype)
+    tiles = product_tiles("live_head", dz_CA)
     products.live_head[(LIVE_PROGRAMS, triton.cdiv(width, tiles.columns))](
         dz_CA, dz_CA.stride(0), *live, hidden_CH, sums_VH, rows, width, **tile_options(tiles)
     )

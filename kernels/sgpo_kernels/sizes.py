@@ -198,15 +198,17 @@ class Tiles(NamedTuple):
 # By kernel, for operands of two bytes; wider ones take half of each side.
 PRODUCT_TILES = {
     "live_hidden": Tiles(128, 128, 64, 8, 3),
-    "live_head": Tiles(128, 128, 64, 8, 3),
-    "sweep": Tiles(128, 256, 64, 8, 4),
-    "gathered": Tiles(128, 128, 64, 8, 3),
+    "live_head": Tiles(128, 64, 64, 8, 3),
+    "sweep": Tiles(128, 128, 64, 8, 3),
+    "gathered": Tiles(128, 64, 64, 8, 3),
 }
+# By compute capability; on an H100 a sweep of 128 x 256 runs at the speed of cuBLAS (benchmarks/README.md).
+TUNED_PRODUCT_TILES: dict[tuple[int, int], dict[str, Tiles]] = {(9, 0): {"sweep": Tiles(128, 256, 64, 8, 4)}}
 
 
-def product_tiles(kernel: str, dtype: torch.dtype) -> Tiles:
-    """The tile of a product for operands of a dtype."""
-    tiles = PRODUCT_TILES[kernel]
+def product_tiles(kernel: str, dtype: torch.dtype, arch: tuple[int, int] | None) -> Tiles:
+    """The tile of a product for operands of a dtype on a compute capability (None: Triton's interpreter)."""
+    tiles = TUNED_PRODUCT_TILES.get(arch or (0, 0), {}).get(kernel, PRODUCT_TILES[kernel])
     if dtype.itemsize <= 2:
         return tiles
     return tiles._replace(rows=tiles.rows // 2, columns=tiles.columns // 2, depth=tiles.depth // 2)

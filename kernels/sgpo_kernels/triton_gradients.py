@@ -237,8 +237,9 @@ def gradient_column_tiles(
     KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dz of the `count` live columns into out [C, count], and per program of the second grid axis, which take turns
-    with the column tiles, their share of TOTAL and the sum of dz into sums [2, C, programs]."""
+    """dz of the `count` live columns into out [C, count], zeros up to the next multiple of 16; and per program of the
+    second grid axis, which take turns with the column tiles, their share of TOTAL and the sum of dz into sums [2, C,
+    programs]."""
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     row_inside = rows < C
     inv_temperature = load_inv_temperature(inv_temperature_ptr, rows, row_inside, HAS_TEMPERATURE)
@@ -247,6 +248,7 @@ def gradient_column_tiles(
         labels = tl.load(labels_ptr + rows, mask=row_inside, other=-1).to(tl.int32)
     slope = tl.load(table_ptr + SLOPE * C + rows, mask=row_inside, other=0.0)[:, None]
     count = tl.load(count_ptr)
+    padded = tl.cdiv(count, 16) * 16
     kept = tl.zeros([BLOCK_R], tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     for tile in tl.range(tl.program_id(1), tl.cdiv(count, BLOCK_V), tl.num_programs(1)):
@@ -267,7 +269,8 @@ def gradient_column_tiles(
             dz *= chain
         dz = tl.where(inside, dz, 0.0)
         offsets = rows.to(tl.int64)[:, None] * out_stride + place[None, :]
-        tl.store(out_ptr + offsets, dz.to(out_ptr.dtype.element_ty), mask=inside)
+        stored = row_inside[:, None] & (place < padded)[None, :]
+        tl.store(out_ptr + offsets, dz.to(out_ptr.dtype.element_ty), mask=stored)
         kept += tl.sum(tl.where(inside, size, 0.0), 1)
         total += tl.sum(dz, 1)
     at = rows.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)

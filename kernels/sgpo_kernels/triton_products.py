@@ -36,12 +36,14 @@ def live_hidden(
     width = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     row_inside, width_inside = rows < C, width < H
     count = tl.load(count_ptr)
+    padded = tl.cdiv(count, 16) * 16
     offsets = rows.to(tl.int64)[:, None] * dz_stride
     sums = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
     for start in tl.range(0, count, BLOCK_K):
         place = start + tl.arange(0, BLOCK_K)
         taken = place < count
-        dz = tl.load(dz_ptr + offsets + place[None, :], mask=row_inside[:, None] & taken[None, :], other=0.0)
+        dz = tl.load(dz_ptr + offsets + place[None, :], mask=row_inside[:, None] & (place < padded)[None, :],
+                     other=0.0)  # fmt: skip
         live = tl.load(live_ptr + place, mask=taken, other=0).to(tl.int64)
         head = tl.load(head_ptr + live[:, None] * head_stride + width[None, :] * head_step,
                        mask=taken[:, None] & width_inside[None, :], other=0.0)  # fmt: skip
@@ -60,6 +62,7 @@ def live_head(
     width = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     width_inside = width < H
     count = tl.load(count_ptr)
+    padded = tl.cdiv(count, 16) * 16
     for tile in tl.range(tl.program_id(0), tl.cdiv(count, BLOCK_R), tl.num_programs(0)):
         place = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         taken = place < count
@@ -67,7 +70,8 @@ def live_head(
         for start in tl.range(0, C, BLOCK_K):
             rows = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
             inside = (rows < C)[:, None]
-            dz = tl.load(dz_ptr + rows[:, None] * dz_stride + place[None, :], mask=inside & taken[None, :], other=0.0)
+            dz = tl.load(dz_ptr + rows[:, None] * dz_stride + place[None, :], mask=inside & (place < padded)[None, :],
+                         other=0.0)  # fmt: skip
             hidden = tl.load(hidden_ptr + rows[:, None] * H + width[None, :], mask=inside & width_inside[None, :],
                              other=0.0)  # fmt: skip
             product = tl.dot(tl.trans(dz), hidden, product, input_precision="ieee")
@@ -97,15 +101,45 @@ def label_guess(
     tl.store(guess_ptr + rows, z - tl.maximum(tl.minimum(old, 0.0), -60.0), mask=row_inside)
 
 
+@triton.jit
+def _keep(
+    z, row_tile, column_tile, labels_ptr, guess_ptr, inv_temperature_ptr, tiles_ptr, taken_ptr, peaks_ptr, C, V, T,
+    PEAKS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """What the sweep stores of one tile of products."""
+    rows = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    row_inside, column_inside = rows < C, columns < V
+    inverse = load_inv_temperature(inv_temperature_ptr, rows, row_inside, HAS_TEMPERATURE)
+    # The temperature is positive, so that the maximum stays where it is.
+    top = tl.max(tl.where(column_inside[None, :], z, float("-inf")), 1)
+    below = tl.where(column_inside[None, :], (z - top[:, None]) * inverse[:, None], -100.0)
+    exp = tl.exp(below)
+    at = column_tile.to(tl.int64) * C + rows
+    plane = T.to(tl.int64) * C
+    tl.store(tiles_ptr + TOP * plane + at, top * inverse, mask=row_inside)
+    tl.store(tiles_ptr + EXP_SUM * plane + at, tl.sum(exp, 1), mask=row_inside)
+    tl.store(tiles_ptr + WEIGHTED_SUM * plane + at, tl.sum(exp * below, 1), mask=row_inside)
+    # The label's place in this tile, outside of it for most rows.
+    place = tl.load(labels_ptr + rows, mask=row_inside, other=-1).to(tl.int32) - column_tile * BLOCK_V
+    is_label = tl.arange(0, BLOCK_V)[None, :] == place[:, None]
+    taken = tl.sum(tl.where(is_label, below, 0.0), 1) + top * inverse
+    tl.store(taken_ptr + rows, taken, mask=row_inside & (place >= 0) & (place < BLOCK_V))
+    if PEAKS:
+        shift = top * inverse - tl.load(guess_ptr + rows, mask=row_inside, other=float("inf"))
+        peak = tl.max(tl.where(is_label, float("-inf"), below + shift[:, None]), 0)
+        tl.store(peaks_ptr + row_tile.to(tl.int64) * V + columns, peak, mask=column_inside)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def sweep(
     hidden, head, labels_ptr, guess_ptr, inv_temperature_ptr, tiles_ptr, taken_ptr, peaks_ptr, C, V, H, T,
     PEAKS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """tiles [3, T, C]: max, sum e^(z - max), sum e^(z - max) (z - max) of each row in each column tile; taken [C]: the
-    label's logit; peaks [row blocks, V]: the largest z - guess, labels left out. GROUP row tiles share
-    a column tile of the head while it is in the cache."""
+    """tiles [3, T, C]: max, sum e^(z - max), sum e^(z - max) (z - max) of each row in each half of a column tile; taken
+    [C]: the label's logit; peaks [row blocks, V]: the largest z - guess, labels left out. GROUP row tiles share a
+    column tile of the head while it is in the cache; two halves take fewer registers than a whole."""
     row_tiles, column_tiles = tl.cdiv(C, BLOCK_R), tl.cdiv(V, BLOCK_V)
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS, flatten=True):
         first = tile // (GROUP * column_tiles) * GROUP
@@ -115,27 +149,11 @@ def sweep(
         for k in range(tl.cdiv(H, BLOCK_K)):
             z = tl.dot(hidden.load([row_tile * BLOCK_R, k * BLOCK_K]),
                        head.load([column_tile * BLOCK_V, k * BLOCK_K]).T, z)  # fmt: skip
-        rows = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        columns = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        row_inside, column_inside = rows < C, columns < V
-        if HAS_TEMPERATURE:
-            z *= load_inv_temperature(inv_temperature_ptr, rows, row_inside, HAS_TEMPERATURE)[:, None]
-        top = tl.max(tl.where(column_inside[None, :], z, float("-inf")), 1)
-        below = tl.where(column_inside[None, :], z - top[:, None], -100.0)
-        exp = tl.exp(below)
-        at = column_tile.to(tl.int64) * C + rows
-        plane = T.to(tl.int64) * C
-        tl.store(tiles_ptr + TOP * plane + at, top, mask=row_inside)
-        tl.store(tiles_ptr + EXP_SUM * plane + at, tl.sum(exp, 1), mask=row_inside)
-        tl.store(tiles_ptr + WEIGHTED_SUM * plane + at, tl.sum(exp * below, 1), mask=row_inside)
-        labels = tl.load(labels_ptr + rows, mask=row_inside, other=-1).to(tl.int32)
-        is_label = columns[None, :] == labels[:, None]
-        here = (labels >= column_tile * BLOCK_V) & (labels < (column_tile + 1) * BLOCK_V)
-        tl.store(taken_ptr + rows, tl.sum(tl.where(is_label, z, 0.0), 1), mask=row_inside & here)
-        if PEAKS:
-            guess = tl.load(guess_ptr + rows, mask=row_inside, other=float("inf"))
-            peak = tl.max(tl.where(is_label, float("-inf"), z - guess[:, None]), 0)
-            tl.store(peaks_ptr + row_tile.to(tl.int64) * V + columns, peak, mask=column_inside)
+        left, right = z.reshape(BLOCK_R, 2, BLOCK_V // 2).permute(0, 2, 1).split()
+        _keep(left, row_tile, column_tile * 2, labels_ptr, guess_ptr, inv_temperature_ptr, tiles_ptr, taken_ptr,
+              peaks_ptr, C, V, T, PEAKS, HAS_TEMPERATURE, BLOCK_R, BLOCK_V // 2)  # fmt: skip
+        _keep(right, row_tile, column_tile * 2 + 1, labels_ptr, guess_ptr, inv_temperature_ptr, tiles_ptr, taken_ptr,
+              peaks_ptr, C, V, T, PEAKS, HAS_TEMPERATURE, BLOCK_R, BLOCK_V // 2)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -174,6 +192,7 @@ def gathered_gradient(
     log_sum = tl.load(table_ptr + LOG_SUM * C + rows, mask=row_inside, other=0.0)[:, None]
     slope = tl.load(table_ptr + SLOPE * C + rows, mask=row_inside, other=0.0)[:, None]
     count = tl.load(count_ptr)
+    padded = tl.cdiv(count, 16) * 16
     kept = tl.zeros([BLOCK_R], tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     for tile in tl.range(tl.program_id(1), tl.cdiv(count, BLOCK_V), tl.num_programs(1)):
@@ -194,7 +213,8 @@ def gathered_gradient(
         core = tl.where(inside, tl.where(columns[None, :] == labels[:, None], 1.0 - p, -p), 0.0)
         dz = core * slope
         offsets = rows.to(tl.int64)[:, None] * out_stride + place[None, :]
-        tl.store(out_ptr + offsets, dz.to(out_ptr.dtype.element_ty), mask=inside)
+        stored = row_inside[:, None] & (place < padded)[None, :]
+        tl.store(out_ptr + offsets, dz.to(out_ptr.dtype.element_ty), mask=stored)
         kept += tl.sum(tl.abs(core), 1)
         total += tl.sum(dz, 1)
     at = rows.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)

@@ -60,7 +60,7 @@ def test_it_agrees_with_logits(make_case, op, dtype, temperature, scans):
             torch.testing.assert_close(ours[name], value, rtol=rtol, atol=rtol * float(value.abs().float().max()))
 
 
-@pytest.mark.parametrize("shift", [-3.0, 0.0, 4.0])
+@pytest.mark.parametrize("shift", [-1.0, 0.0, 4.0])
 def test_any_guess_is_right_and_a_near_one_keeps_few_columns(make_case, shift):
     """Old log-probs that are off, either way: the live columns still hold those of the exact peaks, and the bound."""
     case = make_case("policy_on", torch.float32, (20, 32, 200), bias=False, logit_scale=9.0, dead=0.0)
