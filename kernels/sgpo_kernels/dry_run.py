@@ -41,6 +41,7 @@ TILES_READ = 0.2
 TOLERANCE = 2.0**-12
 GATHERS = {"index", "index_select", "gather"}
 SCATTERS = {"index_add_": 2, "index_copy_": 1, "index_fill_": 1, "index_put_": 1, "_index_put_impl_": 1}
+FILLS = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 OVERWRITES = {"fill_", "zero_", "copy_"}
 EMPTY = {"empty", "new_empty", "empty_like", "empty_strided", "empty_permuted", "new_empty_strided"}
 
@@ -129,7 +130,10 @@ def _bytes(tensor: Tensor) -> int:
 
 def _distinct(tensors: list[Tensor]) -> list[Tensor]:
     """Without those that only play an absent one: the same memory again."""
-    return list({(t.untyped_storage()._cdata, t.storage_offset(), t.numel()): t for t in tensors}.values())
+    found: dict[tuple[int, ...], Tensor] = {}
+    for t in tensors:
+        found.setdefault((t.untyped_storage()._cdata, t.storage_offset(), t.numel()), t)
+    return list(found.values())
 
 
 def _distinct_items(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
@@ -238,7 +242,9 @@ class Recorder(TorchDispatchMode):
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         read, written = sum(map(_bytes, _distinct(inputs))), sum(map(_bytes, outputs))
         if name in GATHERS:
-            read = 2 * written
+            read = written
+        elif name in FILLS:
+            read = 0
         elif name in SCATTERS:
             moved = sum(_bytes(t) for key, found in tensors.items() for t in found if key in ("source", "values"))
             read, written = moved * SCATTERS[name], moved
