@@ -48,7 +48,7 @@ class Variant(NamedTuple):
 
 class Resources(NamedTuple):
     """What one compiled kernel takes: registers and stack bytes per thread, spill instructions, shared bytes per
-    block, its global accesses by width in bits, and how many instructions its code has (`special`: those of the units for
+    block, its global accesses by width in bits, and the instructions of its code (`special`: those of the units for
     exponentials and the like)."""
 
     variant: str

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -183,8 +183,8 @@ class Recorder(TorchDispatchMode):
         with contextlib.ExitStack() as stack:
             for kind in (JITFunction, InterpretedFunction):
                 stack.enter_context(mock.patch.object(kind, "run", launched))
-            stack.enter_context(mock.patch("torch.cuda.get_device_capability", lambda *_: self.capability))
-            stack.enter_context(mock.patch("torch.cuda.get_device_properties", lambda *_: properties))
+            stack.enter_context(mock.patch("torch.cuda.get_device_capability", return_value=self.capability))
+            stack.enter_context(mock.patch("torch.cuda.get_device_properties", return_value=properties))
             # It remembers the answer for a device; that of this one is the recorder's.
             stack.callback(head.adds_in_place.cache_clear)
             head.adds_in_place.cache_clear()
@@ -315,6 +315,7 @@ def steps_of(case: Case) -> list[Step]:
         weight = device_empty(case.vocab, width, dtype=case.dtype).requires_grad_()
         groups = (policy if rows else None, distill if taught else None)
         arguments = custom_op.operator_arguments(weight, None, *groups, options)
+        head.adds_in_place(case.dtype, weight.device)  # once per process
         recorder.steps.clear()
         with torch.no_grad(), mock.patch.object(custom_op, "scaled_op", custom_op.scaled_op._init_fn):
             inputs, wanted, _ = custom_op.split_arguments(arguments)

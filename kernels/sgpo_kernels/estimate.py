@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 from sgpo_kernels import dry_run, sizes
 from sgpo_kernels.dry_run import KERNELS, Case, Step
 
-# In microseconds: the device's start of a kernel and how long after a wait the host asks for the next one (assumed); what
-# the host spends on an operator of torch, with the Python and the views around it, and on a launch of Triton. These two
-# are fitted to the idle times of the H100's profiled calls, exact and live; both come out by the first alone.
+# In microseconds. Assumed: the device's start of a kernel, and how long after a wait the host asks for the next one.
+# Fitted to the idle times of the H100's two profiled calls, exact and live: what the host spends on an operator of
+# torch, with the Python and the views around it (which decides both), and on a launch of Triton (which hardly matters).
 START_US, WAKE_US, OPERATOR_US, KERNEL_US = 2.0, 30.0, 100.0, 40.0
 # Warp instructions that a processor issues per clock, and warps of special functions (16 lanes).
 ISSUED, SPECIAL = 4.0, 0.5
@@ -104,7 +104,7 @@ def stages_of(calls: Sequence[tuple[str, Shapes]], hidden: int, vocab: int) -> l
             return DW
         if name in ("addr_", "addr") or (name == "index" and shapes[:1] == ((vocab, hidden),)):
             return DH
-        return WHOLE_HEAD if (vocab, hidden) in shapes[:1] or not shapes and name == "fill_" else REST
+        return WHOLE_HEAD if (vocab, hidden) in shapes[:1] else REST
 
     return [stage(name, shapes) for name, shapes in calls]
 
@@ -200,8 +200,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     names += sorted({name for row in rows for name in row["stages"]} - set(names))
     heads = [f"{row['mode']} {row['card']}" for row in rows]
     lines = [f"{'predicted, ms':30s}" + "".join(f"{text:>14s}" for text in heads)]
-    for name in names:
-        lines.append(f"{name:30s}" + "".join(f"{row['stages'].get(name, 0.0):14.2f}" for row in rows))
+    lines += [f"{name:30s}" + "".join(f"{row['stages'].get(name, 0.0):14.2f}" for row in rows) for name in names]
     lines.append(f"{'first to last kernel':30s}" + "".join(f"{row['total']:14.2f}" for row in rows))
     for key, text in (("counts", "in all"), ("per_chunk", "per further chunk")):
         shown = ("/".join(map(str, row[key])) for row in rows)
