@@ -156,7 +156,10 @@ def stage_times(rows: Sequence[dict[str, Any]], hidden: int, vocab: int) -> dict
         shapes = tuple(tuple(map(int, word.split("x"))) for word in words if re.fullmatch(r"\d+(x\d+)*", word))
         own = row["kernel"] in dry_run.KERNELS
         calls.append((row["kernel"] if own else name.removeprefix("aten::"), shapes))
-    times = {estimate.IDLE: total["idle_ms"], estimate.REST: max(0.0, total["busy_ms"] - sum(row["ms"] for row in kernels))}
+    times = {
+        estimate.IDLE: total["idle_ms"],
+        estimate.REST: max(0.0, total["busy_ms"] - sum(row["ms"] for row in kernels)),
+    }
     for row, stage in zip(kernels, estimate.stages_of(calls, hidden, vocab), strict=True):
         times[stage] = times.get(stage, 0.0) + row["ms"]
     return times
