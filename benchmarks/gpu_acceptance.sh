@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in two calls: quick (under 300 s), then full (under 500 s); the most valuable first.
 #
-#   [PROFILE=full] [PARTS="machine parity"] [WHEELS=FOLDER] [DRY=1] bash benchmarks/gpu_acceptance.sh OUT_DIR
+#   [PROFILE=full] [PARTS="machine parity"] [WHEELS=FOLDER] [CACHE=FOLDER] [DRY=1] bash benchmarks/gpu_acceptance.sh OUT_DIR
 #
 # For a bare machine without network: torch >= 2.11, triton >= 3.6, Python 3.10 to 3.12, pytest, pytest-xdist. What it
-# lacks comes from the wheels in $WHEELS (benchmarks/gpu_wheels.sh), put in a folder of their own. PYTHON names the
+# lacks comes from the wheels in $WHEELS (benchmarks/gpu_wheels.sh), put in a folder of their own; kernels in $CACHE
+# (benchmarks/triton_cache.py) need no compilation, they are copied into TRITON_CACHE_DIR. PYTHON names the
 # interpreter, SGPO_COMMIT the commit where the copy has no git, BUDGET the seconds of all parts together. PARTS names
 # parts of either profile, in their order. DRY=1 runs the same commands on a CPU: small shapes, GPU tests only collected.
 # Parts run one after the other, so that none disturbs the times of another; each has a limit of its own and is told to
@@ -27,7 +28,7 @@ for name in $PARTS; do
 done
 mkdir -p "$1" || exit 2
 OUT=$(cd "$1" && pwd) SITE=$(mktemp -d)
-WHEELS=${WHEELS:+$(cd "$WHEELS" && pwd)}
+WHEELS=${WHEELS:+$(cd "$WHEELS" && pwd)} CACHE=${CACHE:+$(cd "$CACHE" && pwd)}
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH="$PWD/kernels:$PWD:$SITE${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
@@ -148,6 +149,10 @@ if [ -n "$WHEELS" ]; then
     install "$wheel" >> "$LOG" 2>&1 || say "refused: ${wheel##*/}"
   done
   say "$(printf '%-14s %d packages after %d s' wheels "$(find "$SITE" -maxdepth 1 -name '*.dist-info' | wc -l)" $((SECONDS - START)))"
+fi
+if [ -n "$CACHE" ]; then
+  export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$OUT/triton}
+  say "$("$PYTHON" -m benchmarks.triton_cache "$CACHE" --place "$TRITON_CACHE_DIR" 2>> "$LOG" || echo "cache: not placed, see $LOG")"
 fi
 for name in $PARTS; do
   one "$name"

@@ -2,18 +2,23 @@
 
     python -m benchmarks.stages --out FILE.jsonl [--shape qwen2.5-7b] [--mix sgpo] [--top 12]
     TRITON_INTERPRET=1 python -m benchmarks.stages --out FILE.jsonl --device cpu --shape tiny    does it run?
+    python -m benchmarks.stages --beside benchmarks/results/gpu_h100.jsonl [--markdown]   committed rows
 
 Calibrated states; the peers ours-triton (exact) and ours-triton-live, each warmed up, timed without the profiler
 (`call_ms`, median), then one call under torch.profiler. Rows with a `kernel`: ms, calls, share of the busy time, and
 `op`, the torch operator that launched it with the shapes it got. Row `kernel` null: `wall_ms` from the first kernel's
 start to the last one's end, `busy_ms` while at least one ran, `idle_ms` the sum of the gaps, `host_syncs`. On a CPU
-operators stand in for kernels; nested ones count in each.
+operators stand in for kernels; nested ones count in each. After each mode, the stages as measured beside those that
+`sgpo_kernels.aot --estimate` predicts for the same rows; with --beside the same for the newest rows of a file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import subprocess
 import sys
 import tempfile
 from collections import defaultdict
@@ -22,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from sgpo_kernels import sizes, testing
+from sgpo_kernels import dry_run, estimate, sizes, testing
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure, ops, states
@@ -129,15 +134,80 @@ def table(mode: str, rows: Sequence[dict[str, Any]], top: int) -> str:
     return "\n".join(lines)
 
 
+def predicted(groups: tuple[int, int], hidden: int, vocab: int) -> dict[str, dict[str, Any]]:
+    """By mode, the estimate for the card that torch sees (none: an H100), made in a process of its own: it stands in
+    for a GPU there."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "H100"
+    card = next((card for card in estimate.CARDS if card in name.lower()), "h100")
+    numbers = map(str, ("--rows", *groups, "--hidden", hidden, "--vocab", vocab))
+    command = [sys.executable, "-m", "sgpo_kernels.aot", "--estimate", "--json", *numbers]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    return {row["mode"]: row for row in rows if row["card"] == card}
+
+
+def stage_times(rows: Sequence[dict[str, Any]], hidden: int, vocab: int) -> dict[str, float]:
+    """Milliseconds by stage of the rows of one mode; kernels that are in no row count as other operators."""
+    total, *kernels = rows
+    calls = []
+    for row in kernels:
+        name, *words = row["op"].split() or [""]
+        shapes = tuple(tuple(map(int, word.split("x"))) for word in words if re.fullmatch(r"\d+(x\d+)*", word))
+        own = row["kernel"] in dry_run.KERNELS
+        calls.append((row["kernel"] if own else name.removeprefix("aten::"), shapes))
+    times = {
+        estimate.IDLE: total["idle_ms"],
+        estimate.REST: max(0.0, total["busy_ms"] - sum(row["ms"] for row in kernels)),
+    }
+    for row, stage in zip(kernels, estimate.stages_of(calls, hidden, vocab), strict=True):
+        times[stage] = times.get(stage, 0.0) + row["ms"]
+    return times
+
+
+def beside(times: dict[str, dict[str, float]], estimates: dict[str, dict[str, Any]], markdown: bool = False) -> str:
+    """Predicted and measured milliseconds of each stage, by mode."""
+    heads = [f"{text} {mode}" for mode in times for text in ("predicted", "measured")]
+    lines = [["ms", *heads]]
+    for stage in (*estimate.ORDER, estimate.IDLE):
+        pairs = [(estimates[mode]["stages"].get(stage, 0.0), times[mode].get(stage, 0.0)) for mode in times]
+        if any(max(pair) for pair in pairs):
+            lines.append([stage, *(f"{value:.2f}" if max(pair) else "-" for pair in pairs for value in pair)])
+    sums = [(estimates[mode]["total"], sum(times[mode].values())) for mode in times]
+    lines.append(["first to last kernel", *(f"{value:.2f}" for pair in sums for value in pair)])
+    if markdown:
+        lines.insert(1, ["---"] * len(lines[0]))
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"{line[0]:28s}" + "".join(f"{cell:>18s}" for cell in line[1:]) for line in lines)
+
+
+def beside_file(file: Path, markdown: bool) -> str:
+    """The table for the rows of the newest commit in a file, which come first; they are of the shape's usual rows."""
+    found = [row for line in file.read_text().splitlines() if (row := json.loads(line)).get("what") == "stages"]
+    newest = [row for row in found if row["commit"] == found[0]["commit"]]
+    shape = ops.SHAPES[newest[0]["shape"]]
+    groups = ops.group_rows(ops.OPS["sgpo"], ops.MIXES[newest[0]["mix"]], shape.rows)
+    modes = {mode: [row for row in newest if row["mode"] == mode] for mode in MODES}
+    times = {mode: stage_times(rows, shape.hidden, shape.vocab) for mode, rows in modes.items()}
+    return beside(times, predicted(groups, shape.hidden, shape.vocab), markdown)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kernels, gaps and host syncs of one call of the SGPO loss.")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--beside", type=Path, help="no run: the committed rows of this file beside the prediction")
+    parser.add_argument("--markdown", action="store_true", help="with --beside")
     parser.add_argument("--shape", choices=sorted(ops.SHAPES), default="qwen2.5-7b")
     parser.add_argument("--mix", choices=ops.OPS["sgpo"].mixes, default="sgpo")
     parser.add_argument("--rows", type=int, help="of the larger group; default: the shape's")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--top", type=int, default=12, help="kernels in the printed table; the file has all")
     options = parser.parse_args()
+    if options.beside is not None:
+        print(beside_file(options.beside, options.markdown))
+        return 0
+    if options.out is None:
+        parser.error("--out or --beside is needed")
     if options.device == "cuda" and not torch.cuda.is_available():
         print("error: benchmarks.stages needs a GPU that torch can see; there is none.", file=sys.stderr)
         return 2
@@ -146,12 +216,15 @@ def main() -> int:
         return 2
     inputs = make_inputs(options)
     case = {"what": "stages", "shape": options.shape, "mix": options.mix, "rows": inputs.rows}
-    origin = measure.origin(options.device, "benchmarks.stages")
+    origin, times = measure.origin(options.device, "benchmarks.stages"), {}
     for mode in MODES:
         rows = measured(mode, inputs, options.device)
         with options.out.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({**case, "mode": mode, **row, **origin}) + "\n" for row in rows)
         print(table(mode, rows, options.top), flush=True)
+        times[mode] = stage_times(rows, *inputs.head.shape[::-1])
+    groups = (len(inputs.policy_hidden), len(inputs.distill_hidden))
+    print("\n" + beside(times, predicted(groups, *inputs.head.shape[::-1])), flush=True)
     return 0
 
 

@@ -1,6 +1,7 @@
 """Compiles every Triton kernel for several GPUs without one, and reports what each takes of the chip.
 
     python -m sgpo_kernels.aot [--arch 80 90 100] [--json]
+    python -m sgpo_kernels.aot --estimate                   predicted times of one call on two GPUs (see estimate.py)
 
 What: every kernel, with the options that change its code (kind, bias, soft-cap, temperature, dtype of dz), at the
   tiles of `sizes.blocks`, for a head whose size allows aligned 16-byte accesses. Reported: registers and stack per
@@ -13,22 +14,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sgpo_kernels import sizes, triton_gradients, triton_statistics
+from sgpo_kernels import estimate, machine_code, sizes, triton_gradients, triton_statistics
 from sgpo_kernels import triton_constants as const
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Shared memory that one block may take, bytes, by compute capability.
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 POINTERS = {"labels_ptr": "*i64", "rows_ptr": "*i64", "live_ptr": "*i64", "count_ptr": "*i64", "alive_ptr": "*i1"}
@@ -52,7 +48,8 @@ class Variant(NamedTuple):
 
 class Resources(NamedTuple):
     """What one compiled kernel takes: registers and stack bytes per thread, spill instructions, shared bytes per
-    block, and its global accesses by width in bits."""
+    block, its global accesses by width in bits, and the instructions of its code (`special`: those of the units for
+    exponentials and the like)."""
 
     variant: str
     arch: int
@@ -62,6 +59,8 @@ class Resources(NamedTuple):
     shared: int
     loads: dict[str, int]
     stores: dict[str, int]
+    instructions: int
+    special: int
 
 
 def variants(arch: int) -> Iterator[Variant]:
@@ -133,36 +132,19 @@ def compile_variant(variant: Variant, arch: int) -> Resources:
     source = ASTSource(fn=function, signature=signature, constexprs=dict(variant.options), attrs=attributes)
     options = {"num_warps": variant.warps, "enable_fp_fusion": True}
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        usage = _run("cuobjdump", "-res-usage", file.name)
-        code = _run("nvdisasm", "-c", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found, usage
+    code = machine_code.read(binary.asm["cubin"])
     return Resources(
         variant.name,
         arch,
-        int(found[1]),
-        int(found[2]),
-        len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        code.registers,
+        code.stack,
+        code.spills,
         binary.metadata.shared,
-        _widths(code, "LDG"),
-        _widths(code, "STG"),
+        code.loads,
+        code.stores,
+        code.instructions,
+        code.special,
     )
-
-
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def _widths(code: str, instruction: str) -> dict[str, int]:
-    """Accesses by width in bits, from the suffixes of the instruction (none: 32)."""
-    counts: dict[str, int] = {}
-    for suffixes in re.findall(rf"\b{instruction}((?:\.\w+)*)", code):
-        width = next((part for part in suffixes.split(".") if part in ("128", "64", "U16", "U8", "S16")), "32")
-        counts[width] = counts.get(width, 0) + 1
-    return counts
 
 
 def table(rows: list[Resources]) -> str:
@@ -180,10 +162,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compile the kernels ahead of time and report their resources.")
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_LIMIT))
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of the table")
+    estimate.add_options(parser)
     options = parser.parse_args(arguments)
     if sizes.interpreting():
         print("TRITON_INTERPRET=1 is set: unset it, kernels cannot be compiled in the interpreter.", file=sys.stderr)
         return 2
+    if options.estimate:
+        print(estimate.report(options))
+        return 0
     rows = [compile_variant(variant, arch) for arch in options.arch for variant in variants(arch)]
     print("\n".join(json.dumps(row._asdict()) for row in rows) if options.json else table(rows))
     over = [row for row in rows if row.stack or row.spills or row.shared > SHARED_LIMIT[row.arch]]

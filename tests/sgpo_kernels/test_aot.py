@@ -43,7 +43,7 @@ def test_resources(arch):
 def test_a_spill_is_reported(monkeypatch, capsys):
     """The tool's exit status and message, on a result that it did not compile itself."""
     aot = pytest.importorskip("sgpo_kernels.aot")
-    spilled = aot.Resources("k[bf16]", 90, 255, 40, 20, 0, {"128": 8}, {"128": 8})
+    spilled = aot.Resources("k[bf16]", 90, 255, 40, 20, 0, {"128": 8}, {"128": 8}, 600, 32)
     monkeypatch.setattr(aot, "variants", lambda arch: [aot.Variant("k", {}, 4)])
     monkeypatch.setattr(aot, "compile_variant", lambda variant, arch: spilled)
     monkeypatch.setattr(sizes, "interpreting", lambda: False)
