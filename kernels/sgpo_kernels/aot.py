@@ -18,26 +18,31 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sgpo_kernels import estimate, machine_code, sizes, triton_gradients, triton_statistics
+from sgpo_kernels import estimate, machine_code, sizes, triton_gradients, triton_products, triton_statistics
 from sgpo_kernels import triton_constants as const
 
 # Shared memory that one block may take, bytes, by compute capability.
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
-POINTERS = {"labels_ptr": "*i64", "rows_ptr": "*i64", "live_ptr": "*i64", "count_ptr": "*i64", "alive_ptr": "*i1"}
-INTEGERS = {"C", "N", "A", "T", "V", "rank"}
+POINTERS = {"labels_ptr": "*i64", "rows_ptr": "*i64", "live_ptr": "*i32", "count_ptr": "*i32", "counts_ptr": "*i32"}
+POINTERS |= {"alive_ptr": "*i1", "forced_ptr": "*i1"}
+# Pointers to operands of products, in the dtype of dz.
+OPERANDS = {"dz_ptr", "hidden_ptr", "head_ptr"}
+INTEGERS = {"C", "N", "T", "V", "H", "rank", "limit", "row_step", "tile_step"}
 
 
 class Variant(NamedTuple):
-    """One kernel with its compile-time options; `dz` is the dtype that its out_ptr holds."""
+    """One kernel with its compile-time options; `dz` is the dtype that its out_ptr and its operands hold."""
 
     kernel: str
     options: dict[str, Any]
     warps: int
     dz: str = "bf16"
+    stages: int = 3
 
     @property
     def name(self) -> str:
@@ -86,9 +91,7 @@ def variants(arch: int) -> Iterator[Variant]:
             skip = kind in (score, const.KINDS["forward_kl"])
             yield Variant("peak_tiles", {"KIND": kind, "SKIP": skip, **two, **block}, warps)
             block, warps = tile("columns")
-            for counted in (False, True):
-                options = {"KIND": kind, "HAS_COUNT": counted, **two, **block}
-                yield Variant("gradient_column_tiles", options, warps)
+            yield Variant("gradient_column_tiles", {"KIND": kind, **two, **block}, warps)
             block, warps = tile("gradient")
             for dz in ("bf16", "fp16", "fp32"):
                 entropy = full and kind == score
@@ -96,10 +99,14 @@ def variants(arch: int) -> Iterator[Variant]:
     for dz in ("bf16", "fp16", "fp32"):
         yield Variant("rescale", {"BLOCK": 2048}, 4, dz)
     yield Variant("column_threshold", {"BLOCK": 1024}, 4)
-    yield Variant("live_columns", {"BLOCK_T": 128, "BLOCK_V": 64}, 4)
+    for swept in (False, True):
+        yield Variant("live_columns", {"SWEPT": swept, "BLOCK_T": 8 if swept else 128, "BLOCK_V": 64}, 4)
+    yield Variant("place_columns", {"BLOCK_T": 4096, "BLOCK_V": 64}, 4)
+    yield from products(arch)
     block = {"BLOCK": 128}
+    yield Variant("sweep_reach", block, 4)
     for known in (False, True):
-        yield Variant("finish_columns", {"HAS_SUM": known, "HAS_COUNT": known, **block}, 4)
+        yield Variant("finish_columns", {"HAS_SUM": known, **block}, 4)
     for mode, ranks in itertools.product(const.MODES.values(), (1, 8)):
         flags = {"MODE": mode, "HAS_OLD": mode == const.MODES["policy"], "HAS_FACTOR": mode != const.MODES["values"]}
         yield Variant("label_row_values", {**flags, "RANKS": ranks, **block}, 4)
@@ -109,28 +116,51 @@ def variants(arch: int) -> Iterator[Variant]:
         yield Variant("divergence_row_values", {"OVER_LIMIT": over, "HAS_FACTOR": True, **block}, 4)
 
 
+def products(arch: int) -> Iterator[Variant]:
+    """The kernels of triton_products that multiply, for half operands and for float32 ones where they take such."""
+
+    def product(kernel: str, tile: str, dz: str, **flags: Any) -> Variant:
+        operands = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dz]
+        tiles = sizes.product_tiles(tile, operands, divmod(arch, 10))
+        blocks = {"BLOCK_R": tiles.rows, "BLOCK_V": tiles.columns, "BLOCK_K": tiles.depth}
+        return Variant(kernel, {**flags, **blocks}, tiles.warps, dz, tiles.stages)
+
+    for dz in ("bf16", "fp16", "fp32"):
+        yield product("live_hidden", "live_hidden", dz, head_step=1)
+        yield product("live_head", "live_head", dz)
+    for full in (False, True):
+        yield Variant("label_guess", {"HAS_TEMPERATURE": full, "BLOCK_R": 4, "BLOCK_V": 4096}, 4)
+        yield product("gathered_gradient", "gathered", "bf16", HAS_TEMPERATURE=full)
+        yield product("sweep", "sweep", "bf16", PEAKS=full, HAS_TEMPERATURE=full, PROGRAMS=132, GROUP=8)
+        yield product("sweep", "sweep", "fp16", PEAKS=not full, HAS_TEMPERATURE=full, PROGRAMS=132, GROUP=8)
+
+
 def compile_variant(variant: Variant, arch: int) -> Resources:
     """The resources of one variant on one compute capability (80, 90, 100)."""
-    module = triton_statistics if hasattr(triton_statistics, variant.kernel) else triton_gradients
-    function = getattr(module, variant.kernel)
+    modules = (triton_statistics, triton_gradients, triton_products)
+    function = next(found for module in modules if (found := vars(module).get(variant.kernel)) is not None)
     signature, attributes = {}, {}
     for position, name in enumerate(function.arg_names):
         if name in variant.options:
             signature[name] = "constexpr"
+        elif name in ("hidden", "head"):
+            rows = variant.options["BLOCK_R" if name == "hidden" else "BLOCK_V"]
+            signature[name] = f"tensordesc<{variant.dz}[{rows}, {variant.options['BLOCK_K']}]>"
         elif name.endswith("_ptr"):
-            signature[name] = f"*{variant.dz}" if name == "out_ptr" else POINTERS.get(name, "*fp32")
+            narrow = name in OPERANDS or (name == "out_ptr" and variant.kernel != "live_hidden")
+            signature[name] = f"*{variant.dz}" if narrow else POINTERS.get(name, "*fp32")
             attributes[(position,)] = [["tt.divisibility", 16]]
         elif name.endswith("stride"):
             signature[name] = "i32"
             attributes[(position,)] = [["tt.divisibility", 16]]
         elif name in INTEGERS:
             signature[name] = "i32"
-            if name == "V":
+            if name in ("V", "H"):
                 attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
     source = ASTSource(fn=function, signature=signature, constexprs=dict(variant.options), attrs=attributes)
-    options = {"num_warps": variant.warps, "enable_fp_fusion": True}
+    options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": True}
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     code = machine_code.read(binary.asm["cubin"])
     return Resources(

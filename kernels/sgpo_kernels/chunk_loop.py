@@ -140,6 +140,7 @@ class _ChunkLoop:
         rows = max(group.index.numel() for group in groups)
         vocab, width = shared.head.shape
         self.chunk = min(rows, shared.chunk_rows or self._default_chunk(rows, width, vocab))
+        self.factors_C = (1.0 / scale).repeat(self.chunk)
         self.products: dict[str, Tensor] = {}
         self.head_VH: Tensor | None = None
         self.bias_V: Tensor | None = None
@@ -222,7 +223,7 @@ class _ChunkLoop:
             labels = self.shared.shard.local(labels, self.shared.head.shape[0])
         factor = None
         if self.scale is not None:
-            factor = (1.0 / self.scale).expand(rows_C.numel()) if inverse is None else inverse / self.scale
+            factor = self.factors_C[: len(rows_C)] if inverse is None else inverse * self.factors_C[0]
         return Chunk(sweeps or self.backend, self.shared.shard, rows_C, student, teacher, labels, factor)
 
     def _logits(self, context: str, hidden_CH: Tensor, head: Head, inverse_C: Tensor | None) -> Logits:

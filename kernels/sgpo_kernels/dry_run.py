@@ -31,6 +31,7 @@ from triton.runtime.jit import JITFunction
 
 from sgpo_kernels import custom_op, head
 from sgpo_kernels.inputs import ClipRange, DistillInputs, KlLimit, LossOptions, PolicyInputs
+from sgpo_kernels.sizes import Impl
 
 CUDA = torch.device("cuda", 0)
 # What one scattered element costs of the memory.
@@ -47,12 +48,13 @@ EMPTY = {"empty", "new_empty", "empty_like", "empty_strided", "empty_permuted", 
 
 
 class Kernel(NamedTuple):
-    """What a Triton kernel is for, the pointers that it writes, and of pointers that it does not read in full the
-    bytes that it reads, from its arguments."""
+    """What a Triton kernel is for, the pointers that it writes, of pointers that it does not read or write in full the
+    bytes that move, and the operations of its product; from its arguments and `live`, the number of live columns."""
 
     stage: str
     writes: tuple[str, ...]
     partly: dict[str, Callable[[dict[str, Any]], float]] = {}  # noqa: RUF012
+    flops: Callable[[dict[str, Any]], int] = lambda given: 0
 
 
 def _tiles(name: str) -> Callable[[dict[str, Any]], float]:
@@ -64,7 +66,16 @@ def _labels(given: dict[str, Any]) -> float:
 
 
 def _columns(given: dict[str, Any]) -> float:
-    return SECTOR * given["C"] * given["A"]
+    return SECTOR * given["C"] * given["live"]
+
+
+def _live(name: str) -> Callable[[dict[str, Any]], float]:
+    """What belongs to the live columns of [C, V], [V] or [V, H]."""
+    return lambda given: _bytes(given[name]) * given["live"] / given["V"]
+
+
+def _live_product(given: dict[str, Any]) -> int:
+    return 2 * given["C"] * given["live"] * given["H"]
 
 
 KERNELS = {
@@ -76,12 +87,34 @@ KERNELS = {
     "divergence_tiles": Kernel("divergence", ("sums_ptr",)),
     "peak_tiles": Kernel("peaks", ("peaks_ptr",), {name: _tiles(name) for name in ("products_ptr", "teacher_ptr")}),
     "column_threshold": Kernel("peaks", ("threshold_ptr",)),
-    "live_columns": Kernel("peaks", ("alive_ptr", "largest_ptr")),
+    "live_columns": Kernel("peaks", ("alive_ptr", "dropped_ptr", "counts_ptr")),
+    "place_columns": Kernel("peaks", ("live_ptr", "count_ptr")),
     "gradient_tiles": Kernel("gradient", ("out_ptr",)),
     "gradient_column_tiles": Kernel(
-        "columns", ("out_ptr", "sums_ptr"), {"products_ptr": _columns, "teacher_ptr": _columns}
+        "columns",
+        ("out_ptr", "sums_ptr"),
+        {"products_ptr": _columns, "teacher_ptr": _columns, "live_ptr": _live("live_ptr"), "out_ptr": _live("out_ptr")},
     ),
     "finish_columns": Kernel("columns", ("values_ptr",)),
+    "live_hidden": Kernel(
+        "dH", ("out_ptr",), {name: _live(name) for name in ("dz_ptr", "live_ptr", "head_ptr")}, _live_product
+    ),
+    "live_head": Kernel(
+        "dW", ("sums_ptr",), {name: _live(name) for name in ("dz_ptr", "live_ptr", "sums_ptr")}, _live_product
+    ),
+    "label_guess": Kernel("row values", ("guess_ptr",), {"head_ptr": lambda given: 2 * given["C"] * given["H"]}),
+    "sweep": Kernel(
+        "products",
+        ("tiles_ptr", "taken_ptr", "peaks_ptr"),
+        flops=lambda given: 2 * given["C"] * given["V"] * given["H"],
+    ),
+    "sweep_reach": Kernel("peaks", ("reach_ptr", "forced_ptr")),
+    "gathered_gradient": Kernel(
+        "columns",
+        ("out_ptr", "sums_ptr"),
+        {name: _live(name) for name in ("live_ptr", "out_ptr", "head_ptr")},
+        _live_product,
+    ),
     "rescale": Kernel("dW zeroed, rounded, scaled", ("out_ptr",)),
 }
 
@@ -185,6 +218,9 @@ class Recorder(TorchDispatchMode):
                 stack.enter_context(mock.patch.object(kind, "run", launched))
             stack.enter_context(mock.patch("torch.cuda.get_device_capability", return_value=self.capability))
             stack.enter_context(mock.patch("torch.cuda.get_device_properties", return_value=properties))
+            stack.enter_context(
+                mock.patch("sgpo_kernels.chunk_loop.read_later", return_value=lambda: self.live_columns)
+            )
             # It remembers the answer for a device; that of this one is the recorder's.
             stack.callback(head.adds_in_place.cache_clear)
             head.adds_in_place.cache_clear()
@@ -261,18 +297,20 @@ class Recorder(TorchDispatchMode):
         known = KERNELS.get(name, Kernel("not described", ()))
         tensors = {key: getattr(value, "base", value) for key, value in given.items()}
         tensors = {key: value.as_subclass(Tensor) for key, value in tensors.items() if isinstance(value, Tensor)}
-        written = [tensors[key] for key in known.writes]
-        out = {t.untyped_storage()._cdata for t in written}
-        partly = {id(t): known.partly[key] for key, t in _distinct_items(tensors) if key in known.partly}
-        read = 0.0
-        for _, tensor in _distinct_items(tensors):
-            if id(tensor) in partly:
-                read += partly[id(tensor)](given)
-            elif tensor.untyped_storage()._cdata not in out:
-                read += _bytes(tensor)
+        written = {tensors[key].untyped_storage()._cdata: tensors[key] for key in known.writes}
+        about = {"V": self.vocab, **given, "live": self.live_columns}
+        moved = {"read": 0.0, "written": 0.0}
+        for key, tensor in _distinct_items(tensors):
+            way = "written" if key in known.writes else "read"
+            if key in known.partly:
+                moved[way] += known.partly[key](about)
+            elif way == "written" or tensor.untyped_storage()._cdata not in written:
+                moved[way] += _bytes(tensor)
         shapes = tuple(tuple(t.shape) for t in tensors.values())
         launch = Launch(kernel, grid, given, options)
-        self.steps.append(Step(name, shapes, int(read), sum(map(_bytes, _distinct(written))), launch=launch))
+        self.steps.append(
+            Step(name, shapes, int(moved["read"]), int(moved["written"]), known.flops(about), launch=launch)
+        )
 
 
 class Case(NamedTuple):
@@ -286,6 +324,7 @@ class Case(NamedTuple):
     live: bool
     live_share: float = 0.005
     dtype: torch.dtype = torch.bfloat16
+    impl: Impl = "triton"
 
     @property
     def live_columns(self) -> int:
@@ -311,7 +350,7 @@ def steps_of(case: Case) -> list[Step]:
         teacher = device_empty(taught, width, dtype=case.dtype)
         distill = DistillInputs(states(taught), teacher, None, None, numbers(taught), limit)
         tolerance = TOLERANCE if case.live else 0.0
-        options = LossOptions(1.0, None, tolerance, None, None, 0, "triton", None)
+        options = LossOptions(1.0, None, tolerance, None, None, 0, case.impl, None)
         weight = device_empty(case.vocab, width, dtype=case.dtype).requires_grad_()
         groups = (policy if rows else None, distill if taught else None)
         arguments = custom_op.operator_arguments(weight, None, *groups, options)

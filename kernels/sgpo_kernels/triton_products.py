@@ -111,8 +111,8 @@ def _keep(
     columns = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
     row_inside, column_inside = rows < C, columns < V
     inverse = load_inv_temperature(inv_temperature_ptr, rows, row_inside, HAS_TEMPERATURE)
-    # The temperature is positive, so that the maximum stays where it is.
-    top = tl.max(tl.where(column_inside[None, :], z, float("-inf")), 1)
+    # The temperature is positive, so that the maximum stays where it is; a half without columns has one that is finite.
+    top = tl.max(tl.where(column_inside[None, :], z, -1e30), 1)
     below = tl.where(column_inside[None, :], (z - top[:, None]) * inverse[:, None], -100.0)
     exp = tl.exp(below)
     at = column_tile.to(tl.int64) * C + rows
