@@ -39,7 +39,7 @@ from torch import Tensor
 from sgpo_kernels import backend_torch, checks, sizes
 from sgpo_kernels.backend import DROPPED, SHARE, SLOPE, Backend, LiveColumns, Logits, Sweep
 from sgpo_kernels.backend_torch import power_of_two_scale
-from sgpo_kernels.head import Head, Shard, add_mm, bmm, mm, read_later
+from sgpo_kernels.head import Head, Shard, add_mm, bmm, capturing, mm, read_later
 from sgpo_kernels.row_groups import Chunk, RowGroup
 
 # Head rows that one program sums for the mean head row.
@@ -202,9 +202,11 @@ class _ChunkLoop:
         return self.diffuse
 
     def end_group(self, group: RowGroup) -> None:
-        """After them: what all shards dropped."""
+        """After them: what all shards dropped, and nothing in rows that only a captured graph has run."""
         if self.shared.column_tolerance:
             self.shared.shard.sum_(group.values[DROPPED])
+        if group.live is not None and capturing(group.live):
+            group.values.masked_fill_(~group.live, 0.0)
 
     def _open(self, group: RowGroup, rows_C: Tensor, hidden_CH: Tensor, sweeps: Backend | None) -> Chunk:
         """The chunk with the products of both contexts: two of one shape, so that equal states give equal bits. With
@@ -243,9 +245,9 @@ class _ChunkLoop:
         )
         if first:
             self.centre_H = self._mean_head_row(dropped_V)
-        if live.taken is not None:
+        if live.taken is not None and not capturing(live.taken):
             self.late_counts.append(read_later(live.taken))
-        elif live.columns_A.numel() > sizes.dense_limit(dropped_V.numel()):
+        if live.taken is None and live.columns_A.numel() > sizes.dense_limit(dropped_V.numel()):
             return None
         return live
 

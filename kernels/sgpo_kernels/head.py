@@ -64,6 +64,11 @@ def adds_in_place(dtype: torch.dtype, device: torch.device) -> bool:
     return True
 
 
+def capturing(tensor: Tensor) -> bool:
+    """Whether what is launched now on the tensor's device goes into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def read_later(count: Tensor) -> Callable[[], int]:
     """A function that returns the number `count` (0-d). On CUDA it is sent to the host now, and the function waits for
     it to arrive, but not for anything that is launched after this call."""

@@ -6,7 +6,8 @@ What: `ScoreRows` (log-prob and entropy), `PolicyRows` (clipped surrogate) and `
 Equation, source, gradient: see logprob.py, policy_loss.py and divergence.py; the arithmetic is that of `Backend`.
 Memory: values [VALUE_ROWS, N] per group in the accumulation dtype.
 Precision: values and per-row constants are float32 (float64 for float64 inputs).
-Limits: on an accelerator finding the live rows is one host sync per group.
+Limits: on an accelerator finding the live rows is one host sync per group. While a CUDA graph is captured the host
+  must not wait: then every row goes through the head, and those that do not count with zeros in place of their inputs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from sgpo_kernels import checks, sizes
 from sgpo_kernels.backend import LABEL_LOGIT, SIZE_SUM, VALUE_ROWS, Backend, Logits
-from sgpo_kernels.head import Head, Shard
+from sgpo_kernels.head import Head, Shard, capturing
 from sgpo_kernels.inputs import DistillInputs, PolicyInputs
 
 
@@ -43,6 +44,7 @@ class RowGroup:
     kind = "score"
     with_entropy = False  # dz has an entropy part (upstream gradients of linear_logprob)
     old_logprobs: Tensor | None = None  # [N], of the sampling policy
+    live: Tensor | None = None  # bool [N], where some rows do not count
 
     def __init__(
         self,
@@ -97,7 +99,9 @@ class ScoreRows(RowGroup):
         if slopes is None:
             index = torch.arange(hidden.shape[0], device=hidden.device)
         else:
-            index = live_index((slopes[0] != 0) | (slopes[1] != 0))
+            self.live = (slopes[0] != 0) | (slopes[1] != 0)
+            index = live_index(self.live)
+            hidden, labels = without_dead_rows(hidden, self.live), without_dead_rows(labels, self.live)
         super().__init__(hidden, index, temperature, labels)
         self.slopes = slopes
 
@@ -121,10 +125,16 @@ class PolicyRows(RowGroup):
     def __init__(self, inputs: PolicyInputs, temperature: float | Tensor, labels_name: str):
         assert inputs.token_weight is not None
         self.live = (inputs.advantages != 0) & (inputs.token_weight != 0)
-        super().__init__(inputs.hidden, live_index(self.live), temperature, inputs.labels, labels_name)
+        index = live_index(self.live)
+        hidden, labels, advantages, weight = (
+            without_dead_rows(x, self.live)
+            for x in (inputs.hidden, inputs.labels, inputs.advantages, inputs.token_weight)
+        )
+        super().__init__(hidden, index, temperature, labels, labels_name)
         acc = self.values.dtype
-        self.advantages, self.token_weight = inputs.advantages.to(acc), inputs.token_weight.to(acc)
-        self.old_logprobs = None if inputs.old_logprobs is None else inputs.old_logprobs.to(acc)
+        self.advantages, self.token_weight = advantages.to(acc), weight.to(acc)
+        if inputs.old_logprobs is not None:
+            self.old_logprobs = without_dead_rows(inputs.old_logprobs, self.live).to(acc)
         self.clip_range = inputs.clip_range
 
     def weights(self) -> Tensor:
@@ -154,8 +164,11 @@ class DivergenceRows(RowGroup):
     def __init__(self, inputs: DistillInputs, temperature: float | Tensor):
         assert inputs.token_weight is not None
         self.live = inputs.token_weight != 0
-        super().__init__(inputs.hidden, live_index(self.live), temperature)
-        self.inputs, self.token_weight = inputs, inputs.token_weight.to(self.values.dtype)
+        index = live_index(self.live)
+        hidden, teacher = (without_dead_rows(x, self.live) for x in (inputs.hidden, inputs.teacher_hidden))
+        super().__init__(hidden, index, temperature)
+        self.inputs = inputs._replace(teacher_hidden=teacher)
+        self.token_weight = inputs.token_weight.to(self.values.dtype)
         self.kind = inputs.kl_limit.kind
         self._teacher: tuple[Tensor, Head] | None = None
 
@@ -190,5 +203,13 @@ class DivergenceRows(RowGroup):
 
 
 def live_index(live: Tensor) -> Tensor:
-    """Positions of the rows (or columns) that count, int64 [live], from a bool mask. A host sync on an accelerator."""
+    """Positions of the rows that count, int64 [live], from a bool mask; of all rows while a CUDA graph is captured. A
+    host sync on an accelerator otherwise."""
+    if capturing(live):
+        return torch.arange(len(live), device=live.device)
     return live.nonzero().squeeze(1)
+
+
+def without_dead_rows(values: Tensor, live: Tensor) -> Tensor:
+    """[N, ...] with zeros in rows that do not count, where `live_index` names them nevertheless."""
+    return values.where(live.view(-1, *[1] * (values.dim() - 1)), 0) if capturing(live) else values

@@ -202,3 +202,35 @@ def test_annealing_does_not_recompile(make_case):
         counts.append(compiled())
     assert counts[0] > 0
     assert counts == counts[:1] * 4
+
+
+@pytest.mark.parametrize("impl", ["triton", "triton-nologits"])
+@pytest.mark.parametrize("tolerance", [0.0, 2.0**-8])
+def test_a_step_can_be_captured_in_a_graph(make_case, impl, tolerance):
+    """Forward and backward of the whole loss, captured once and replayed with other inputs."""
+    first, second = (
+        to_cuda(make_case("sgpo", torch.bfloat16, (70, 64, 1008), seed=seed, bias=False)) for seed in (0, 1)
+    )
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in first.leaves.items()}
+    fixed = {name: value.clone() if isinstance(value, Tensor) else value for name, value in first.fixed.items()}
+
+    def step() -> tuple[Tensor, ...]:
+        loss, _ = sgpo_kernels.sgpo_loss(**leaves, **fixed, impl=impl, column_tolerance=tolerance, chunk_rows=32)
+        return loss, *torch.autograd.grad(loss, list(leaves.values()))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for store, source in ((leaves, second.leaves), (fixed, second.fixed)):
+            for name, value in store.items():
+                if isinstance(value, Tensor):
+                    value.copy_(source[name])
+    graph.replay()
+    for ours, direct in zip(captured, step(), strict=True):
+        torch.testing.assert_close(ours, direct)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import sgpo_kernels
 import torch
-from sgpo_kernels import backend, backend_torch, reference, sizes
+from sgpo_kernels import backend, backend_torch, chunk_loop, reference, row_groups, sizes
 from sgpo_kernels.inputs import ClipRange
 from torch import Tensor
 
@@ -276,3 +276,20 @@ def test_targets_outside_the_live_columns_are_no_one_hot_elsewhere():
         "score", side, None, table, targets, backend.LiveColumns(torch.tensor([2, 3]), None), table.dtype
     )
     torch.testing.assert_close(dz, torch.tensor([[0.0, 0.0], [-0.5, 0.5]]))
+
+
+@pytest.mark.parametrize("op", ["logprob", *LOSSES])
+@pytest.mark.parametrize("tolerance", [0.0, 2.0**-4])
+def test_while_a_graph_is_captured_dead_rows_run_as_zeros(make_case, op, tolerance, monkeypatch):
+    """The host asks for no count then; garbage in dead rows stays where it is, and the results are the same."""
+    case = make_case(op, torch.float64, temperature="rows")
+    extra = {} if op == "logprob" else {"column_tolerance": tolerance}
+    plain = case.results(chunk_rows=100, **extra)
+    for name in ("hidden", "policy_hidden", "distill_hidden"):
+        if name in case.leaves and case.weights():
+            case.leaves[name][case.weights()[-1 if name == "distill_hidden" else 0] == 0] = torch.nan
+    for module in (row_groups, chunk_loop):
+        monkeypatch.setattr(module, "capturing", lambda tensor: True)
+    ours = case.results(chunk_rows=100, **extra)
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-12)
