@@ -124,6 +124,10 @@ def _plain(value: Any) -> Any:
     return value.as_subclass(Tensor) if isinstance(value, OnDevice) else value
 
 
+def _on_device(value: Any) -> Any:
+    return value.as_subclass(OnDevice) if type(value) is Tensor and value.is_meta else value
+
+
 def _bytes(tensor: Tensor) -> int:
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
@@ -149,6 +153,11 @@ def _flops(name: str, shapes: tuple[tuple[int, ...], ...]) -> int:
     return 2 * math.prod(left) * right[-1]
 
 
+def _implementation(name: str) -> Callable[..., Any]:
+    """The function behind one of our operators: to a mode an operator is one call."""
+    return torch._library.custom_ops.OPDEFS[f"sgpo_kernels::{name}"]._init_fn
+
+
 class _Devices(TorchFunctionMode):
     """What is asked of CUDA is asked of the meta device, and comes back as OnDevice."""
 
@@ -156,10 +165,7 @@ class _Devices(TorchFunctionMode):
         def moved(value: Any) -> Any:
             return torch.device("meta") if isinstance(value, torch.device) and value.type == "cuda" else value
 
-        result = func(*tree_map(moved, args), **tree_map(moved, kwargs or {}))
-        return tree_map(
-            lambda value: value.as_subclass(OnDevice) if type(value) is Tensor and value.is_meta else value, result
-        )
+        return tree_map(_on_device, func(*tree_map(moved, args), **tree_map(moved, kwargs or {})))
 
 
 class Recorder(TorchDispatchMode):
@@ -198,15 +204,23 @@ class Recorder(TorchDispatchMode):
         self._stack.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "sgpo_kernels":
+            args, kwargs = tree_map(_on_device, (args, kwargs or {}))
+            with _Devices(), contextlib.ExitStack() as stack:
+                TorchDispatchMode.__enter__(self)
+                stack.push(super().__exit__)
+                result = _implementation(func._schema.name.split("::")[1])(*args, **kwargs)
+            return tree_map(_plain, result)
         args, kwargs = tree_map(_plain, (args, kwargs or {}))
         given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         wanted = kwargs.get("device")
         if not any(value.is_meta for value in given) and (wanted is None or wanted.type != "meta"):
             return func(*args, **kwargs)
         name = func._schema.name.split("::")[1]
-        sync = name in ("nonzero", "_local_scalar_dense") or (
-            name in ("_to_copy", "copy_") and wanted is not None and wanted.type == "cpu"
+        fetched = (name in ("_to_copy", "to") and wanted is not None and wanted.type == "cpu") or (
+            name == "copy_" and not args[0].is_meta
         )
+        sync = fetched or name in ("nonzero", "_local_scalar_dense")
         result = self._answer(name, func, args, kwargs, sync)
         if not self._launches_nothing(name, func, result):
             self.steps.append(self._operator(name, func, args, kwargs, result, sync))
@@ -215,13 +229,15 @@ class Recorder(TorchDispatchMode):
     def _answer(self, name: str, func: Any, args: Any, kwargs: Any, sync: bool) -> Any:
         """The result of an operator: torch's meta function, or what is assumed where that would need data."""
         if sync:
-            source = args[0]
+            source = args[1] if name == "copy_" else args[0]
             if name == "nonzero":
                 count = self.live_columns if source.numel() == self.vocab else source.numel()
                 return source.new_empty(count, source.dim(), dtype=torch.int64)
             value = True if source.dtype == torch.bool else 1.0 if source.is_floating_point() else self.live_columns
             if name == "_local_scalar_dense":
                 return value
+            if name == "copy_":
+                return args[0].fill_(value)
             return torch.full(source.shape, value, dtype=kwargs.get("dtype") or source.dtype, device="cpu")
         if name == "addmm" and "out" in kwargs:
             return kwargs["out"]  # torch has no meta function for a wide output
@@ -256,7 +272,7 @@ class Recorder(TorchDispatchMode):
         given = dict(zip(kernel.arg_names, args, strict=False))
         given |= {key: value for key, value in kwargs.items() if key in kernel.arg_names}
         options = {key: value for key, value in kwargs.items() if key not in kernel.arg_names}
-        grid = tuple(grid(given)) if callable(grid) else tuple(grid)
+        blocks: Any = grid(given) if callable(grid) else grid
         name = kernel.fn.__name__
         known = KERNELS.get(name, Kernel("not described", ()))
         tensors = {key: getattr(value, "base", value) for key, value in given.items()}
@@ -271,7 +287,7 @@ class Recorder(TorchDispatchMode):
             elif tensor.untyped_storage()._cdata not in out:
                 read += _bytes(tensor)
         shapes = tuple(tuple(t.shape) for t in tensors.values())
-        launch = Launch(kernel, grid, given, options)
+        launch = Launch(kernel, tuple(blocks), given, options)
         self.steps.append(Step(name, shapes, int(read), sum(map(_bytes, _distinct(written))), launch=launch))
 
 
@@ -317,7 +333,7 @@ def steps_of(case: Case) -> list[Step]:
         arguments = custom_op.operator_arguments(weight, None, *groups, options)
         head.adds_in_place(case.dtype, weight.device)  # once per process
         recorder.steps.clear()
-        with torch.no_grad(), mock.patch.object(custom_op, "scaled_op", custom_op.scaled_op._init_fn):
+        with torch.no_grad(), mock.patch.object(custom_op, "scaled_op", _implementation("scaled")):
             inputs, wanted, _ = custom_op.split_arguments(arguments)
             result = custom_op.FusedResult(*custom_op.run_losses(*arguments))
             grads = (result.scale, result.dhead, result.dbias, result.dpolicy, result.ddistill)

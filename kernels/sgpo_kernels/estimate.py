@@ -220,7 +220,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def report(options: argparse.Namespace) -> str:
     """What `--estimate` prints: a table, or with --json a row per line."""
-    exact = Case(*options.rows, options.hidden, options.vocab, live=False, live_share=options.live_share)
+    policy, distill = options.rows
+    exact = Case(policy, distill, options.hidden, options.vocab, live=False, live_share=options.live_share)
     rows = rows_of({"exact": exact, "live": exact._replace(live=True)})
     if options.json:
         return "\n".join(json.dumps(row) for row in rows)
