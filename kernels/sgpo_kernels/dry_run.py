@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -136,7 +137,7 @@ def _distinct(tensors: list[Tensor]) -> list[Tensor]:
     """Without those that only play an absent one: the same memory again."""
     found: dict[tuple[int, ...], Tensor] = {}
     for t in tensors:
-        found.setdefault((t.untyped_storage()._cdata, t.storage_offset(), t.numel()), t)
+        found.setdefault((t.untyped_storage()._cdata, int(t.storage_offset()), t.numel()), t)
     return list(found.values())
 
 
@@ -155,7 +156,7 @@ def _flops(name: str, shapes: tuple[tuple[int, ...], ...]) -> int:
 
 def _implementation(name: str) -> Callable[..., Any]:
     """The function behind one of our operators: to a mode an operator is one call."""
-    return torch._library.custom_ops.OPDEFS[f"sgpo_kernels::{name}"]._init_fn
+    return OPDEFS[f"sgpo_kernels::{name}"]._init_fn
 
 
 class _Devices(TorchFunctionMode):
