@@ -1,12 +1,12 @@
 """Compiles the benchmarks' kernels for a GPU that is not there, into a folder that serves as Triton's cache there.
 
-    python -m benchmarks.triton_cache FOLDER [--arch 90]           beforehand, by the torch and Triton of that machine
+    python -m benchmarks.triton_cache FOLDER [--tests]             beforehand, by the torch and Triton of that machine
     python -m benchmarks.triton_cache FOLDER --place CACHE_DIR     there: into its TRITON_CACHE_DIR
     CACHE=FOLDER bash benchmarks/gpu_acceptance.sh OUT_DIR         does that
 
 What: the launches of one call of the loss (exact and live; both groups, policy alone, distillation alone) at a shape,
-  as `sgpo_kernels.dry_run` sees them, compiled by Triton itself: signature, alignment of pointers and integers and
-  options are those of the launch, so the key is too.
+  and with --tests those of the GPU tests' small cases, as `sgpo_kernels.dry_run` sees them, compiled by Triton itself:
+  signature, alignment of pointers and integers and options are those of the launch, so the key is too.
 Key (read in Triton 3.6.0 and 3.9.0: runtime/cache.py, runtime/jit.py, compiler/compiler.py, backends/nvidia): a hash of
   Triton's own files (compiler, backends, language, runtime/cache.py) and its libtriton.so; of the kernel's source with
   that of what it calls, the line it begins on and its globals; of signature, constants and alignments; of `ptxas
@@ -21,12 +21,19 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
+import itertools
 import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from sgpo_kernels.dry_run import Step
 
 MADE_BY = "made_by.json"
 
@@ -39,7 +46,7 @@ def identity() -> dict[str, str]:
     return {"triton": triton.__version__, "key": hashlib.sha256(triton_key().encode()).hexdigest()}
 
 
-def fill(folder: Path, arch: int, shape: str, rows: int) -> dict[str, int]:
+def fill(folder: Path, arch: int, shape: str, rows: int, tests: bool) -> dict[str, int]:
     """How many kernels were compiled, and how many were in the folder already."""
     os.environ["TRITON_CACHE_DIR"] = str(folder.resolve())
     from sgpo_kernels import dry_run, machine_code
@@ -56,15 +63,48 @@ def fill(folder: Path, arch: int, shape: str, rows: int) -> dict[str, int]:
     before, knobs.compilation.listener = knobs.compilation.listener, count
     try:
         with machine_code.Target(arch) as target:
-            for groups in ((rows, rows // 8), (rows, 0), (0, rows)):
-                for live in (False, True):
-                    for step in dry_run.steps_of(dry_run.Case(*groups, width, vocab, live)):
-                        if step.launch is not None:
-                            target.compile(step.launch)
+            mixes = itertools.product(((rows, rows // 8), (rows, 0), (0, rows)), (False, True))
+            calls = (dry_run.steps_of(dry_run.Case(*groups, width, vocab, live)) for groups, live in mixes)
+            for step in itertools.chain.from_iterable(itertools.chain(calls, steps_of_tests() if tests else ())):
+                if step.launch is not None:
+                    target.compile(step.launch)
     finally:
         knobs.compilation.listener = before
     (folder / MADE_BY).write_text(json.dumps(identity()))
     return found
+
+
+def steps_of_tests() -> Iterator[Sequence[Step]]:
+    """What the small cases of tests/sgpo_kernels/test_cuda.py ask of the device: every op, dtype, shape and option."""
+    import torch
+    from sgpo_kernels import dry_run
+
+    folder = Path(__file__).resolve().parents[1] / "tests" / "sgpo_kernels"
+    modules = []
+    for name in ("conftest", "test_cuda"):
+        spec = importlib.util.spec_from_file_location(f"cached_{name}", folder / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        modules.append(importlib.util.module_from_spec(spec))
+        sys.modules[modules[-1].__name__] = modules[-1]
+        spec.loader.exec_module(modules[-1])
+    cases, tests = modules
+
+    def empty(tensor: torch.Tensor) -> torch.Tensor:
+        return dry_run.device_empty(*tensor.shape, dtype=tensor.dtype)
+
+    every = itertools.product(
+        cases.OPS, tests.CELLS, ({}, {"temperature": "rows", "logit_softcap": 4.0}), (0.0, 2.0**-8)
+    )
+    for op, (dtype, shape), options, tolerance in every:
+        case = cases.build(op, dtype, shape, **options)
+        with dry_run.Recorder(shape[2], max(1, shape[2] // 8)) as recorder:
+            for store in (case.leaves, case.fixed):
+                store.update({key: empty(value) for key, value in store.items() if isinstance(value, torch.Tensor)})
+            case.upstream = empty(case.upstream)
+            extra = {} if op == "logprob" else {"column_tolerance": tolerance}
+            case.results(chunk_rows=32, impl="triton", **extra)
+        yield recorder.steps
 
 
 def place(folder: Path, target: Path) -> int:
@@ -92,6 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, default=90)
     parser.add_argument("--shape", default="qwen2.5-7b")
     parser.add_argument("--rows", type=int, default=8192, help="of the larger group")
+    parser.add_argument("--tests", action="store_true", help="the kernels of the GPU tests too")
     options = parser.parse_args(arguments)
     if options.place is not None:
         print(f"triton_cache: {place(options.folder, options.place)} kernels placed")
@@ -102,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     print(
         "triton_cache: {compiled} compiled, {found} found".format(
-            **fill(options.folder, options.arch, options.shape, options.rows)
+            **fill(options.folder, options.arch, options.shape, options.rows, options.tests)
         )
     )
     return 0

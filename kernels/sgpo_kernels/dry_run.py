@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -157,6 +158,10 @@ def _plain(value: Any) -> Any:
     return value.as_subclass(Tensor) if isinstance(value, OnDevice) else value
 
 
+def _on_device(value: Any) -> Any:
+    return value.as_subclass(OnDevice) if type(value) is Tensor and value.is_meta else value
+
+
 def _bytes(tensor: Tensor) -> int:
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
@@ -165,7 +170,7 @@ def _distinct(tensors: list[Tensor]) -> list[Tensor]:
     """Without those that only play an absent one: the same memory again."""
     found: dict[tuple[int, ...], Tensor] = {}
     for t in tensors:
-        found.setdefault((t.untyped_storage()._cdata, t.storage_offset(), t.numel()), t)
+        found.setdefault((t.untyped_storage()._cdata, int(t.storage_offset()), t.numel()), t)
     return list(found.values())
 
 
@@ -182,6 +187,11 @@ def _flops(name: str, shapes: tuple[tuple[int, ...], ...]) -> int:
     return 2 * math.prod(left) * right[-1]
 
 
+def _implementation(name: str) -> Callable[..., Any]:
+    """The function behind one of our operators: to a mode an operator is one call."""
+    return OPDEFS[f"sgpo_kernels::{name}"]._init_fn
+
+
 class _Devices(TorchFunctionMode):
     """What is asked of CUDA is asked of the meta device, and comes back as OnDevice."""
 
@@ -189,18 +199,22 @@ class _Devices(TorchFunctionMode):
         def moved(value: Any) -> Any:
             return torch.device("meta") if isinstance(value, torch.device) and value.type == "cuda" else value
 
-        result = func(*tree_map(moved, args), **tree_map(moved, kwargs or {}))
-        return tree_map(
-            lambda value: value.as_subclass(OnDevice) if type(value) is Tensor and value.is_meta else value, result
-        )
+        return tree_map(_on_device, func(*tree_map(moved, args), **tree_map(moved, kwargs or {})))
 
 
 class Recorder(TorchDispatchMode):
     """See the module. `steps` are in the order of the host; `capability` is the compute capability it plays."""
 
-    def __init__(self, vocab: int, live_columns: int, capability: tuple[int, int] = (9, 0), processors: int = 132):
+    def __init__(
+        self,
+        vocab: int,
+        live_columns: int,
+        capability: tuple[int, int] = (9, 0),
+        processors: int = 132,
+        captured: bool = False,
+    ):
         super().__init__()
-        self.vocab, self.live_columns = vocab, live_columns
+        self.vocab, self.live_columns, self.captured = vocab, live_columns, captured
         self.capability, self.processors = capability, processors
         self.steps: list[Step] = []
 
@@ -218,6 +232,7 @@ class Recorder(TorchDispatchMode):
                 stack.enter_context(mock.patch.object(kind, "run", launched))
             stack.enter_context(mock.patch("torch.cuda.get_device_capability", return_value=self.capability))
             stack.enter_context(mock.patch("torch.cuda.get_device_properties", return_value=properties))
+            stack.enter_context(mock.patch("torch.cuda.is_current_stream_capturing", return_value=self.captured))
             stack.enter_context(
                 mock.patch("sgpo_kernels.chunk_loop.read_later", return_value=lambda: self.live_columns)
             )
@@ -234,15 +249,23 @@ class Recorder(TorchDispatchMode):
         self._stack.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "sgpo_kernels":
+            args, kwargs = tree_map(_on_device, (args, kwargs or {}))
+            with _Devices(), contextlib.ExitStack() as stack:
+                TorchDispatchMode.__enter__(self)
+                stack.push(super().__exit__)
+                result = _implementation(func._schema.name.split("::")[1])(*args, **kwargs)
+            return tree_map(_plain, result)
         args, kwargs = tree_map(_plain, (args, kwargs or {}))
         given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         wanted = kwargs.get("device")
         if not any(value.is_meta for value in given) and (wanted is None or wanted.type != "meta"):
             return func(*args, **kwargs)
         name = func._schema.name.split("::")[1]
-        sync = name in ("nonzero", "_local_scalar_dense") or (
-            name in ("_to_copy", "copy_") and wanted is not None and wanted.type == "cpu"
+        fetched = (name in ("_to_copy", "to") and wanted is not None and wanted.type == "cpu") or (
+            name == "copy_" and not args[0].is_meta
         )
+        sync = fetched or name in ("nonzero", "_local_scalar_dense")
         result = self._answer(name, func, args, kwargs, sync)
         if not self._launches_nothing(name, func, result):
             self.steps.append(self._operator(name, func, args, kwargs, result, sync))
@@ -251,13 +274,15 @@ class Recorder(TorchDispatchMode):
     def _answer(self, name: str, func: Any, args: Any, kwargs: Any, sync: bool) -> Any:
         """The result of an operator: torch's meta function, or what is assumed where that would need data."""
         if sync:
-            source = args[0]
+            source = args[1] if name == "copy_" else args[0]
             if name == "nonzero":
                 count = self.live_columns if source.numel() == self.vocab else source.numel()
                 return source.new_empty(count, source.dim(), dtype=torch.int64)
             value = True if source.dtype == torch.bool else 1.0 if source.is_floating_point() else self.live_columns
             if name == "_local_scalar_dense":
                 return value
+            if name == "copy_":
+                return args[0].fill_(value)
             return torch.full(source.shape, value, dtype=kwargs.get("dtype") or source.dtype, device="cpu")
         if name == "addmm" and "out" in kwargs:
             return kwargs["out"]  # torch has no meta function for a wide output
@@ -292,7 +317,7 @@ class Recorder(TorchDispatchMode):
         given = dict(zip(kernel.arg_names, args, strict=False))
         given |= {key: value for key, value in kwargs.items() if key in kernel.arg_names}
         options = {key: value for key, value in kwargs.items() if key not in kernel.arg_names}
-        grid = tuple(grid(given)) if callable(grid) else tuple(grid)
+        blocks: Any = grid(given) if callable(grid) else grid
         name = kernel.fn.__name__
         known = KERNELS.get(name, Kernel("not described", ()))
         tensors = {key: getattr(value, "base", value) for key, value in given.items()}
@@ -307,7 +332,7 @@ class Recorder(TorchDispatchMode):
             elif way == "written" or tensor.untyped_storage()._cdata not in written:
                 moved[way] += _bytes(tensor)
         shapes = tuple(tuple(t.shape) for t in tensors.values())
-        launch = Launch(kernel, grid, given, options)
+        launch = Launch(kernel, tuple(blocks), given, options)
         self.steps.append(
             Step(name, shapes, int(moved["read"]), int(moved["written"]), known.flops(about), launch=launch)
         )
@@ -325,6 +350,7 @@ class Case(NamedTuple):
     live_share: float = 0.005
     dtype: torch.dtype = torch.bfloat16
     impl: Impl = "triton"
+    captured: bool = False  # into a CUDA graph
 
     @property
     def live_columns(self) -> int:
@@ -343,7 +369,7 @@ def steps_of(case: Case) -> list[Step]:
     def numbers(count: int) -> Tensor:
         return device_empty(count, dtype=torch.float32)
 
-    with Recorder(case.vocab, case.live_columns) as recorder:
+    with Recorder(case.vocab, case.live_columns, captured=case.captured) as recorder:
         labels = device_empty(rows, dtype=torch.int64)
         bounds, limit = ClipRange(0.2, 0.28, None), KlLimit("forward_kl", None, "mask")
         policy = PolicyInputs(states(rows), labels, numbers(rows), numbers(rows), numbers(rows), bounds)
@@ -356,7 +382,7 @@ def steps_of(case: Case) -> list[Step]:
         arguments = custom_op.operator_arguments(weight, None, *groups, options)
         head.adds_in_place(case.dtype, weight.device)  # once per process
         recorder.steps.clear()
-        with torch.no_grad(), mock.patch.object(custom_op, "scaled_op", custom_op.scaled_op._init_fn):
+        with torch.no_grad(), mock.patch.object(custom_op, "scaled_op", _implementation("scaled")):
             inputs, wanted, _ = custom_op.split_arguments(arguments)
             result = custom_op.FusedResult(*custom_op.run_losses(*arguments))
             grads = (result.scale, result.dhead, result.dbias, result.dpolicy, result.ddistill)

@@ -5,7 +5,7 @@
 Equation: a step takes max(bytes / copy speed, flops / product speed, instructions / issue rate, special functions /
   their rate) + a kernel's start. The host runs ahead: it spends OPERATOR_US or KERNEL_US on each step, a step begins
   when the host has asked for it and the one before is done, and where the host waits it begins again WAKE_US after the
-  device has caught up. `idle` is what the device waits.
+  device has caught up. `idle` is what the device waits. In a captured graph the host does nothing.
 Source: `CARDS`, whose measured entries are of benchmarks/results/gpu_h100_products.txt (H100); instructions are those
   of the machine code, every one counted once per program, both sides of a branch included.
 Limits: no caches, no overlap of kernels, no tiles of products that fill the chip badly; a torch operator is one kernel.
@@ -126,7 +126,8 @@ def predict(steps: Sequence[Step], codes: Sequence[Code], case: Case, card: Card
     stages = dict.fromkeys(ORDER, 0.0)
     host = device = idle = first = 0.0
     for number, (step, code, name) in enumerate(zip(steps, codes, names, strict=True)):
-        host += KERNEL_US if step.launch else OPERATOR_US
+        if not case.captured:
+            host += KERNEL_US if step.launch else OPERATOR_US
         taken = busy_us(step, card, code) + START_US
         stages[name] = stages.get(name, 0.0) + taken / 1e3
         if number == 0:
@@ -220,8 +221,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def report(options: argparse.Namespace) -> str:
     """What `--estimate` prints: a table, or with --json a row per line."""
-    exact = Case(*options.rows, options.hidden, options.vocab, live=False, live_share=options.live_share)
-    rows = rows_of({"exact": exact, "live": exact._replace(live=True)})
+    policy, distill = options.rows
+    exact = Case(policy, distill, options.hidden, options.vocab, live=False, live_share=options.live_share)
+    live = exact._replace(live=True)
+    swept = live._replace(impl="triton-nologits")
+    modes = {"exact": exact, "live": live, "nologits": swept, "captured": swept._replace(captured=True)}
+    rows = rows_of(modes)
     if options.json:
         return "\n".join(json.dumps(row) for row in rows)
     return "\n".join([table(rows), *map(str, CARDS.values())])

@@ -76,7 +76,7 @@ class _Pointer:
 
     def __init__(self, tensor: Tensor):
         self.dtype = tensor.dtype
-        self._offset = tensor.storage_offset() * tensor.element_size()
+        self._offset = int(tensor.storage_offset()) * tensor.element_size()
 
     def data_ptr(self) -> int:
         """Where it begins, in a storage at an aligned address."""
