@@ -28,11 +28,18 @@ from sgpo_kernels import triton_constants as const
 
 # Shared memory that one block may take, bytes, by compute capability.
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
-POINTERS = {"labels_ptr": "*i64", "rows_ptr": "*i64", "live_ptr": "*i32", "count_ptr": "*i32", "counts_ptr": "*i32"}
+POINTERS = {
+    "labels_ptr": "*i64",
+    "rows_ptr": "*i64",
+    "live_ptr": "*i32",
+    "count_ptr": "*i32",
+    "counts_ptr": "*i32",
+    "first_ptr": "*i32",
+}
 POINTERS |= {"alive_ptr": "*i1", "forced_ptr": "*i1"}
 # Pointers to operands of products, in the dtype of dz.
 OPERANDS = {"dz_ptr", "hidden_ptr", "head_ptr"}
-INTEGERS = {"C", "N", "T", "V", "H", "rank", "limit", "row_step", "tile_step"}
+INTEGERS = {"C", "N", "T", "V", "H", "rank", "limit", "row_step", "tile_step", "number"}
 
 
 class Variant(NamedTuple):
@@ -98,6 +105,7 @@ def variants(arch: int) -> Iterator[Variant]:
                 yield Variant("gradient_tiles", {"KIND": kind, "WITH_ENTROPY": entropy, **two, **block}, warps, dz)
     for dz in ("bf16", "fp16", "fp32"):
         yield Variant("rescale", {"BLOCK": 2048}, 4, dz)
+        yield Variant("rescale_rows", {"BLOCK": 4096}, 4, dz)
     yield Variant("column_threshold", {"BLOCK": 1024}, 4)
     for swept in (False, True):
         yield Variant("live_columns", {"SWEPT": swept, "BLOCK_T": 8 if swept else 128, "BLOCK_V": 64}, 4)
@@ -127,7 +135,7 @@ def products(arch: int) -> Iterator[Variant]:
 
     for dz in ("bf16", "fp16", "fp32"):
         yield product("live_hidden", "live_hidden", dz, head_step=1)
-        yield product("live_head", "live_head", dz)
+        yield product("live_head", "live_head", dz, HAS_FIRST=dz != "fp16")
     for full in (False, True):
         yield Variant("label_guess", {"HAS_TEMPERATURE": full, "BLOCK_R": 4, "BLOCK_V": 4096}, 4)
         yield product("gathered_gradient", "gathered", "bf16", HAS_TEMPERATURE=full)

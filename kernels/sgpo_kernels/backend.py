@@ -212,10 +212,20 @@ class Backend(Protocol):
         """dz_A W_A [C, H] in the accumulation dtype."""
         ...
 
-    def add_live_head(self, sums_VH: Tensor, dz_CA: Tensor, hidden_CH: Tensor, live: LiveColumns) -> None:
-        """sums_VH[A] += dz_Aᵀ h."""
+    def add_live_head(
+        self,
+        sums_VH: Tensor,
+        first_V: Tensor | None,
+        number: int,
+        dz_CA: Tensor,
+        hidden_CH: Tensor,
+        live: LiveColumns,
+    ) -> None:
+        """sums_VH[A] += dz_Aᵀ h. With first_V (int32), rows of sums_VH where it is 0 hold nothing yet: they are set,
+        and first_V becomes `number`, > 0 and another one in every call."""
         ...
 
-    def rescaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-        """grad * factor (0-d) in `dtype`, multiplied in that of factor and rounded once."""
+    def rescaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+        """grad * factor (0-d) in `dtype`, multiplied in that of factor and rounded once; zeros in the rows of a matrix
+        where `rows` (int32) is 0."""
         ...

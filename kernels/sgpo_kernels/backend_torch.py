@@ -446,8 +446,11 @@ def live_hidden(dz_CA: Tensor, head_VH: Tensor, live: LiveColumns) -> Tensor:
     return dhidden_CH
 
 
-def add_live_head(sums_VH: Tensor, dz_CA: Tensor, hidden_CH: Tensor, live: LiveColumns) -> None:
-    """See `Backend.add_live_head`."""
+def add_live_head(
+    sums_VH: Tensor, first_V: Tensor | None, number: int, dz_CA: Tensor, hidden_CH: Tensor, live: LiveColumns
+) -> None:
+    """See `Backend.add_live_head`; every row of sums_VH holds its sum."""
+    assert first_V is None
     block = sizes.head_block_rows(sums_VH.shape[1], sums_VH.dtype, sums_VH.device.type)
     for columns, dz in zip(live.columns_A.split(block), dz_CA.split(block, 1), strict=True):
         # No column appears twice: no order matters.
@@ -457,9 +460,10 @@ def add_live_head(sums_VH: Tensor, dz_CA: Tensor, hidden_CH: Tensor, live: LiveC
 # scale
 
 
-def rescaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def rescaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
     """See `Backend.rescaled`."""
-    return torch.mul(grad, factor.reshape(1), out=torch.empty_like(grad, dtype=dtype))
+    result = torch.mul(grad, factor.reshape(1), out=torch.empty_like(grad, dtype=dtype))
+    return result if rows is None else result.masked_fill_((rows == 0).unsqueeze(1), 0.0)
 
 
 def power_of_two_scale(values: Tensor) -> Tensor:

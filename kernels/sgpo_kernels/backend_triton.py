@@ -456,20 +456,29 @@ def live_hidden(dz_CA: Tensor, head_VH: Tensor, live: LiveColumns) -> Tensor:
     return out_CH
 
 
-def add_live_head(sums_VH: Tensor, dz_CA: Tensor, hidden_CH: Tensor, live: LiveColumns) -> None:
+def add_live_head(
+    sums_VH: Tensor, first_V: Tensor | None, number: int, dz_CA: Tensor, hidden_CH: Tensor, live: LiveColumns
+) -> None:
     """See `Backend.add_live_head`; sums_VH and hidden_CH contiguous."""
     rows, width = hidden_CH.shape
     tiles = product_tiles("live_head", dz_CA)
     products.live_head[(LIVE_PROGRAMS, triton.cdiv(width, tiles.columns))](
-        dz_CA, dz_CA.stride(0), *live, hidden_CH, sums_VH, rows, width, **tile_options(tiles)
-    )
+        dz_CA, dz_CA.stride(0), *live, hidden_CH, sums_VH, live.columns_A if first_V is None else first_V, number,
+        rows, width, HAS_FIRST=first_V is not None, **tile_options(tiles),
+    )  # fmt: skip
 
 
-def rescaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def rescaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
     """See `Backend.rescaled`; for contiguous tensors and a float32 factor. Torch's own product with a 0-d tensor on the
     device and another output dtype runs at half the memory's speed."""
     out = torch.empty_like(grad, dtype=dtype)
-    gradients.rescale[(triton.cdiv(grad.numel(), RESCALE_BLOCK),)](
-        grad, factor, out, grad.numel(), BLOCK=RESCALE_BLOCK, num_warps=4, **COMPILED
-    )
+    if rows is None:
+        gradients.rescale[(triton.cdiv(grad.numel(), RESCALE_BLOCK),)](
+            grad, factor, out, grad.numel(), BLOCK=RESCALE_BLOCK, num_warps=4, **COMPILED
+        )
+    else:
+        width = grad.shape[1]
+        gradients.rescale_rows[(len(grad),)](
+            grad, rows, factor, out, width, BLOCK=triton.next_power_of_2(width), num_warps=4, **COMPILED
+        )
     return out

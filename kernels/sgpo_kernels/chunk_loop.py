@@ -47,11 +47,13 @@ MEAN_ROWS = 512
 
 
 class NeedsGrad(NamedTuple):
-    """Which inputs want a gradient; `hidden` has one entry per group."""
+    """Which inputs want a gradient; `hidden` has one entry per group. `whole_head`: rows of dW that nothing was added
+    to are zeros, too; if not, they may hold anything."""
 
     head: bool
     bias: bool
     hidden: tuple[bool, ...]
+    whole_head: bool = True
 
     @property
     def any(self) -> bool:
@@ -61,10 +63,12 @@ class NeedsGrad(NamedTuple):
 
 class Grads(NamedTuple):
     """Gradients divided by `scale`: of hidden in its dtype, of head and bias in the accumulation dtype, to be rounded
-    once, when they are multiplied back (`rescaled`); None where none is wanted."""
+    once, when they are multiplied back (`rescaled`); None where none is wanted. `head_rows` int32 [V]: 0 for rows of
+    the head's that nothing was added to; None: all rows hold their gradient."""
 
     scale: Tensor
     head: Tensor | None
+    head_rows: Tensor | None
     bias: Tensor | None
     hidden: tuple[Tensor | None, ...]
 
@@ -100,7 +104,7 @@ def run(groups: Sequence[RowGroup], shared: SharedInputs, needs: NeedsGrad) -> G
         hidden_grads = tuple(
             torch.zeros_like(g.hidden) if need else None for g, need in zip(groups, needs.hidden, strict=True)
         )
-        dhead, dbias = None, None
+        dhead, head_rows, dbias = None, None, None
         if any(group.index.numel() for group in groups):
             if needs.any:
                 scale = power_of_two_scale(torch.cat([group.weights().to(scale.dtype) for group in groups]))
@@ -112,19 +116,22 @@ def run(groups: Sequence[RowGroup], shared: SharedInputs, needs: NeedsGrad) -> G
                 for rows_C in group.index.split(loop.chunk):
                     loop.run_chunk(group, rows_C, hidden_grad)
                 loop.end_group(group)
-            dhead, dbias = loop.finish()
+            dhead, head_rows, dbias = loop.finish()
         if needs.head:
             dhead = torch.zeros_like(head, dtype=scale.dtype) if dhead is None else dhead
         if needs.bias and bias is not None and dbias is None:
             dbias = torch.zeros_like(bias, dtype=scale.dtype)
-        return Grads(scale, dhead, dbias, hidden_grads)
+        return Grads(scale, dhead, head_rows, dbias, hidden_grads)
 
 
-def rescaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
+def rescaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, impl: str, rows: Tensor | None = None) -> Tensor:
     """grad * factor (0-d) in `dtype`, multiplied in that of factor (a 0-d factor would be cast to half first), by the
-    implementation of the call: Triton's kernel is for contiguous tensors on CUDA."""
-    impl = impl if grad.is_cuda and grad.is_contiguous() else "torch"
-    return load_backend(impl, grad.device.type, grad.dtype).rescaled(grad, factor, dtype)
+    implementation of the call: Triton's kernel is for contiguous tensors on CUDA. With `rows`, as Grads.head_rows, of
+    a matrix: zeros where they are 0."""
+    contiguous = rows is not None or (grad.is_cuda and grad.is_contiguous())
+    return load_backend(impl if contiguous else "torch", grad.device.type, grad.dtype).rescaled(
+        grad, factor, dtype, rows
+    )
 
 
 class _ChunkLoop:
@@ -143,6 +150,9 @@ class _ChunkLoop:
         self.factors_C = (1.0 / scale).repeat(self.chunk)
         self.products: dict[str, Tensor] = {}
         self.head_VH: Tensor | None = None
+        # By which sparse chunk a row of head_VH was first written; None: all rows hold their sums.
+        self.first_V: Tensor | None = None
+        self.sparse_chunks = 0
         self.bias_V: Tensor | None = None
         total = sum(group.index.numel() for group in groups)
         self.slab_rows = sizes.slab_rows(total, self.chunk) if needs.head else self.chunk
@@ -162,6 +172,9 @@ class _ChunkLoop:
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.acc, device=self.shared.head.device)
+
+    def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self._empty(*shape, dtype=dtype).zero_()
 
     def begin_group(self, group: RowGroup) -> None:
         """Before the chunks of a group, whose mean head row is its own."""
@@ -299,7 +312,7 @@ class _ChunkLoop:
         self._add_bias(live, dz_CA)
         dz_CA = dz_CA.to(self.operand)
         if self.needs.head:
-            self.backend.add_live_head(self._head_sum(), dz_CA, hidden_CH, live)
+            self._add_live_to_head(dz_CA, hidden_CH, live)
         if hidden_grad is not None:
             dhidden_CH = self.backend.live_hidden(dz_CA, self.head.weight_VH, live)
             if self.centre_H is not None:
@@ -311,17 +324,24 @@ class _ChunkLoop:
         checks.check_half_range(dhidden_CH, hidden_grad.dtype)
         hidden_grad.index_copy_(0, chunk.rows_C, dhidden_CH.to(hidden_grad.dtype))
 
-    def _head_sum(self) -> Tensor:
+    def _add_live_to_head(self, dz_CA: Tensor, hidden_CH: Tensor, live: LiveColumns) -> None:
+        """To its live rows only: where Triton runs, the others are not even set to 0."""
         if self.head_VH is None:
-            self.head_VH = torch.zeros_like(self.shared.head, dtype=self.acc, memory_format=torch.contiguous_format)
-        return self.head_VH
+            partly = live.taken is not None and not self.needs.whole_head
+            self.head_VH = (self._empty if partly else self._zeros)(*self.shared.head.shape)
+            self.first_V = self._zeros(len(self.head_VH), dtype=torch.int32) if partly else None
+        self.sparse_chunks += 1
+        self.backend.add_live_head(self.head_VH, self.first_V, self.sparse_chunks, dz_CA, hidden_CH, live)
 
     def _add_to_head(self, dz_SV: Tensor, hidden_SH: Tensor) -> None:
         if self.head_VH is None:
             self.head_VH = mm(dz_SV.t(), hidden_SH)
-        else:
-            block = sizes.head_block_rows(hidden_SH.shape[1], self.acc, hidden_SH.device.type)
-            add_mm(self.head_VH, dz_SV.t(), hidden_SH, block)
+            return
+        if self.first_V is not None:
+            self.head_VH.masked_fill_((self.first_V == 0).unsqueeze(1), 0.0)
+            self.first_V = None
+        block = sizes.head_block_rows(hidden_SH.shape[1], self.acc, hidden_SH.device.type)
+        add_mm(self.head_VH, dz_SV.t(), hidden_SH, block)
 
     def _add_bias(self, live: LiveColumns | None, dz_CK: Tensor) -> None:
         if not self.needs.bias:
@@ -359,9 +379,9 @@ class _ChunkLoop:
             self._add_to_head(dz_SV, hidden_SH)
         self.filled = 0
 
-    def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        """(dW, db) in the accumulation dtype, None where no row was live."""
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dW, which of its rows hold something, db), as in `Grads`; dW and db are None where no row was live."""
         self._flush()
         self.slab = None
         self.products.clear()
-        return self.head_VH, self.bias_V
+        return self.head_VH, self.first_V, self.bias_V

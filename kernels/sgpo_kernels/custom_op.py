@@ -90,6 +90,7 @@ class FusedResult(NamedTuple):
     distill_live: Tensor  # bool [Nd]
     scale: Tensor  # 0-d
     dhead: Tensor  # [V, H]
+    dhead_rows: Tensor  # int32 [V], 0 for rows of dhead that hold no gradient
     dbias: Tensor  # [V]
     dpolicy: Tensor  # [Np, H]
     ddistill: Tensor  # [Nd, H]
@@ -231,7 +232,7 @@ def operator_arguments(
 def run_losses(*arguments: Any) -> tuple[Tensor, ...]:
     """What the operator does. Arguments: the fields of OperatorInputs, those of WantedGrads, head_grad; returns the
     fields of FusedResult."""
-    inputs, wanted, _ = split_arguments(arguments)
+    inputs, wanted, head_grad = split_arguments(arguments)
     checks.check_temperature_values(inputs.row_temperature)
     shared, policy_inputs, policy_temperature, distill_inputs, distill_temperature = unpack(inputs)
     policy, distill = None, None
@@ -244,7 +245,8 @@ def run_losses(*arguments: Any) -> tuple[Tensor, ...]:
         distill = DivergenceRows(distill_inputs, distill_temperature)
     both = ((policy, wanted.policy_hidden), (distill, wanted.distill_hidden))
     groups = [group for group, _ in both if group is not None]
-    needs = NeedsGrad(wanted.head, wanted.bias, tuple(need for group, need in both if group is not None))
+    hidden = tuple(need for group, need in both if group is not None)
+    needs = NeedsGrad(wanted.head, wanted.bias, hidden, whole_head=head_grad is not None)
     grads = chunk_loop.run(groups, shared, needs)
 
     def present(tensor: Tensor | None) -> Tensor:
@@ -260,11 +262,19 @@ def run_losses(*arguments: Any) -> tuple[Tensor, ...]:
             distill_live=present(distill and distill.live),
             scale=grads.scale,
             dhead=present(grads.head),
+            dhead_rows=_rows_of(grads),
             dbias=present(grads.bias),
             dpolicy=present(policy and next(hidden_grads)),
             ddistill=present(distill and next(hidden_grads)),
         )
     )
+
+
+def _rows_of(grads: chunk_loop.Grads) -> Tensor:
+    """Grads.head_rows, ones for None; empty where there is no gradient of the head."""
+    if grads.head_rows is not None or grads.head is None:
+        return grads.scale.new_empty(0, dtype=torch.int32) if grads.head_rows is None else grads.head_rows
+    return grads.head.new_ones(len(grads.head), dtype=torch.int32)
 
 
 fused_loss_op = torch.library.custom_op(
@@ -301,6 +311,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
             distill_live=distill_live,
             scale=head.new_empty((), dtype=acc),
             dhead=head.new_empty(head.shape, dtype=acc) if wanted.head else head.new_empty(0),
+            dhead_rows=head.new_empty(len(head) if wanted.head else 0, dtype=torch.int32),
             dbias=grad(inputs.bias, wanted.bias, acc),
             dpolicy=grad(inputs.policy_hidden, wanted.policy_hidden),
             ddistill=grad(inputs.distill_hidden, wanted.distill_hidden),
@@ -312,13 +323,15 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.custom_op("sgpo_kernels::scaled", mutates_args=())
-def scaled_op(grad: Tensor, upstream: Tensor, scale: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
-    """grad * upstream * scale in `dtype`; upstream and scale 0-d."""
-    return chunk_loop.rescaled(grad, upstream.to(scale.dtype) * scale, dtype, impl)
+def scaled_op(
+    grad: Tensor, rows: Tensor | None, upstream: Tensor, scale: Tensor, dtype: torch.dtype, impl: str
+) -> Tensor:
+    """grad * upstream * scale in `dtype`; upstream and scale 0-d; rows as in `chunk_loop.rescaled`."""
+    return chunk_loop.rescaled(grad, upstream.to(scale.dtype) * scale, dtype, impl, rows)
 
 
 @scaled_op.register_fake
-def _(grad: Tensor, upstream: Tensor, scale: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
+def _(grad: Tensor, rows: Tensor | None, upstream: Tensor, scale: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
     return torch.empty_like(grad, dtype=dtype)
 
 
@@ -331,6 +344,7 @@ class SavedGrads(NamedTuple):
 
     scale: Tensor
     dhead: Tensor
+    dhead_rows: Tensor
     dbias: Tensor
     dpolicy: Tensor
     ddistill: Tensor
@@ -356,9 +370,11 @@ def input_grads(
         # create_graph: the saved gradients are constants to autograd, so that a second derivative would lack its larger
         # part without a word. This way it raises.
         upstream.requires_grad_()
-    parts = zip(wanted, (result.dhead, result.dbias, result.dpolicy, result.ddistill), result.dtypes, strict=True)
+    grads = (result.dhead, result.dbias, result.dpolicy, result.ddistill)
+    parts = zip(wanted, grads, (result.dhead_rows, None, None, None), result.dtypes, strict=True)
     found = [
-        scaled_op(grad, upstream, result.scale, dtype, result.impl) if need else None for need, grad, dtype in parts
+        scaled_op(grad, rows, upstream, result.scale, dtype, result.impl) if need else None
+        for need, grad, rows, dtype in parts
     ]
     return (*found, *[None] * (arguments - len(found)))
 
@@ -368,7 +384,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     given, ctx.wanted, ctx.head_grad = split_arguments(inputs)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(result.scale, result.dhead, result.dbias, result.dpolicy, result.ddistill)
+    grads = (result.dhead, result.dhead_rows, result.dbias, result.dpolicy, result.ddistill)
+    ctx.save_for_backward(result.scale, *grads)
     ctx.dtypes, ctx.impl, ctx.arguments = dtypes_of(given), given.impl, len(inputs)
 
 

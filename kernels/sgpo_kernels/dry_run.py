@@ -75,6 +75,12 @@ def _live(name: str) -> Callable[[dict[str, Any]], float]:
     return lambda given: _bytes(given[name]) * given["live"] / given["V"]
 
 
+def _held(given: dict[str, Any]) -> float:
+    """The rows of dW that hold something: those of every chunk where columns live, at most (assumed: five times those
+    of one), all where none is left out."""
+    return _bytes(given["grad_ptr"]) * (min(1.0, 5 * given["live"] / given["V"]) if given["partly"] else 1.0)
+
+
 def _live_product(given: dict[str, Any]) -> int:
     return 2 * given["C"] * given["live"] * given["H"]
 
@@ -116,6 +122,7 @@ KERNELS = {
         {name: _live(name) for name in ("live_ptr", "out_ptr", "head_ptr")},
         _live_product,
     ),
+    "rescale_rows": Kernel("dW zeroed, rounded, scaled", ("out_ptr",), {"grad_ptr": _held}),
     "rescale": Kernel("dW zeroed, rounded, scaled", ("out_ptr",)),
 }
 
@@ -323,7 +330,8 @@ class Recorder(TorchDispatchMode):
         tensors = {key: getattr(value, "base", value) for key, value in given.items()}
         tensors = {key: value.as_subclass(Tensor) for key, value in tensors.items() if isinstance(value, Tensor)}
         written = {tensors[key].untyped_storage()._cdata: tensors[key] for key in known.writes}
-        about = {"V": self.vocab, **given, "live": self.live_columns}
+        partly = any(step.name == "live_head" for step in self.steps)
+        about = {"V": self.vocab, **given, "live": self.live_columns, "partly": partly}
         moved = {"read": 0.0, "written": 0.0}
         for key, tensor in _distinct_items(tensors):
             way = "written" if key in known.writes else "read"
@@ -385,7 +393,7 @@ def steps_of(case: Case) -> list[Step]:
         with torch.no_grad(), mock.patch.object(custom_op, "scaled_op", _implementation("scaled")):
             inputs, wanted, _ = custom_op.split_arguments(arguments)
             result = custom_op.FusedResult(*custom_op.run_losses(*arguments))
-            grads = (result.scale, result.dhead, result.dbias, result.dpolicy, result.ddistill)
-            saved = custom_op.SavedGrads(*grads, dtypes=custom_op.dtypes_of(inputs), impl=inputs.impl)
+            grads = (result.dhead, result.dhead_rows, result.dbias, result.dpolicy, result.ddistill)
+            saved = custom_op.SavedGrads(result.scale, *grads, dtypes=custom_op.dtypes_of(inputs), impl=inputs.impl)
             custom_op.input_grads(saved, device_empty(dtype=torch.float32), wanted, None, len(arguments))
     return recorder.steps

@@ -97,7 +97,8 @@ def _backward(ctx: Any, grad_losses: Tensor | None, *_: Any) -> tuple[Tensor | N
         weighted = _weighted(inputs, grad_losses.detach().contiguous())
         result = FusedResult(*custom_op.fused_loss_op(*weighted, *wanted, None))
     dtypes = custom_op.dtypes_of(inputs)
-    saved = SavedGrads(result.scale, result.dhead, result.dbias, result.dpolicy, result.ddistill, dtypes, inputs.impl)
+    grads = (result.dhead, result.dhead_rows, result.dbias, result.dpolicy, result.ddistill)
+    saved = SavedGrads(result.scale, *grads, dtypes, inputs.impl)
     return custom_op.input_grads(saved, torch.ones_like(result.scale), wanted, ctx.head_grad, arguments)
 
 

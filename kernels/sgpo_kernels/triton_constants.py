@@ -12,7 +12,7 @@ import triton.language as tl
 from sgpo_kernels import backend
 
 # Arguments that vary from chunk to chunk: no variant of their own for 1 or for multiples of 16.
-SIZES = ("C", "N", "T", "rank", "row_step", "tile_step")
+SIZES = ("C", "N", "T", "rank", "row_step", "tile_step", "number")
 # Codes that the host passes: the kind of the rows, what `label_row_values` is asked for, what happens over the limit.
 KINDS = {"score": 0, "forward_kl": 1, "reverse_kl": 2, "js": 3}
 MODES = {"values": 0, "upstream": 1, "policy": 2}

@@ -368,3 +368,15 @@ def rescale(grad_ptr, factor_ptr, out_ptr, N, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     grad = tl.load(grad_ptr + at, mask=at < N, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, (grad * tl.load(factor_ptr)).to(out_ptr.dtype.element_ty), mask=at < N)
+
+
+@triton.jit
+def rescale_rows(grad_ptr, rows_ptr, factor_ptr, out_ptr, H, BLOCK: tl.constexpr):
+    """The same of a matrix [V, H], a row per program: zeros, and nothing read, where `rows` is 0."""
+    row = tl.program_id(0).to(tl.int64)
+    width = tl.arange(0, BLOCK)
+    held = width < tl.where(tl.load(rows_ptr + row) != 0, H, 0)
+    grad = tl.load(grad_ptr + row * H + width, mask=held, other=0.0).to(tl.float32)
+    # 0 times a factor that is not finite is not 0.
+    grad = tl.where(held, grad * tl.load(factor_ptr), 0.0)
+    tl.store(out_ptr + row * H + width, grad.to(out_ptr.dtype.element_ty), mask=width < H)

@@ -54,11 +54,12 @@ def live_hidden(
 
 @triton.jit(do_not_specialize=SIZES)
 def live_head(
-    dz_ptr, dz_stride, live_ptr, count_ptr, hidden_ptr, sums_ptr, C, H,
-    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
+    dz_ptr, dz_stride, live_ptr, count_ptr, hidden_ptr, sums_ptr, first_ptr, number, C, H,
+    HAS_FIRST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """sums [V, H] at the live rows += dzᵀ h, dz [C, count], h [C, H]. Programs of the first grid axis take turns with
-    the tiles of live rows; no row of sums is in two of them."""
+    the tiles of live rows; no row of sums is in two of them. HAS_FIRST: rows that no launch before this one, the
+    `number`-th, has written are set; programs of the second axis may see the mark of another one of this launch."""
     width = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     width_inside = width < H
     count = tl.load(count_ptr)
@@ -78,7 +79,12 @@ def live_head(
         live = tl.load(live_ptr + place, mask=taken, other=0).to(tl.int64)
         at = sums_ptr + live[:, None] * H + width[None, :]
         mask = taken[:, None] & width_inside[None, :]
-        tl.store(at, tl.load(at, mask=mask, other=0.0) + product, mask=mask)
+        before = mask
+        if HAS_FIRST:
+            first = tl.load(first_ptr + live, mask=taken, other=0)
+            tl.store(first_ptr + live, number, mask=taken & (first == 0))
+            before = mask & ((first != 0) & (first != number))[:, None]
+        tl.store(at, tl.load(at, mask=before, other=0.0) + product, mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)

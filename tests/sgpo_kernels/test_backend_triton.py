@@ -332,9 +332,21 @@ def test_products_of_live_columns_are_those_of_plain_torch(live):
     ours = backend_triton.live_hidden(dz, head, counted)
     torch.testing.assert_close(ours, backend_torch.live_hidden(dz[:, :live], head, known))
     added, plain = sums.clone(), sums.clone()
-    backend_triton.add_live_head(added, dz, hidden, counted)
-    backend_torch.add_live_head(plain, dz[:, :live], hidden, known)
+    backend_triton.add_live_head(added, None, 1, dz, hidden, counted)
+    backend_torch.add_live_head(plain, None, 1, dz[:, :live], hidden, known)
     torch.testing.assert_close(added, plain)
+    # Rows that nobody has written hold anything; of the second launch's rows the first has written some.
+    other = backend.LiveColumns(torch.arange(67, dtype=torch.int32, device=DEVICE), counted.taken)
+    first, partly = torch.zeros(67, dtype=torch.int32, device=DEVICE), torch.full_like(sums, torch.nan)
+    plain = torch.zeros_like(sums)
+    for number, live_columns in enumerate((counted, other), start=1):
+        backend_triton.add_live_head(partly, first, number, dz, hidden, live_columns)
+        known = backend.LiveColumns(live_columns.columns_A[:live].long(), None)
+        backend_torch.add_live_head(plain, None, number, dz[:, :live], hidden, known)
+    factor = torch.tensor(1.5, device=DEVICE)
+    ours = backend_triton.rescaled(partly, factor, torch.float32, first)
+    torch.testing.assert_close(ours, plain * 1.5)
+    assert first.unique().tolist() == sorted({0, *range(1, 3)} & set(first.tolist()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
