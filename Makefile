@@ -21,7 +21,7 @@ quickstart: $(VENV)/.train  ## learn the built-in task with SGPO, within minutes
 	$(ONE) $(RUN)/sgpo train configs/quickstart.yaml --run.resume never
 
 test: $(VENV)/.test  ## the test suite, two files at a time
-	$(ONE) $(RUN)/python -m pytest -q -n 2 --dist loadfile --durations=15
+	$(ONE) $(RUN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 ##@ Develop
 venv: $(VENV)/.test  ## the environment for tests, in VENV (.venv)

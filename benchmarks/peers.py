@@ -289,6 +289,26 @@ def _quack_logprobs(x: Inputs) -> Tensor:
     return -function(x.policy_hidden, x.head, None, _masked_targets(x), IGNORE, "none").float()
 
 
+def _trl_logprobs(x: Inputs) -> Tensor:
+    # As GRPOTrainer's head does: the live rows, 32768 columns at a time, with the entropy that it logs.
+    function, live = _attribute("trl.kernels", "ChunkedLogProbFunction"), x.policy_weight.nonzero().squeeze(1)
+    outputs = ("log_probs", "entropy")
+    found = function.apply(
+        x.policy_hidden.index_select(0, live), x.head, None, x.targets[live], 1.0, 32768, None, 1.0, outputs
+    )[0]
+    return found.new_zeros(len(x.targets)).index_copy(0, live, found)
+
+
+def _trl_divergence(x: Inputs) -> Output:
+    # As DistillationTrainer's loss does, on the live rows; beta 0 is KL(teacher || student).
+    function = _attribute("trl.kernels.chunked_divergence", "ChunkedDivergenceFunction")
+    live = x.distill_weight.nonzero().squeeze(1)
+    heads = x.head, None, x.teacher_hidden[live], x.head.detach(), None
+    found, _ = function.apply(x.distill_hidden.index_select(0, live), *heads, 0.0)
+    kl = found.detach().new_zeros(len(x.distill_weight)).index_copy(0, live, found.detach())
+    return Output((found * x.distill_weight[live]).sum(), divergence=kl)
+
+
 def _fla_divergence(x: Inputs) -> Output:
     function = _attribute("fla.modules.fused_kl_div", "fused_kl_div_loss")
     live = x.distill_weight.nonzero().squeeze(1)
@@ -326,6 +346,16 @@ PEERS: dict[str, Peer] = {
             {"policy": _liger_policy, "divergence": _liger_divergence},
             needs=("liger_kernel",),
             notes={"policy": f"chunked GRPO: {_MEAN}", "divergence": f"chunked JSD, beta 0: {_MEAN}"},
+        ),
+        Peer(
+            "trl",
+            {**_from_logprobs(_trl_logprobs), "divergence": _trl_divergence},
+            needs=("trl.kernels.chunked_divergence",),
+            notes={
+                "logprob": "chunked log-prob with the entropy",
+                "policy": "chunked log-prob with the entropy, a surrogate in torch",
+                "divergence": "chunked generalised JSD, beta 0, with the entropy",
+            },
         ),
         Peer(
             "liger-fused",

@@ -23,6 +23,31 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
 
 
+# By CPU time, longest first: a long file that begins last would leave the other processor idle.
+LONGEST = (
+    "train/test_trainer.py",
+    "sgpo_kernels/test_backend_triton.py",
+    "train/test_trainer_rollouts.py",
+    "benchmarks/test_bench_acceptance.py",
+    "rollout/test_process.py",
+    "engine/test_weight_sync.py",
+    "sgpo_kernels/test_aot.py",
+    "sgpo_kernels/test_shard_bounds.py",
+    "commands/test_extract.py",
+    "engine/test_optimizer_states.py",
+    "engine/test_zero.py",
+    "rollout/test_engines.py",
+    "commands/test_study.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files of LONGEST first, in that order, all others as they were collected."""
+    here = Path(__file__).parent
+    places = {here / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def launcher():
     return processes.launch

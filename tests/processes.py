@@ -8,6 +8,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from forked import Forked
+
 ROOT = Path(__file__).resolve().parents[1]
 # The time limits of the tests, for a machine however busy. Whoever waits for what must come waits so long, and nothing
 # is said about speed by it:
@@ -24,9 +27,15 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
 
 
 def start_ranks(
-    arguments: list[str], *, processes: int = 1, folder: Path = ROOT, preexec: Callable[[], None] | None = None
-) -> list[subprocess.Popen]:
-    """Starts `python arguments` in `folder` as so many ranks, one thread each; output is piped."""
+    arguments: list[str],
+    *,
+    processes: int = 1,
+    folder: Path = ROOT,
+    anew: bool = False,
+    preexec: Callable[[], None] | None = None,
+) -> list[subprocess.Popen] | list[Forked]:
+    """Starts `python arguments` in `folder` as so many ranks, one thread each; output is kept. Forks of a process that
+    has imported, unless `anew`, with a `preexec`, or where there is CUDA, which a fork cannot use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -38,17 +47,20 @@ def start_ranks(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    if not (anew or preexec or torch.cuda.is_available()):
+        return [Forked(arguments, folder, environment) for environment in ranks]
     return [
         subprocess.Popen(
             [sys.executable, *arguments],
             cwd=folder,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             preexec_fn=preexec,
         )
-        for rank in range(processes)
+        for environment in ranks
     ]
 
 

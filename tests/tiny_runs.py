@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import yaml
+from forked import Forked
 from processes import PATIENCE_S, start_ranks
 
 REWARD = """
@@ -38,7 +39,7 @@ WARMUP = {"enabled": True, "data": "builtin", "limit": 64, "epochs": 2, "batch_s
           "max_tokens": 128, "optim": {"lr": 1e-3}}  # fmt: skip
 
 
-def start(folder: Path, *overrides: str, config: dict = BASE, **options) -> list[subprocess.Popen]:
+def start(folder: Path, *overrides: str, config: dict = BASE, **options) -> list[subprocess.Popen] | list[Forked]:
     """`sgpo train` in `folder` with the plug-in reward beside it."""
     (folder / "plugin.py").write_text(REWARD)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -53,11 +54,15 @@ def finish(folder: Path, *overrides: str, expect: int = 0, **options) -> str:
 
 
 def finish_all(folder: Path, runs: dict[str, list[str]], config: dict = BASE) -> str:
-    """Runs one after the other, by name and overrides, in a process that starts and imports once; all must succeed."""
+    """Runs one after the other, by name and overrides, in one process; all must succeed. Nobody looks at their reports,
+    whose plots take as long as all the rest."""
     (folder / "plugin.py").write_text(REWARD)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     commands = [["train", "config.yaml", "--run.name", name, *overrides] for name, overrides in runs.items()]
-    program = f"from sgpo.cli import main; import sys; sys.exit(any([main(words) for words in {commands!r}]))"
+    program = (
+        "import sys; from sgpo.cli import main; from sgpo.train import trainer; trainer.write_report = str; "
+        f"sys.exit(any([main(words) for words in {commands!r}]))"
+    )
     (running,) = start_ranks(["-c", program], folder=folder)
     output = running.communicate(timeout=PATIENCE_S)[0]
     assert running.returncode == 0, output[-3000:]

@@ -48,9 +48,9 @@ SUM_ROWS = 3
 
 
 class Logits(NamedTuple):
-    """One context of a chunk: products h Wᵀ [C, V], and what turns them into logits (`backend_torch.scan` does that in
-    place). inv_temperature_C: 1 / temperature of each row, None for 1. `notes` holds what `scan` leaves for later
-    stages of the same implementation."""
+    """One context of a chunk: products h Wᵀ [C, V], and what turns them into logits (`backend_torch.scan` overwrites
+    the products). inv_temperature_C: 1 / temperature of each row, None for 1. `notes` holds what `scan` leaves for
+    later stages of the same implementation."""
 
     products_CV: Tensor
     bias_V: Tensor | None

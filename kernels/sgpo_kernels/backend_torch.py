@@ -1,7 +1,8 @@
 """The row arithmetic in plain torch: softmax statistics, gates, divergences, dz. The functions of `backend.Backend`.
 
 What: block by block of a chunk's rows, so that a chain of elementwise operations stays in the cache. `scan` turns the
-  products into logits in place; every later function reads finished logits.
+  products into logits in place, and those of rows with labels into e^(z - MAX), which is all that a score needs later
+  (with a soft-cap they stay logits: its derivative is taken from them).
 Equation: p = softmax(z); entropy = log sum e^(z - max) - sum e^(z - max) (z - max) / sum e^(z - max). With
   u = log p_S - log p_T and v = u / 2:
     forward KL(T||S) = sum p_T f(u)         f(u) = e^u - 1 - u              dz = p_S - p_T
@@ -9,7 +10,7 @@ Equation: p = softmax(z); entropy = log sum e^(z - max) - sum e^(z - max) (z - m
     JS (beta = 1/2)  = sum m g(v)           g(v) = v tanh v - log cosh v    dz = p_S (a - sum p_S a)
     m = (p_S + p_T) / 2, a = (log p_S - log m) / 2 = (v - log cosh v) / 2
 Source: arXiv 2606.24064 Eq. 1 (surrogate), Eq. 3 and Eq. 5 (forward KL and its limit).
-Gradient: dz = SLOPE * core on the finished logits, times the derivative of the soft-cap; see `core`.
+Gradient: dz = SLOPE * core, times the derivative of the soft-cap; see `score_core` and `divergence_core`.
 Memory: `sizes.WORK_BLOCKS` tensors of a row block [B, V] in the accumulation dtype.
 Precision: every divergence is a sum over the vocabulary of terms that are >= 0 in floating point too, so a small value
   keeps its relative accuracy and equal rows give exactly 0. The plain form, sum p_T (log p_T - log p_S), loses 77 % at
@@ -80,16 +81,17 @@ def row_blocks(tensor_CV: Tensor) -> Iterator[slice]:
 
 
 def scan(logits: Logits, labels_C: Tensor | None) -> Tensor:
-    """See `Backend.scan`; turns the products into logits."""
+    """See `Backend.scan`; turns the products into logits, or into exponentials (see the module's text)."""
+    in_place = labels_C is not None and logits.softcap is None
     stats_4C = logits.products_CV.new_empty(STAT_ROWS, logits.products_CV.shape[0])
     for rows in row_blocks(logits.products_CV):
         z_RV = _finish_(logits, rows)
-        below_RV = z_RV - torch.amax(z_RV, 1, keepdim=True, out=stats_4C[TOP, rows].unsqueeze(1))
-        exp_RV = below_RV.exp()
-        stats_4C[EXP_SUM, rows] = exp_RV.sum(1)
-        stats_4C[WEIGHTED_SUM, rows] = below_RV.mul_(exp_RV).sum(1)
         if labels_C is not None:
             stats_4C[LABEL_LOGIT, rows] = _at(z_RV, labels_C[rows], -math.inf)
+        below_RV = z_RV - torch.amax(z_RV, 1, keepdim=True, out=stats_4C[TOP, rows].unsqueeze(1))
+        exp_RV = torch.exp(below_RV, out=z_RV if in_place else None)
+        stats_4C[EXP_SUM, rows] = exp_RV.sum(1)
+        stats_4C[WEIGHTED_SUM, rows] = below_RV.mul_(exp_RV).sum(1)
     return stats_4C
 
 
@@ -130,10 +132,12 @@ def _mass(parts_RKC: Tensor, rank: int, table: Tensor) -> Tensor:
 
 
 def _score_table(parts_R4C: Tensor, rank: int, labels_C: Tensor) -> tuple[Tensor, Tensor]:
-    """(table, log-probability of the label)."""
+    """(table, log-probability of the label). MAX is that of this shard, from which its exponentials are taken."""
     table = parts_R4C.new_zeros(TABLE_ROWS, parts_R4C.shape[2])
-    table[MAX], table[LOG_SUM], table[ENTROPY] = combine(parts_R4C)
-    logprob_C = (parts_R4C[:, LABEL_LOGIT].amax(0) - table[MAX]) - table[LOG_SUM]
+    top_C, log_sum_C, table[ENTROPY] = combine(parts_R4C)
+    logprob_C = (parts_R4C[:, LABEL_LOGIT].amax(0) - top_C) - log_sum_C
+    table[MAX] = parts_R4C[rank, TOP]
+    table[LOG_SUM] = (top_C - table[MAX]) + log_sum_C
     # sum |onehot - p| over this shard: its mass, with 1 - p instead of p at the label.
     table[TOTAL] = _mass(parts_R4C, rank, table) + torch.where(labels_C >= 0, 1.0 - 2.0 * logprob_C.exp(), 0.0)
     return table, logprob_C
@@ -299,18 +303,21 @@ def _add_one_hot_(core_RK: Tensor, labels_R: Tensor) -> Tensor:
     return core_RK.scatter_(1, columns_R1, core_RK.gather(1, columns_R1) + (labels_R >= 0).unsqueeze(1))
 
 
-def core(kind: str, z_S: Tensor, z_T: Tensor | None, table: Tensor, labels_R: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(core, size) on some columns [R, K] of some rows: dz = SLOPE core, and |size| >= |core| elementwise.
+def exponentials(z_RK: Tensor, logits: Logits, table: Tensor) -> Tensor:
+    """e^(z - MAX) of score rows, from what `scan` left of them."""
+    return z_RK if logits.softcap is None else (z_RK - table[MAX].unsqueeze(1)).exp_()
 
-    Score rows: onehot - p. Divergences: dz in the module's text; `size` bounds the core by terms that can be summed
-    over the columns before the centre is known.
-    """
+
+def score_core(exp_RK: Tensor, table: Tensor, labels_R: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """onehot - p on some columns [R, K] of some rows: dz = SLOPE core. Into `out`, which may be `exp_RK`."""
+    core_RK = torch.mul(exp_RK, table[LOG_SUM].neg().exp_().neg_().unsqueeze(1), out=out)
+    return core_RK if labels_R is None or not core_RK.shape[1] else _add_one_hot_(core_RK, labels_R)
+
+
+def divergence_core(kind: str, z_S: Tensor, z_T: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """(core, size) on some columns [R, K] of some rows: dz = SLOPE core, see the module's text. |size| >= |core|
+    elementwise, by terms that can be summed over the columns before the centre is known."""
     logp_S = log_probs(z_S, table[MAX], table[LOG_SUM])
-    if kind == "score":
-        core_RK = logp_S.exp_().neg_()
-        core_RK = core_RK if labels_R is None or not core_RK.shape[1] else _add_one_hot_(core_RK, labels_R)
-        return core_RK, core_RK
-    assert z_T is not None
     logp_T = log_probs(z_T, table[TEACHER_MAX], table[TEACHER_LOG_SUM])
     if kind == "forward_kl":
         core_RK = logp_S.exp_().sub_(logp_T.exp_())
@@ -321,9 +328,9 @@ def core(kind: str, z_S: Tensor, z_T: Tensor | None, table: Tensor, labels_R: Te
     return x.sub_(centre_R1).mul_(p_S), size_RK
 
 
-def _entropy_part(z_RK: Tensor, table: Tensor) -> Tensor:
+def _entropy_part(exp_RK: Tensor, table: Tensor) -> Tensor:
     """ENTROPY_SLOPE times the gradient of the entropy, -p (log p + entropy)."""
-    logp = log_probs(z_RK, table[MAX], table[LOG_SUM])
+    logp = exp_RK.clamp(min=torch.finfo(exp_RK.dtype).tiny).log_().sub_(table[LOG_SUM].unsqueeze(1))
     prob = logp.exp()
     return logp.add_(table[ENTROPY].unsqueeze(1)).mul_(prob).mul_(-table[ENTROPY_SLOPE].unsqueeze(1))
 
@@ -356,9 +363,12 @@ def live_columns(
     """See `Backend.live_columns`; all peaks are exact here. On an accelerator the count is a host sync."""
     peaks_V = table.new_zeros(student.products_CV.shape[1])
     for rows in row_blocks(student.products_CV):
-        z_T = None if teacher is None else teacher.products_CV[rows]
-        labels = None if labels_C is None else labels_C[rows]
-        core_RV, _ = core(kind, student.products_CV[rows], z_T, table[:, rows], labels)
+        z_RV, block = student.products_CV[rows], table[:, rows]
+        if teacher is None:
+            labels = None if labels_C is None else labels_C[rows]
+            core_RV = score_core(exponentials(z_RV, student, block), block, labels)
+        else:
+            core_RV, _ = divergence_core(kind, z_RV, teacher.products_CV[rows], block)
         torch.maximum(peaks_V, core_RV.mul_(table[STRENGTH, rows].unsqueeze(1)).abs_().amax(0), out=peaks_V)
     columns_A = ((peaks_V < threshold) | (peaks_V == 0)).logical_not_().nonzero().squeeze(1)
     return LiveColumns(columns_A, None), peaks_V.index_fill_(0, columns_A, 0.0)
@@ -374,18 +384,24 @@ def gradient(
     *,
     with_entropy: bool = False,
 ) -> Tensor:
-    """See `Backend.gradient`."""
-    out_CV = student.products_CV if out_CV is None else out_CV
+    """See `Backend.gradient`; the products of rows with labels are gone afterwards, whatever the output."""
     for rows in row_blocks(student.products_CV):
         z_RV, block = student.products_CV[rows], table[:, rows]
-        labels = None if labels_C is None else labels_C[rows]
         chain = _through_softcap(z_RV, student, rows)
-        dz_RV, _ = core(kind, z_RV, None if teacher is None else teacher.products_CV[rows], block, labels)
+        if teacher is None:
+            exp_RV = exponentials(z_RV, student, block)
+            part_RV = _entropy_part(exp_RV, block) if with_entropy else None
+            dz_RV = score_core(exp_RV, block, None if labels_C is None else labels_C[rows], out=z_RV)
+        else:
+            part_RV, (dz_RV, _) = None, divergence_core(kind, z_RV, teacher.products_CV[rows], block)
         dz_RV.mul_(block[SLOPE].unsqueeze(1))
-        if with_entropy:
-            dz_RV.add_(_entropy_part(z_RV, block))
-        out_CV[rows] = dz_RV if chain is None else dz_RV.mul_(chain)
-    return out_CV
+        if part_RV is not None:
+            dz_RV.add_(part_RV)
+        if chain is not None:
+            dz_RV.mul_(chain)
+        if out_CV is not None or dz_RV is not z_RV:
+            (student.products_CV if out_CV is None else out_CV)[rows] = dz_RV
+    return student.products_CV if out_CV is None else out_CV
 
 
 def gradient_columns(
@@ -407,7 +423,10 @@ def gradient_columns(
         place_C = torch.searchsorted(columns_A, labels_C).clamp_(max=columns_A.numel() - 1)
         where = torch.where(columns_A[place_C] == labels_C, place_C, -1)
     chain = _through_softcap(z_CA, student, slice(None))
-    core_CA, size_CA = core(kind, z_CA, z_T, table, where)
+    if z_T is None:
+        core_CA = size_CA = score_core(exponentials(z_CA, student, table), table, where)
+    else:
+        core_CA, size_CA = divergence_core(kind, z_CA, z_T, table)
     kept_C = size_CA.abs().sum(1)
     dz_CA = core_CA.mul_(table[SLOPE].unsqueeze(1))
     dz_CA = dz_CA if chain is None else dz_CA.mul_(chain)

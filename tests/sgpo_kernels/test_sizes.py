@@ -104,7 +104,7 @@ def test_gradient_of_score_rows_is_the_gradient_of_the_log_probability():
 def test_total_is_the_sum_of_the_core():
     logits, targets = torch.randn(6, 9, dtype=torch.float64), torch.randint(9, (6,))
     side, table = score_table(logits, targets)
-    core, _ = backend_torch.core("score", side.products_CV, None, table, targets)
+    core = backend_torch.score_core(side.products_CV, table, targets)
     torch.testing.assert_close(table[backend.TOTAL], core.abs().sum(1))
 
 
@@ -158,3 +158,24 @@ def test_slabs_are_about_equally_full():
         slab = sizes.slab_rows(rows, 1024)
         assert slab % 1024 == 0
         assert slab <= sizes.SLAB_ROWS
+
+
+@pytest.mark.parametrize("columns", [37, 256, 32768, 49152])
+def test_rows_of_products_share_no_sets_of_the_cache(columns):
+    buffer = sizes.padded_empty(3, columns, like=torch.empty(0))
+    assert buffer.shape == (3, columns)
+    assert buffer.stride(0) % 16 == 0
+    assert buffer.stride(0) * 4 % 1024
+    assert buffer.stride(0) - columns < 32
+
+
+@pytest.mark.parametrize(("softcap", "kept"), [(None, False), (5.0, True)])
+def test_scan_leaves_exponentials_of_score_rows(softcap, kept):
+    """In place of the products; with a soft-cap, whose derivative needs them, and without labels the logits stay."""
+    products, targets = torch.randn(4, 9, dtype=torch.float64), torch.randint(9, (4,))
+    logits = products if softcap is None else (products / softcap).tanh() * softcap
+    for labels in (targets, None):
+        side = backend.Logits(products.clone(), None, softcap, None)
+        stats = backend_torch.scan(side, labels)
+        wanted = logits if kept or labels is None else (logits - stats[backend.TOP].unsqueeze(1)).exp()
+        torch.testing.assert_close(side.products_CV, wanted)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import Forked
 from tiny_runs import BASE, WARMUP, digest, finish, finish_all, rows, start
 
 from sgpo.config import RolloutConfig
@@ -21,7 +22,7 @@ from sgpo.types import TrainSequence
 from sgpo.utils.config_rules import GONE, RENAMED
 
 
-def wait_for_lines(process: subprocess.Popen, path: Path, count: int) -> None:
+def wait_for_lines(process: subprocess.Popen | Forked, path: Path, count: int) -> None:
     """Until the process has appended `count` lines to `path`, or has ended."""
     size, lines = path.stat().st_size if path.exists() else 0, 0
     while process.poll() is None and lines < count:
@@ -39,7 +40,7 @@ WITH_WARMUP = {**BASE, "warmup": WARMUP, "train": {"max_steps": STEPS}}
 def straight(tmp_path_factory):
     """The undisturbed run: warm-up and training."""
     folder = tmp_path_factory.mktemp("straight")
-    finish(folder, config=WITH_WARMUP)
+    finish(folder, config=WITH_WARMUP, anew=True)
     return folder / "runs" / "tiny"
 
 
@@ -115,7 +116,7 @@ def test_ten_kills_end_bit_for_bit_where_the_straight_run_ends(straight, tmp_pat
 @pytest.fixture(scope="module")
 def plain_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
-    finish(folder)
+    finish(folder, anew=True)
     return folder / "runs" / "tiny"
 
 

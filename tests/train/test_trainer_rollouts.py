@@ -65,7 +65,7 @@ def test_a_killed_run_ends_bit_for_bit_where_the_straight_one_ends(tmp_path, ove
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     straight.mkdir()
     killed.mkdir()
-    finish(straight, *overrides, "--checkpoint.keep_last=10")
+    finish(straight, *overrides, "--checkpoint.keep_last=10", anew=True)
     process = start(killed, *overrides)[0]
     metrics = killed / "runs" / "tiny" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and '"step": 2' in metrics.read_text()):
