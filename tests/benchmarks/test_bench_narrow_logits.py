@@ -1,13 +1,18 @@
-"""The study of narrow logits against the obvious computation from whole rows of logits, and its command line."""
+"""The study of narrow logits against whole rows of logits, its command line, and its kernels on the interpreter."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from processes import PATIENCE_S
 
-from benchmarks import narrow_formats, narrow_logits
+from benchmarks import narrow_formats, narrow_kernels, narrow_logits
 from benchmarks import states as sources
 
+CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs where there is no GPU")
 ROWS, DISTANCE = 16, 6
 
 
@@ -101,3 +106,29 @@ def test_command_line(tmp_path, capsys):
     assert all({"commit", "versions", "source", "states", "command", "errors"} <= set(row) for row in rows)
     assert "fp8_both" in capsys.readouterr().out
     assert narrow_logits.main(["--states", "none"]) == 2
+
+
+@CPU_ONLY
+@pytest.mark.parametrize("name", ["calibrated", "spread:0.1"])
+def test_kernels_give_the_reference(name):
+    # 200 columns: a last tile of 8; diffuse rows have most of their entries near, more than one block of the gather.
+    states = sources.make(name, 64, 200, 16, 1, dtype=torch.float32, device="cpu", seed=0)
+    hidden, head, target = states.policy_hidden, states.head, states.policy_targets
+    options = {"distance": 6.0, "capacity": 3_200, "tiles": narrow_kernels.SMALL}
+    found = narrow_kernels.log_probs(hidden, head, narrow_kernels.Scaled.of(head), target, **options)
+    wanted = narrow_kernels.reference(hidden, head, target, distance=6.0, rough=torch.float32)
+    torch.testing.assert_close(found.near, wanted.near)
+    torch.testing.assert_close(found.logprob.double(), wanted.logprob, rtol=0, atol=5e-6)
+    torch.testing.assert_close(found.tail.double(), wanted.tail, rtol=1e-4, atol=1e-7)
+    logp = (hidden.double() @ head.double().t()).log_softmax(1).gather(1, target.unsqueeze(1)).squeeze(1)
+    assert 1e-6 < float((found.logprob - logp).abs().max()) < 5e-3
+    with pytest.raises(ValueError, match="capacity is 9"):
+        narrow_kernels.log_probs(hidden, head, narrow_kernels.Scaled.of(head), target, **(options | {"capacity": 9}))
+
+
+def test_kernels_compile_without_spills():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.narrow_kernels", "--arch", "90"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("spills=0") == 4
