@@ -3,6 +3,7 @@
 python -m benchmarks.narrow_logits --states own:FOLDER [--rows 1024] [--kl-rows 256] [--cache FILE.pt] --out FILE.jsonl
 python -m benchmarks.narrow_logits --states calibrated --shape 896 151936 --out FILE.jsonl
 python -m benchmarks.narrow_logits --quick
+python -m benchmarks.narrow_times FILE.jsonl                  # what the shares of its rows would cost on an H100
 
 On a CPU, by simulation: operands are rounded to the narrow format with their scales, multiplied in float32, and held
 against products in fp64 of the same bfloat16 states and head. `distance` D: entries whose narrow logit is within D
@@ -18,7 +19,7 @@ Formats: see `benchmarks.narrow_formats`; `float32` is today's product, `bf16_ou
 states are moved to 1 % of their distance. Errors of log-prob, entropy in nats; KL relative, by decades of the true KL;
 dz, dH relative (Frobenius). `doubt` = tail's share times the band's root mean square noise, which a caller could be
 given; `covered` the error over it. Per chunk of 1024 rows: shares of entries and of columns, and for the cheapest mix
-the share of columns exact for all rows (wanted by at least HOT) and of entries gathered one by one. `ms`: `estimate`.
+the share of columns exact for all rows (wanted by at least HOT) and of entries gathered one by one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,11 +39,12 @@ from torch import Tensor
 from benchmarks import measure
 from benchmarks import states as sources
 from benchmarks.narrow_formats import FORMATS, Narrow
+from benchmarks.narrow_times import CHUNK, Wanted
 from benchmarks.states import HeadStates
 from sgpo.types import SgpoError
 
 STEP, BUCKETS, DISTANCES = 2, 8, (0, 4, 6, 8, 10, 12, 14)
-CHUNK, BLOCK, HOT, FEW, NEAR = 1024, 32, 5, 32, 0.01
+BLOCK, FEW, NEAR = 32, 32, 0.01
 DECADES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 SHARES = torch.tensor([0.5, 0.99, 1.0], dtype=torch.float64)
 
@@ -184,44 +185,6 @@ def _square(gram: Tensor, by: tuple[Tensor, ...]) -> Tensor:
     return sum(((1 + (i != j)) * g * by[i] * by[j] for g, (i, j) in zip(gram, pairs, strict=True)), 0 * by[0])
 
 
-# shares and time
-
-
-class Wanted:
-    """How many rows of a chunk want each column, by distance."""
-
-    def __init__(self, vocab: int) -> None:
-        self.counts = {d: torch.zeros(vocab) for d in DISTANCES[1:]}
-        self.rows = 0
-
-    def add(self, distance: Tensor) -> None:
-        self.rows += len(distance)
-        for d, count in self.counts.items():
-            count += (distance < d).sum(0)
-
-    def shares(self, d: int) -> dict[str, float]:
-        count = self.counts[d]
-        hot = count >= HOT
-        each = {"entries": count.mean() / self.rows, "columns": (count > 0).float().mean()}
-        each |= {"hot_columns": hot.float().mean(), "loose_entries": count[~hot].sum() / len(count) / self.rows}
-        return {key: float(value) for key, value in each.items()}
-
-
-def estimate(shares: dict[str, float], rows: int = 10240, hidden: int = 3584, vocab: int = 152064) -> dict[str, float]:
-    """ms on an H100 for the products of 8192 + 1024 rows (10240 with both contexts) at the 7B head, by known rates.
-
-    Products at the measured 1165 (fp8) and 722 TFLOP/s (bf16, all columns); the head's rounding at 2.96 TB/s, once a
-    step; gathered columns at 722 TFLOP/s and their copies at 2.96 TB/s; loose entries read a head row each.
-    """
-    product, chunks = 2 * rows * hidden * vocab, math.ceil(rows / CHUNK)
-    found = {"bf16": product / 722e9, "fp8": product / 1165e9, "rounding": 3 * hidden * vocab / 2.96e9}
-    found["hot"] = shares["hot_columns"] * (product / 722e9 + chunks * 4 * hidden * vocab / 2.96e9)
-    found["loose"] = shares["loose_entries"] * rows * vocab * 2 * hidden / 2.96e9
-    # Indices of the entries: a read of float32 logits that live mode's scan does not do, since it needs the maximum.
-    found["choosing"] = 4 * rows * vocab / 2.96e9
-    return found | {"narrow": sum(found.values()) - found["bf16"]}
-
-
 # running
 
 
@@ -240,16 +203,15 @@ def measured(states: HeadStates, names: list[str], kl_rows: int) -> Iterator[dic
     teacher = states.teacher_hidden[:kl_rows].float()
     for name in names:
         narrow, deep = Narrow(name, head.plain, hidden), 64
-        policy, wanted = Rows(), Wanted(len(head.plain))
+        policy, wanted = Rows(), Wanted(len(head.plain), DISTANCES[1:])
         for start in range(0, len(hidden), BLOCK):
             part = slice(start, start + BLOCK)
             found = policy_block(policy, narrow, hidden[part], states.policy_targets[part], head, start < deep)
             if start < CHUNK:
                 wanted.add(found)
         shares = {d: wanted.shares(d) for d in DISTANCES[1:]}
-        times = {d: estimate(share) for d, share in shares.items()}
         yield {"format": name, "kind": "policy", "rows": len(hidden), "worst_logit_error": narrow.worst(hidden),
-               "shares": shares, "ms": times, **_table(policy)}  # fmt: skip
+               "shares": shares, **_table(policy)}  # fmt: skip
         for kind, step in (("kl", 1.0), ("kl_near", NEAR)):
             rows = Rows()
             for start in range(0, len(student), BLOCK):

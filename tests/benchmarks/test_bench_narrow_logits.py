@@ -9,7 +9,7 @@ import pytest
 import torch
 from processes import PATIENCE_S
 
-from benchmarks import narrow_formats, narrow_kernels, narrow_logits
+from benchmarks import narrow_formats, narrow_kernels, narrow_logits, narrow_times
 from benchmarks import states as sources
 
 CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs where there is no GPU")
@@ -105,6 +105,9 @@ def test_command_line(tmp_path, capsys):
     assert 0 < shares["loose_entries"] < shares["entries"] < shares["columns"] < 1
     assert all({"commit", "versions", "source", "states", "command", "errors"} <= set(row) for row in rows)
     assert "fp8_both" in capsys.readouterr().out
+    lines = list(narrow_times.times(out))
+    assert len(lines) == 2 * 6
+    assert all("'saved'" in line for line in lines)
     assert narrow_logits.main(["--states", "none"]) == 2
 
 
