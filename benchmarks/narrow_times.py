@@ -46,7 +46,7 @@ def estimate(shares: dict[str, float], form: Format) -> dict[str, float]:
 
     bf16: product and passes over the logits of live mode as measured. Narrow: fp8 product at 1165 (float32 out) or 1364
     TFLOP/s (bfloat16 out), int8 at 679; the head's rounding once a step; the same passes and one that chooses, by their
-    width in bytes; exact: gathered columns (copied, then at 722 TFLOP/s), loose entries by a read of their head row each.
+    width in bytes; exact: gathered columns (copied, then at 722 TFLOP/s), loose entries by reading a head row each.
     `entries`, `columns`: the exact pass, had it only loose entries or only columns. The copy's speed is 2.96 TB/s.
     """
     rows, hidden, vocab = 10240, 3584, 152064
