@@ -54,9 +54,10 @@ def estimate(shares: dict[str, float], form: Format) -> dict[str, float]:
     passes, sweep = 4.37, width * rows * vocab / 2.96e9
     column = product / 722 + math.ceil(rows / CHUNK) * 4 * hidden * vocab / 2.96e9
     entry = 2 * rows * vocab * hidden / 2.96e9
-    rate = 679 if form.largest == 127.0 else 1364 if form.bf16_out else 1165
+    rate = {0.0: 722, 127.0: 679}.get(form.largest, 1364 if form.bf16_out else 1165)
     found = {"product": product * (1 + 2 * form.split * form.pairs / hidden) / rate}
-    found |= {"rounding": 3 * hidden * vocab / 2.96e9, "passes": passes * width / 4, "choosing": sweep}
+    rounding = 3 * hidden * vocab / 2.96e9 if form.largest else 0.0
+    found |= {"rounding": rounding, "passes": passes * width / 4, "choosing": sweep}
     found["exact"] = shares["hot_columns"] * column + shares["loose_entries"] * entry
     narrow, bf16 = sum(found.values()), product / 722 + passes
     found |= {"narrow": narrow, "bf16": bf16, "saved": bf16 - narrow}
