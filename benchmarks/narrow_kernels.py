@@ -3,7 +3,7 @@
     python -m benchmarks.narrow_kernels [--arch 90]      compiles them without a GPU; registers, spills, shared memory
 
 What: `product` multiplies fp8 operands with a scale per row of each, accumulates in float32, writes the logits
-  (bfloat16) and each row's maximum per column tile. `choose` walks the narrow logits in the same tiles: first it counts
+  (bfloat16) and each row's maximum per column tile. `choose` walks the narrow logits: first it counts
   the entries within `distance` nats of the row's maximum and sums e^z of the others, then it writes down their columns,
   in order. `exact_rows` takes one row per program: float32 products of the bfloat16 states with its gathered head rows,
   their sum of e^z, and the band's: the sums, exact and narrow, over entries less than BAND nats above the tail.
@@ -45,17 +45,19 @@ TOOLS_USED = (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
 
 
 class Tiles(NamedTuple):
-    """BM x BN products in steps of BK, GROUP row tiles share a column tile; BE entries at a time, BH of their width."""
+    """BM x BN products in steps of BK (twice as wide ones spill), GROUP row tiles share a column tile; BE entries at a
+    time, BH of their width; BC columns to choose from."""
 
     BM: int = 128
-    BN: int = 256
+    BN: int = 128
     BK: int = 128
     GROUP: int = 8
     BE: int = 16
     BH: int = 256
+    BC: int = 2048
 
 
-LARGE, SMALL = Tiles(), Tiles(16, 32, 32, 2, 4, 32)
+LARGE, SMALL = Tiles(), Tiles(16, 32, 32, 2, 4, 32, 64)
 
 
 @triton.jit
@@ -67,7 +69,9 @@ def product(hidden, head, row_scale_ptr, column_scale_ptr, z_ptr, top_ptr, M, N,
         pm, pn = _place(tile, nm, nn, GROUP)
         z = tl.zeros((BM, BN), tl.float32)
         for k in range(nk):
-            z = tl.dot(hidden.load([pm * BM, k * BK]), head.load([pn * BN, k * BK]).T, z)
+            h, w = hidden.load([pm * BM, k * BK]), head.load([pn * BN, k * BK]).T
+            # The tensor cores' own sums of fp8 products are short of bits: each step's is added up in registers.
+            z = tl.dot(h, w, z, max_num_imprecise_acc=BK)
         rows, columns = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
         inside = columns < N
         z = z * tl.load(row_scale_ptr + rows)[:, None]
@@ -171,20 +175,20 @@ def log_probs(
     product[(min(programs, triton.cdiv(rows, tiles.BM) * count),)](
         *sides, narrow.scale, narrow_head.scale, z, top, rows, vocab, width, PROGRAMS=programs,
         **_product(tiles))  # fmt: skip
-    top, target = top.amax(0), target.int()
-    counts = target.new_zeros(rows, count)
+    top, target, groups = top.amax(0), target.int(), triton.cdiv(vocab, tiles.BC)
+    counts = target.new_zeros(rows, groups)
     tails, places, columns = torch.zeros_like(counts, dtype=torch.float32), counts, target.new_empty(capacity)
 
     def walk(write: bool, at: Tensor) -> None:
-        choose[(rows, count)](z, top, target, counts, tails, at, columns, distance, rows, vocab, WRITE=write,
-                              BN=tiles.BN)  # fmt: skip
+        choose[(rows, groups)](z, top, target, counts, tails, at, columns, distance, rows, vocab, WRITE=write,
+                              BN=tiles.BC)  # fmt: skip
 
     walk(False, places)
     ends = counts.flatten().cumsum(0, dtype=torch.int32)
     if int(ends[-1]) > capacity:
         raise ValueError(f"{int(ends[-1])} entries are near, capacity is {capacity}: raise it or lower distance")
     walk(True, ends - counts.flatten())
-    firsts = torch.cat([ends.new_zeros(1), ends.view(rows, count)[:, -1]])
+    firsts = torch.cat([ends.new_zeros(1), ends.view(rows, groups)[:, -1]])
     out = top.new_empty(5, rows)
     exact_rows[(rows,)](hidden, head, z, top, target, firsts, columns, out, distance, BAND, rows, vocab, width,
                         BE=tiles.BE, BH=tiles.BH)  # fmt: skip
@@ -249,7 +253,7 @@ def compiled(arch: int, tiles: Tiles = LARGE) -> Iterator[Resources]:
     integers = ("target_ptr", "count_ptr", "place_ptr", "column_ptr", "first_ptr")
     pointers |= dict.fromkeys(integers, "*i32")
     variants = [(product, {**_product(tiles), "PROGRAMS": 132}, 8), (exact_rows, {"BE": tiles.BE, "BH": tiles.BH}, 4)]
-    variants += [(choose, {"WRITE": write, "BN": 2048}, 4) for write in (False, True)]
+    variants += [(choose, {"WRITE": write, "BN": tiles.BC}, 4) for write in (False, True)]
     for kernel, options, warps in variants:
         signature: dict[str, str] = {}
         for name in kernel.arg_names:

@@ -259,10 +259,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.quick:
         options.states, options.shape, options.rows, options.kl_rows = "calibrated", (256, 2000), 64, 32
-    count = (options.rows, max(options.rows, options.kl_rows))
+    (hidden, vocab), rows = options.shape, options.rows
     try:
-        states = sources.make(options.states, *options.shape, *count, dtype=torch.bfloat16, device="cpu", seed=0,
-                              data=options.data, cache=options.cache)  # fmt: skip
+        states = sources.make(options.states, hidden, vocab, rows, max(rows, options.kl_rows), dtype=torch.bfloat16,
+                              device="cpu", seed=0, data=options.data, cache=options.cache)  # fmt: skip
     except SgpoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
