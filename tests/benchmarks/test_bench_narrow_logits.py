@@ -63,7 +63,7 @@ def test_kl_errors_are_those_of_whole_rows(made, name):
         n_t = n_s + narrow.logits(teacher - student)[0]
     far = torch.minimum(distance(n_s), distance(n_t)) >= DISTANCE
     ones = torch.ones(ROWS, dtype=torch.float64)
-    # Narrow and exact logits of a row may differ by a constant in the study's gauge: none here, the mean is put back.
+    # The mean head row that centred formats take off is put back: exact and narrow logits go together in a row.
     made_s, made_t, logp_s, logp_t = (
         mended(*pair, far, ones) for pair in ((z_s, n_s), (z_t, n_t), (z_s, z_s), (z_t, z_t))
     )
