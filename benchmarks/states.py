@@ -1,8 +1,9 @@
 """Hidden states to measure a loss head on: real ones, random ones of a set spread, and calibrated synthetic ones.
 
-A source is named by a text: `real:FOLDER` (a local model on the problems of a JSONL file), `spread:0.1` (random
-states, |h_T - h_S| / |h_S| = 0.1 in every row) or `calibrated` (synthetic, see `calibrated`). Every record says in
-`source` what it is. Entropies and divergences are in nats; seeded, but CPU and GPU draw different numbers.
+A source is named by a text: `real:FOLDER` (a local model on the solutions of a JSONL file), `own:FOLDER` (the same on
+its own samples), `spread:0.1` (random states, |h_T - h_S| / |h_S| = 0.1 in every row) or `calibrated` (synthetic, see
+`calibrated`). Every record says in `source` what it is. Entropies and divergences are in nats; seeded, but CPU and GPU
+draw different numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from sgpo.data.prompts import PromptBuilder, PromptTemplate
 from sgpo.engine.batching import collate
 from sgpo.model.loading import load_causal_lm, load_tokenizer
 from sgpo.model.policy import PolicyModel
-from sgpo.types import Problem, SgpoError
+from sgpo.types import ChatTurn, Problem, SgpoError
 
 Knots = tuple[tuple[float, float], ...]
 """(share of the rows, value) from share 0 to share 1; log-linear in between."""
@@ -46,6 +47,7 @@ _ZIPF_SHIFT = 10.0
 _LOGITS_ABOVE_BACKGROUND = 16.0
 _LOGIT_STD_OF_SPREAD = 3.0
 _ROWS_PER_BLOCK = 512
+_BATCH = 12
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,18 @@ def make(
     if kind == "spread" and re.fullmatch(r"\d+(\.\d+)?(e-?\d+)?", argument):
         ratio = float(argument)
         return spread(policy_rows, distill_rows, hidden, vocab, ratio=ratio, dtype=dtype, device=device, seed=seed)
-    if kind == "real" and argument:
-        states = real(Path(argument), data, max(policy_rows, distill_rows), dtype=dtype, device=device, cache=cache)
+    if kind in ("real", "own") and argument:
+        rows, options = max(policy_rows, distill_rows), {"dtype": dtype, "device": device, "cache": cache}
+        if kind == "real":
+            states = real(Path(argument), data, rows, **options)
+        else:
+            states = own(Path(argument), data, rows, seed=seed, **options)
         if tuple(states.head.shape) != (vocab, hidden):
             found = "H{1} V{0}".format(*states.head.shape)
             raise SgpoError(f"The head of {argument} is {found}, the shape asked for H{hidden} V{vocab}.")
         return states.first(policy_rows, distill_rows)
-    raise SgpoError(f"Unknown states {name!r}: expected calibrated, spread:RATIO or real:MODEL_FOLDER.")
+    expected = "calibrated, spread:RATIO, real:MODEL_FOLDER or own:MODEL_FOLDER"
+    raise SgpoError(f"Unknown states {name!r}: expected {expected}.")
 
 
 def spread(
@@ -291,10 +298,8 @@ def real(
         raise SgpoError(f"No problem file at {data}: give --data a JSONL file with problem, answer and solution.")
     source = {"kind": "real", "model": model.name, "data": data.name, "rows": rows, "dtype": str(dtype)}
     source["guidance"] = f"strategy of the problem, else: {GENERIC_STRATEGY}"
-    if cache is not None and cache.is_file():
-        saved = torch.load(cache, weights_only=True, map_location=device)
-        if saved.pop("source") == source:
-            return HeadStates(**saved, source=source)
+    if (found := _cached(cache, source, device)) is not None:
+        return found
     tokenizer = load_tokenizer(model)
     lm = load_causal_lm(model, dtype="float32").to(device).eval()
     policy = PolicyModel(lm)
@@ -310,7 +315,18 @@ def real(
         raise SgpoError(f"{data} has only {sum(map(len, targets))} solution tokens in reach, {rows} were asked for.")
     hidden, teacher = (torch.cat(part)[:rows].to(dtype) for part in (plain, guided))
     head = lm.get_output_embeddings().weight.detach().to(dtype)
-    states = HeadStates(hidden, torch.cat(targets)[:rows], hidden, teacher, head, source)
+    return _keep(cache, HeadStates(hidden, torch.cat(targets)[:rows], hidden, teacher, head, source))
+
+
+def _cached(cache: Path | None, source: dict[str, Any], device: str) -> HeadStates | None:
+    """The states in a file, if they are of this source."""
+    if cache is None or not cache.is_file():
+        return None
+    saved = torch.load(cache, weights_only=True, map_location=device)
+    return HeadStates(**saved, source=source) if saved.pop("source") == source else None
+
+
+def _keep(cache: Path | None, states: HeadStates) -> HeadStates:
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         names = ("policy_hidden", "policy_targets", "distill_hidden", "teacher_hidden", "head", "source")
@@ -331,6 +347,78 @@ def _two_contexts(
         states.append(policy.hidden(batch.input_ids, batch.rows))
         targets = batch.labels
     return states[0], states[1], targets
+
+
+def own(
+    model: Path,
+    data: Path,
+    rows: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+    cache: Path | None = None,
+    tokens: int = 96,
+) -> HeadStates:
+    """Last hidden states of a local model on its own samples at temperature 1, at most `tokens` long.
+
+    Policy rows: samples of the plain prompts. Distillation rows: samples of the guided prompts, under the plain prompt
+    (student) and the guided one (teacher). Problems are guided in turn by GENERIC_STRATEGY and by two worked examples
+    as chat turns, the file's next problems. `cache` as for `real`.
+    """
+    if not data.is_file():
+        raise SgpoError(f"No problem file at {data}: give --data a JSONL file with problem, answer and solution.")
+    source = {"kind": "own", "model": model.name, "data": data.name, "rows": rows, "dtype": str(dtype), "seed": seed}
+    source |= {"guidance": f"in turn two worked examples, and: {GENERIC_STRATEGY}", "tokens": tokens}
+    if (found := _cached(cache, source, device)) is not None:
+        return found
+    torch.manual_seed(seed)
+    tokenizer, lm = load_tokenizer(model), load_causal_lm(model, dtype="float32").to(device).eval()
+    policy = PolicyModel(lm)
+    builder = PromptBuilder(tokenizer, PromptTemplate.load(), max_prompt_tokens=4096)
+    parts: list[list[Tensor]] = [[], [], [], []]  # of policy rows, targets, distillation rows, teacher's rows
+    problems = load_problems(str(data), limit=max(rows // 8, 20))
+    for start in range(0, len(problems) - _BATCH - 2, _BATCH):
+        pairs = [builder.build(_guided(problems, index)) for index in range(start, start + _BATCH)]
+        plain, guided = [pair.plain for pair in pairs], [pair.guided or () for pair in pairs]
+        alone, shown = (_samples(lm, tokenizer, prompts, tokens) for prompts in (plain, guided))
+        for kept, (prompts, completions) in zip(
+            (parts[0], parts[2], parts[3]), ((plain, alone), (plain, shown), (guided, shown)), strict=True
+        ):
+            batch = collate(prompts, completions, tokenizer.pad_token_id).to(torch.device(device))
+            with torch.no_grad():
+                kept.append(policy.hidden(batch.input_ids, batch.rows))
+            parts[1] += [batch.labels] if kept is parts[0] else []
+        if min(sum(map(len, part)) for part in parts) >= rows:
+            break
+    else:
+        raise SgpoError(f"{data} has too few problems for {rows} rows.")
+    hidden, targets, student, teacher = (torch.cat(part)[:rows] for part in parts)
+    head = lm.get_output_embeddings().weight.detach().to(dtype)
+    states = HeadStates(hidden.to(dtype), targets, student.to(dtype), teacher.to(dtype), head, source)
+    return _keep(cache, states)
+
+
+def _guided(problems: Sequence[Problem], index: int) -> Problem:
+    """The problem with a strategy (even index) or two worked examples (odd)."""
+    if index % 2 == 0:
+        return replace(problems[index], strategy=GENERIC_STRATEGY, guidance_turns=())
+    shown = [(one.problem, re.sub(r"<<.*?>>", "", one.solution or "")) for one in problems[index + 1 : index + 3]]
+    turns = tuple(ChatTurn(*turn) for pair in shown for turn in zip(("user", "assistant"), pair, strict=True))
+    return replace(problems[index], strategy=None, guidance_turns=turns)
+
+
+@torch.no_grad()
+def _samples(lm: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+    """One completion per prompt at temperature 1, up to and with its end-of-sequence token."""
+    longest = max(map(len, prompts))
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=lm.device)
+    ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + list(p) for p in prompts], device=lm.device)
+    free: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    end = tokenizer.eos_token_id
+    output = lm.generate(ids, attention_mask=mask, max_new_tokens=tokens, use_cache=True, eos_token_id=end, **free)
+    rows = output[:, longest:].tolist()
+    return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
 
 # what states are like

@@ -94,12 +94,26 @@ def test_real_states_come_from_both_contexts_and_are_cached(builtin_folder, prob
     assert cache.stat().st_mtime_ns != modified
 
 
+def test_own_states_are_of_samples_under_both_prompts(builtin_folder, problem_file, tmp_path):
+    def made():
+        return sources.own(builtin_folder, problem_file, 12, tokens=6, cache=tmp_path / "states.pt")
+
+    states = made()
+    assert (states.source["kind"], states.source["tokens"]) == ("own", 6)
+    assert len(states.policy_hidden) == len(states.policy_targets) == len(states.distill_hidden) == 12
+    assert not torch.equal(states.teacher_hidden, states.distill_hidden)
+    assert not torch.equal(states.policy_hidden, states.distill_hidden)
+    assert torch.equal(made().policy_hidden, states.policy_hidden)
+    with pytest.raises(SgpoError, match="too few problems"):
+        sources.own(builtin_folder, problem_file, 100_000, tokens=2)
+
+
 def test_bad_requests_are_one_sentence(builtin_folder, problem_file):
     def make(name, hidden=64, vocab=96, **options):
         return sources.make(name, hidden, vocab, 8, 8, dtype=torch.float32, device="cpu", seed=0, **options)
 
-    for name in ("nothing", "spread:", "spread:x", "real:", "calibrated:1"):
-        with pytest.raises(SgpoError, match="expected calibrated, spread:RATIO or real:MODEL_FOLDER"):
+    for name in ("nothing", "spread:", "spread:x", "real:", "own:", "calibrated:1"):
+        with pytest.raises(SgpoError, match="expected calibrated, spread:RATIO, real:MODEL_FOLDER or own:MODEL_FOLDER"):
             make(name)
     with pytest.raises(SgpoError, match="the shape asked for H5 V6"):
         make(f"real:{builtin_folder}", 5, 6, data=problem_file)
