@@ -119,12 +119,12 @@ print(torch.cuda.get_device_name(), torch.cuda.mem_get_info()) if cuda else prin
 assert cuda or os.environ.get("DRY")' ;;
     parity-real) tests "$1" 90 2 "real_shapes or offsets" ;;
     parity) OMP_NUM_THREADS=1 tests "$1" 90 14 "not real_shapes and not offsets" ;;
-    sgpo) run "$1" 75 sgpo sgpo ours-triton,ours-triton-live,naive,liger-fused ;;
+    sgpo) run "$1" 75 sgpo sgpo ours-triton,ours-triton-live,ours-triton-nologits,naive,liger-fused ;;
     stages) module "$1" 45 stages --device $DEVICE --shape $SHAPE "${STAGES[@]}" ;;
     ceilings) module "$1" 30 ceilings --device $DEVICE --seconds $SECOND ;;
     memory) module "$1" 40 memory_at_scale --device $DEVICE --shape $SHAPE "${MEMORY[@]}" ;;
     tuning) module "$1" 90 tune_blocks --device $DEVICE --shape $SHAPE --seconds $TUNE "${TUNING[@]}" ;;
-    policy) run "$1" 45 policy policy ours-triton,ours-triton-live,naive,liger-fused ;;
+    policy) run "$1" 45 policy policy ours-triton,ours-triton-live,ours-triton-nologits,naive,liger-fused ;;
     divergence) run "$1" 60 divergence distill ours-triton,ours-triton-live,naive,liger-fused --states calibrated,spread:0.1 ;;
     train-3b)
       importing benchmarks.train_step "$1" 130 train_step --device $DEVICE "${STEP3[@]}" --states full,8bit,cpu_offload --seconds @SECONDS ;;

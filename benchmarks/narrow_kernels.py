@@ -20,18 +20,15 @@ Limits: not part of the loss, not run on a GPU. The list of entries has a capaci
 from __future__ import annotations
 
 import argparse
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from sgpo_kernels import sizes
-from sgpo_kernels.aot import SHARED_LIMIT, TOOLS
+from sgpo_kernels import machine_code, sizes
+from sgpo_kernels.aot import SHARED_LIMIT
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -41,7 +38,6 @@ from benchmarks.product_statistics import _place
 
 LOG2E = tl.constexpr(1.4426950408889634)
 BAND, FEW = 2.0, 32
-TOOLS_USED = (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
 
 
 class Tiles(NamedTuple):
@@ -265,18 +261,8 @@ def compiled(arch: int, tiles: Tiles = LARGE) -> Iterator[Resources]:
         attributes: Any = {(i,): [["tt.divisibility", 16]] for i in aligned}
         source = ASTSource(fn=kernel, signature=signature, constexprs=options, attrs=attributes)
         binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(binary.asm["cubin"])
-            file.flush()
-            usage, code = (_run(tool, flag, file.name) for tool, flag in TOOLS_USED)
-        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-        assert found, usage
-        spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
-        yield Resources(kernel.__name__, int(found[1]), int(found[2]), spills, binary.metadata.shared)
-
-
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+        code = machine_code.read(binary.asm["cubin"])
+        yield Resources(kernel.__name__, code.registers, code.stack, code.spills, binary.metadata.shared)
 
 
 def main() -> int:

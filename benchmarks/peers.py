@@ -337,6 +337,7 @@ PEERS: dict[str, Peer] = {
         Peer("ours-torch-live-fine", _ours("torch", FINE_TOLERANCE), ours=True),
         Peer("ours-triton", _ours("triton", 0.0), devices=("cuda",), ours=True),
         Peer("ours-triton-live", _ours("triton", LIVE_TOLERANCE), devices=("cuda",), ours=True),
+        Peer("ours-triton-nologits", _ours("triton-nologits", LIVE_TOLERANCE), devices=("cuda",), ours=True),
         Peer("ours-triton-live-fine", _ours("triton", FINE_TOLERANCE), devices=("cuda",), ours=True),
         Peer("naive", _torch_forwards(lambda function: function)),
         Peer("compile", _torch_forwards(lambda function: torch.compile(function, dynamic=False))),

@@ -4,7 +4,7 @@
     TRITON_INTERPRET=1 python -m benchmarks.stages --out FILE.jsonl --device cpu --shape tiny    does it run?
     python -m benchmarks.stages --beside benchmarks/results/gpu_h100.jsonl [--markdown]   committed rows
 
-Calibrated states; the peers ours-triton (exact) and ours-triton-live, each warmed up, timed without the profiler
+Calibrated states; the peers of MODES, each warmed up, timed without the profiler
 (`call_ms`, median), then one call under torch.profiler. Rows with a `kernel`: ms, calls, share of the busy time, and
 `op`, the torch operator that launched it with the shapes it got. Row `kernel` null: `wall_ms` from the first kernel's
 start to the last one's end, `busy_ms` while at least one ran, `idle_ms` the sum of the gaps, `host_syncs`. On a CPU
@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import measure, ops, states
 from benchmarks.peers import PEERS
 
-MODES = {"exact": "ours-triton", "live": "ours-triton-live"}
+MODES = {"exact": "ours-triton", "live": "ours-triton-live", "nologits": "ours-triton-nologits"}
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 WARM_UP = 3
 
@@ -188,6 +188,7 @@ def beside_file(file: Path, markdown: bool) -> str:
     shape = ops.SHAPES[newest[0]["shape"]]
     groups = ops.group_rows(ops.OPS["sgpo"], ops.MIXES[newest[0]["mix"]], shape.rows)
     modes = {mode: [row for row in newest if row["mode"] == mode] for mode in MODES}
+    modes = {mode: rows for mode, rows in modes.items() if rows}
     times = {mode: stage_times(rows, shape.hidden, shape.vocab) for mode, rows in modes.items()}
     return beside(times, predicted(groups, shape.hidden, shape.vocab), markdown)
 

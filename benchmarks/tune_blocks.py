@@ -65,10 +65,9 @@ class Chunk:
         self.table = self.policy_row_values()
         self.pair = self.pair_row_values()
         self.threshold = torch.full((), 2.0**-12, device=device)
-        live, _ = backend_triton.live_columns(
+        self.live, _ = backend_triton.live_columns(
             "score", self.policy, None, self.table, self.targets, self.threshold, all_peaks=False
         )
-        self.live = live.nonzero().squeeze(1)
 
     def policy_row_values(self) -> torch.Tensor:
         parts = backend_triton.scan(self.policy, self.targets).unsqueeze(0)
@@ -94,7 +93,7 @@ class Chunk:
             "divergence": (lambda: backend_triton.divergence_sums(*pair[:4]), 2),
             "peaks": (lambda: backend_triton.live_columns(*score, self.threshold, all_peaks=False), 1),
             "gradient": (lambda: backend_triton.gradient(*pair, self.out), 2),
-            "columns": (lambda: backend_triton.gradient_columns(*score, self.live, None, torch.bfloat16), 0),
+            "columns": (lambda: backend_triton.gradient_columns(*score, self.live, torch.bfloat16), 0),
         }
 
 
@@ -108,6 +107,7 @@ def candidates() -> Iterator[tuple[str, Blocks]]:
 def tune(chunk: Chunk, seconds: float) -> Iterator[dict[str, Any]]:
     """A row per kernel and candidate; after `seconds` no new candidate is begun."""
     end, calls = time.monotonic() + seconds, chunk.calls()
+    sizes.TUNED_BLOCKS.clear()  # they would hide the candidates
     for kernel, block in candidates():
         if time.monotonic() > end:
             print(f"# {seconds:.0f} s are over: the remaining candidates are not tried", flush=True)

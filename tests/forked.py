@@ -107,7 +107,7 @@ def _become(arguments: list[str], folder: str, output: str, environment: dict[st
         for source, target in ((nothing, 0), (file, 1), (file, 2)):
             os.dup2(source.fileno(), target)
     os.chdir(folder)
-    own = {str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)}
+    own = set(os.environ.get("PYTHONPATH", "").split(os.pathsep))
     os.environ.clear()
     os.environ.update(environment)
     places = [place for place in environment["PYTHONPATH"].split(os.pathsep) if place]
@@ -126,6 +126,7 @@ def _become(arguments: list[str], folder: str, output: str, environment: dict[st
 if __name__ == "__main__":
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an import prints is no answer
+    sys.path.remove(str(Path(__file__).parent))  # its folders have the names of our packages
     for name in PRELOAD:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)

@@ -441,6 +441,7 @@ def finish_columns(
 
 
 def tile_options(tiles: sizes.Tiles) -> dict[str, Any]:
+    """What the launch of a product is given of its tile."""
     blocks = {"BLOCK_R": tiles.rows, "BLOCK_V": tiles.columns, "BLOCK_K": tiles.depth}
     return {**blocks, "num_warps": tiles.warps, "num_stages": tiles.stages, **COMPILED}
 

@@ -333,12 +333,14 @@ class Recorder(TorchDispatchMode):
         partly = any(step.name == "live_head" for step in self.steps)
         about = {"V": self.vocab, **given, "live": self.live_columns, "partly": partly}
         moved = {"read": 0.0, "written": 0.0}
-        for key, tensor in _distinct_items(tensors):
-            way = "written" if key in known.writes else "read"
-            if key in known.partly:
-                moved[way] += known.partly[key](about)
-            elif way == "written" or tensor.untyped_storage()._cdata not in written:
-                moved[way] += _bytes(tensor)
+        sources = {key: tensor for key, tensor in tensors.items() if key not in known.writes}
+        targets = {key: tensors[key] for key in known.writes}
+        for way, found in (("read", sources), ("written", targets)):
+            for key, tensor in _distinct_items(found):
+                if key in known.partly:
+                    moved[way] += known.partly[key](about)
+                elif way == "written" or tensor.untyped_storage()._cdata not in written:
+                    moved[way] += _bytes(tensor)
         shapes = tuple(tuple(t.shape) for t in tensors.values())
         launch = Launch(kernel, tuple(blocks), given, options)
         self.steps.append(

@@ -40,7 +40,7 @@ class LossSettings:
     demo_shaping: float | None = None
     temperature: float = 1.0
     column_tolerance: float = 0.0
-    impl: Literal["auto", "triton", "torch"] = "auto"
+    impl: Literal["auto", "triton", "triton-nologits", "torch"] = "auto"
 
 
 class LossRows(Protocol):
@@ -183,7 +183,7 @@ def imitation_loss(
     *,
     temperature: float = 1.0,
     shaping: float | None = None,
-    impl: Literal["auto", "triton", "torch"] = "auto",
+    impl: Literal["auto", "triton", "triton-nologits", "torch"] = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted negative log-likelihood of given tokens: (sum of weight x nll, nll [N] without gradient).
 

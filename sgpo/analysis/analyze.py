@@ -103,7 +103,7 @@ class _Divergence:
     """KL(guided || plain) of every row; called where the model holds its head, as SgpoLoss is."""
 
     temperature: float
-    impl: Literal["auto", "triton", "torch"]
+    impl: Literal["auto", "triton", "triton-nologits", "torch"]
 
     def __call__(
         self,
