@@ -326,9 +326,7 @@ class EngineConfig(Section):
     packing: Literal["padded", "packed"] = Field(
         default="padded", description="packed: several sequences behind one another in one row, no padding"
     )
-    loss_impl: Literal["auto", "triton", "triton-nologits", "torch"] = Field(
-        default="auto", description="which kernels"
-    )
+    loss_impl: Literal["auto", "triton", "triton-nologits", "torch"] = Field(default="auto", description="kernels")
     column_tolerance: float = Field(
         default=0.0,
         ge=0,
