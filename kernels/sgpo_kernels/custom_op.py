@@ -272,9 +272,9 @@ def run_losses(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _rows_of(grads: chunk_loop.Grads) -> Tensor:
     """Grads.head_rows, ones for None; empty where there is no gradient of the head."""
-    if grads.head_rows is not None or grads.head is None:
-        return grads.scale.new_empty(0, dtype=torch.int32) if grads.head_rows is None else grads.head_rows
-    return grads.head.new_ones(len(grads.head), dtype=torch.int32)
+    if grads.head_rows is not None:
+        return grads.head_rows
+    return grads.scale.new_ones(0 if grads.head is None else len(grads.head), dtype=torch.int32)
 
 
 fused_loss_op = torch.library.custom_op(
