@@ -4,8 +4,8 @@
     python -m benchmarks.triton_cache FOLDER --place CACHE_DIR     there: into its TRITON_CACHE_DIR
     CACHE=FOLDER bash benchmarks/gpu_acceptance.sh OUT_DIR         does that
 
-What: the launches of one call of the loss (exact and live; both groups, policy alone, distillation alone) at a shape,
-  and with --tests those of the GPU tests' small cases, as `sgpo_kernels.dry_run` sees them, compiled by Triton itself:
+What: the launches of one call of the loss (exact, live, nologits; both groups, policy alone, distillation alone) at a
+  shape, and with --tests those of the GPU tests' small cases, as `sgpo_kernels.dry_run` sees them, compiled by Triton itself:
   signature, alignment of pointers and integers and options are those of the launch, so the key is too.
 Key (read in Triton 3.6.0 and 3.9.0: runtime/cache.py, runtime/jit.py, compiler/compiler.py, backends/nvidia): a hash of
   Triton's own files (compiler, backends, language, runtime/cache.py) and its libtriton.so; of the kernel's source with
@@ -63,8 +63,11 @@ def fill(folder: Path, arch: int, shape: str, rows: int, tests: bool) -> dict[st
     before, knobs.compilation.listener = knobs.compilation.listener, count
     try:
         with machine_code.Target(arch) as target:
-            mixes = itertools.product(((rows, rows // 8), (rows, 0), (0, rows)), (False, True))
-            calls = (dry_run.steps_of(dry_run.Case(*groups, width, vocab, live)) for groups, live in mixes)
+            modes: Any = ((False, "triton"), (True, "triton"), (True, "triton-nologits"))
+            mixes = itertools.product(((rows, rows // 8), (rows, 0), (0, rows)), modes)
+            calls = (
+                dry_run.steps_of(dry_run.Case(*groups, width, vocab, live, impl=impl)) for groups, (live, impl) in mixes
+            )
             for step in itertools.chain.from_iterable(itertools.chain(calls, steps_of_tests() if tests else ())):
                 if step.launch is not None:
                     target.compile(step.launch)
