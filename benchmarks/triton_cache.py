@@ -5,8 +5,8 @@
     CACHE=FOLDER bash benchmarks/gpu_acceptance.sh OUT_DIR         does that
 
 What: the launches of one call of the loss (exact, live, nologits; both groups, policy alone, distillation alone) at a
-  shape, and with --tests those of the GPU tests' small cases, as `sgpo_kernels.dry_run` sees them, compiled by Triton itself:
-  signature, alignment of pointers and integers and options are those of the launch, so the key is too.
+  shape, and with --tests those of the GPU tests' small cases, as `sgpo_kernels.dry_run` sees them, compiled by Triton
+  itself: signature, alignment of pointers and integers and options are those of the launch, so the key is too.
 Key (read in Triton 3.6.0 and 3.9.0: runtime/cache.py, runtime/jit.py, compiler/compiler.py, backends/nvidia): a hash of
   Triton's own files (compiler, backends, language, runtime/cache.py) and its libtriton.so; of the kernel's source with
   that of what it calls, the line it begins on and its globals; of signature, constants and alignments; of `ptxas
