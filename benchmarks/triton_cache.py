@@ -63,8 +63,8 @@ def fill(folder: Path, arch: int, shape: str, rows: int, tests: bool) -> dict[st
     before, knobs.compilation.listener = knobs.compilation.listener, count
     try:
         with machine_code.Target(arch) as target:
-            modes: Any = ((False, "triton"), (True, "triton"), (True, "triton-nologits"))
-            mixes = itertools.product(((rows, rows // 8), (rows, 0), (0, rows)), modes)
+            modes = ((False, "triton"), (True, "triton"), (True, "triton-nologits"))
+            mixes: Any = itertools.product(((rows, rows // 8), (rows, 0), (0, rows)), modes)
             calls = (
                 dry_run.steps_of(dry_run.Case(*groups, width, vocab, live, impl=impl)) for groups, (live, impl) in mixes
             )
