@@ -66,7 +66,8 @@ def fill(folder: Path, arch: int, shape: str, rows: int, tests: bool) -> dict[st
             modes = ((False, "triton"), (True, "triton"), (True, "triton-nologits"))
             mixes: Any = itertools.product(((rows, rows // 8), (rows, 0), (0, rows)), modes)
             calls = (
-                dry_run.steps_of(dry_run.Case(*groups, width, vocab, live, impl=impl)) for groups, (live, impl) in mixes
+                dry_run.steps_of(dry_run.Case(policy, distill, width, vocab, live, impl=impl))
+                for (policy, distill), (live, impl) in mixes
             )
             for step in itertools.chain.from_iterable(itertools.chain(calls, steps_of_tests() if tests else ())):
                 if step.launch is not None:
