@@ -2,14 +2,14 @@
 
     python -m benchmarks.stages --out FILE.jsonl [--shape qwen2.5-7b] [--mix sgpo] [--top 12]
     TRITON_INTERPRET=1 python -m benchmarks.stages --out FILE.jsonl --device cpu --shape tiny    does it run?
-    python -m benchmarks.stages --beside benchmarks/results/gpu_h100.jsonl [--markdown]   committed rows
+    python -m benchmarks.stages --beside benchmarks/results/gpu_h100.jsonl [--markdown]   predicted and measured
 
 Calibrated states; the peers of MODES, each warmed up, timed without the profiler
 (`call_ms`, median), then one call under torch.profiler. Rows with a `kernel`: ms, calls, share of the busy time, and
 `op`, the torch operator that launched it with the shapes it got. Row `kernel` null: `wall_ms` from the first kernel's
 start to the last one's end, `busy_ms` while at least one ran, `idle_ms` the sum of the gaps, `host_syncs`. On a CPU
-operators stand in for kernels; nested ones count in each. After each mode, the stages as measured beside those that
-`sgpo_kernels.aot --estimate` predicts for the same rows; with --beside the same for the newest rows of a file.
+operators stand in for kernels; nested ones count in each. --beside takes the rows of such a run and prints the stages
+as measured beside those that `sgpo_kernels.aot --estimate` predicts; for that a GPU need not wait.
 """
 
 from __future__ import annotations
@@ -217,15 +217,12 @@ def main() -> int:
         return 2
     inputs = make_inputs(options)
     case = {"what": "stages", "shape": options.shape, "mix": options.mix, "rows": inputs.rows}
-    origin, times = measure.origin(options.device, "benchmarks.stages"), {}
+    origin = measure.origin(options.device, "benchmarks.stages")
     for mode in MODES:
         rows = measured(mode, inputs, options.device)
         with options.out.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({**case, "mode": mode, **row, **origin}) + "\n" for row in rows)
         print(table(mode, rows, options.top), flush=True)
-        times[mode] = stage_times(rows, *inputs.head.shape[::-1])
-    groups = (len(inputs.policy_hidden), len(inputs.distill_hidden))
-    print("\n" + beside(times, predicted(groups, *inputs.head.shape[::-1])), flush=True)
     return 0
 
 
