@@ -197,10 +197,12 @@ def run(count: int, seed: int, *, timeout_s: float, memory_mib: int, workers: in
 
 
 class _PeakMemory:
-    """Largest resident memory of any one descendant, and how much this process's own peak has grown, in MiB."""
+    """Largest resident memory of any one descendant that has come since, and how much this process's own peak has
+    grown, in MiB."""
 
     def __enter__(self) -> _PeakMemory:
         self.worker_mib = self.own_growth_mib = 0
+        self._before = set(_descendants(os.getpid()))
         self._own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -215,7 +217,7 @@ class _PeakMemory:
     def _watch(self) -> None:
         page = resource.getpagesize()
         while not self._stop.wait(0.05):
-            for pid in _descendants(os.getpid()):
+            for pid in set(_descendants(os.getpid())) - self._before:
                 try:
                     resident = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page
                 except OSError:
