@@ -42,7 +42,7 @@ from sgpo_kernels.triton_constants import (
     TEACHER_MAX,
     TOTAL,
 )
-from sgpo_kernels.triton_tiles import load_inv_temperature, load_tile
+from sgpo_kernels.triton_tiles import load_inv_temperature, load_tile, store_live, store_live_sums
 
 
 @triton.jit
@@ -248,7 +248,6 @@ def gradient_column_tiles(
         labels = tl.load(labels_ptr + rows, mask=row_inside, other=-1).to(tl.int32)
     slope = tl.load(table_ptr + SLOPE * C + rows, mask=row_inside, other=0.0)[:, None]
     count = tl.load(count_ptr)
-    padded = tl.cdiv(count, 16) * 16
     kept = tl.zeros([BLOCK_R], tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     for tile in tl.range(tl.program_id(1), tl.cdiv(count, BLOCK_V), tl.num_programs(1)):
@@ -268,14 +267,10 @@ def gradient_column_tiles(
         if HAS_SOFTCAP:
             dz *= chain
         dz = tl.where(inside, dz, 0.0)
-        offsets = rows.to(tl.int64)[:, None] * out_stride + place[None, :]
-        stored = row_inside[:, None] & (place < padded)[None, :]
-        tl.store(out_ptr + offsets, dz.to(out_ptr.dtype.element_ty), mask=stored)
+        store_live(out_ptr, out_stride, dz, rows, row_inside, place, count)
         kept += tl.sum(tl.where(inside, size, 0.0), 1)
         total += tl.sum(dz, 1)
-    at = rows.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(sums_ptr + at, kept, mask=row_inside)
-    tl.store(sums_ptr + C.to(tl.int64) * tl.num_programs(1) + at, total, mask=row_inside)
+    store_live_sums(sums_ptr, kept, total, rows, row_inside, C)
 
 
 @triton.jit(do_not_specialize=(*SIZES, "tolerance"))

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from sgpo_kernels.triton_constants import EXP_SUM, LOG_SUM, MAX, SIZES, SLOPE, STRENGTH, TOP, WEIGHTED_SUM
-from sgpo_kernels.triton_tiles import load_inv_temperature
+from sgpo_kernels.triton_tiles import load_inv_temperature, store_live, store_live_sums
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -198,7 +198,6 @@ def gathered_gradient(
     log_sum = tl.load(table_ptr + LOG_SUM * C + rows, mask=row_inside, other=0.0)[:, None]
     slope = tl.load(table_ptr + SLOPE * C + rows, mask=row_inside, other=0.0)[:, None]
     count = tl.load(count_ptr)
-    padded = tl.cdiv(count, 16) * 16
     kept = tl.zeros([BLOCK_R], tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     for tile in tl.range(tl.program_id(1), tl.cdiv(count, BLOCK_V), tl.num_programs(1)):
@@ -218,11 +217,7 @@ def gathered_gradient(
         p = tl.exp((z * inv_temperature - top) - log_sum)
         core = tl.where(inside, tl.where(columns[None, :] == labels[:, None], 1.0 - p, -p), 0.0)
         dz = core * slope
-        offsets = rows.to(tl.int64)[:, None] * out_stride + place[None, :]
-        stored = row_inside[:, None] & (place < padded)[None, :]
-        tl.store(out_ptr + offsets, dz.to(out_ptr.dtype.element_ty), mask=stored)
+        store_live(out_ptr, out_stride, dz, rows, row_inside, place, count)
         kept += tl.sum(tl.abs(core), 1)
         total += tl.sum(dz, 1)
-    at = rows.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(sums_ptr + at, kept, mask=row_inside)
-    tl.store(sums_ptr + C.to(tl.int64) * tl.num_programs(1) + at, total, mask=row_inside)
+    store_live_sums(sums_ptr, kept, total, rows, row_inside, C)

@@ -1,7 +1,7 @@
-"""What all Triton kernels share: how a tile of logits is read from the products.
+"""What Triton kernels share: how a tile of logits is read from the products, and dz of live columns written.
 
 What: `load_tile` gives the logits of a tile [BLOCK_R, BLOCK_V] of float32 products and, for the soft-cap, d logit /
-  d product.
+  d product; `store_live` and `store_live_sums` write what the kernels of live columns leave.
 Equation: z = softcap(product + b) * inv_temperature, softcap(x) = cap tanh(x / cap).
 Gradient: the second result, without the temperature, which SLOPE holds.
 Precision: float32 throughout; -inf outside the vocabulary.
@@ -56,3 +56,19 @@ def load_inv_temperature(inv_temperature_ptr, rows, row_inside, HAS_TEMPERATURE:
     else:
         inverse = tl.where(row_inside, 1.0, 1.0)
     return inverse
+
+
+@triton.jit
+def store_live(out_ptr, out_stride, dz, rows, row_inside, place, count):
+    """dz of a tile of live columns (0 outside of them) into out, up to the next multiple of 16 columns."""
+    offsets = rows.to(tl.int64)[:, None] * out_stride + place[None, :]
+    stored = row_inside[:, None] & (place < tl.cdiv(count, 16) * 16)[None, :]
+    tl.store(out_ptr + offsets, dz.to(out_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def store_live_sums(sums_ptr, kept, total, rows, row_inside, C):
+    """What this program's live columns hold of TOTAL, and their sum of dz, into sums [2, C, programs]."""
+    at = rows.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(sums_ptr + at, kept, mask=row_inside)
+    tl.store(sums_ptr + C.to(tl.int64) * tl.num_programs(1) + at, total, mask=row_inside)
