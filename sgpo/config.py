@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from sgpo.utils.config_rules import GONE, check_pairs
+from sgpo.utils.config_rules import GONE, METHOD_DEFAULTS, check_pairs
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -81,12 +81,6 @@ class ModelConfig(Section):
     )
     lora: LoraConfig = LoraConfig()
 
-    @model_validator(mode="after")
-    def _pairs(self) -> ModelConfig:
-        if self.activation_offload and not self.gradient_checkpointing:
-            raise ValueError("activation_offload moves checkpoints; set gradient_checkpointing to true as well")
-        return self
-
 
 class DataConfig(Section):
     """Problems to train and evaluate on, and the prompt template."""
@@ -95,7 +89,18 @@ class DataConfig(Section):
     eval: str | None = Field(default=None, description="held-out problems, same forms")
     train_limit: int | None = Field(default=None, ge=1, description="use only the first rows")
     eval_limit: int | None = Field(default=None, ge=1)
-    template: str | None = Field(default=None, description="prompt template (YAML); default: the packaged one")
+    template: str | None = Field(
+        default=None,
+        description="prompt template (YAML); default: what model.path was trained with by sgpo, else the packaged one",
+    )
+    template_kwargs: dict[str, Any] = Field(
+        default={}, description="arguments of the tokenizer's chat template, as {enable_thinking: false}"
+    )
+    bad_golds: Literal["refuse", "drop"] = Field(
+        default="refuse",
+        description="problems whose answer no completion can reach (proof, N/A, a whole solution, unreadable): stop at "
+        "the start, or leave them out and list them",
+    )
     strategy_source: Literal["field", "calculator_trace"] = Field(
         default="field",
         description="field: as in the data; calculator_trace: extracted from <<...>> marks of the solution",
@@ -204,12 +209,6 @@ class RewardConfig(Section):
     max_chars: int = Field(default=200_000, ge=1, description="longer completions are not parsed, counted and worth 0")
 
 
-# What a method's paper sets; each is a default that the key itself overrides.
-_METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "dapo": {"dual_clip": 10.0, "refill_rounds": 9, "overlong_share": 0.2},
-    "luffy": {"normalize_std": False, "clip_low": None, "clip_high": None, "entropy_coef": 0.001},
-    "hpt": {"normalize_std": False, "clip_low": None, "clip_high": None},
-}
 WITH_DEMONSTRATIONS = ("sft", "luffy", "hpt")
 
 
@@ -273,7 +272,7 @@ class AlgorithmConfig(Section):
     def _of_the_method(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        return {**_METHOD_DEFAULTS.get(str(raw.get("method")), {}), **raw}
+        return {**METHOD_DEFAULTS.get(str(raw.get("method")), {}), **raw}
 
     @model_validator(mode="after")
     def _pairs(self) -> AlgorithmConfig:

@@ -33,7 +33,10 @@ class ChatTurn:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One row of a data file. `guidance` is what the guided prompt carries: a strategy text or chat turns."""
+    """One row of a data file. `guidance` is what the guided prompt carries: a strategy text or chat turns.
+
+    place: where the row stands, as "file:line"; "" for a problem that was made.
+    """
 
     id: str
     problem: str
@@ -42,6 +45,7 @@ class Problem:
     guidance_turns: tuple[ChatTurn, ...] = ()
     solution: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    place: str = field(default="", compare=False, repr=False)
 
     @property
     def has_guidance(self) -> bool:
@@ -59,11 +63,15 @@ class PromptPair:
 
 @dataclass(frozen=True, slots=True)
 class TaskData:
-    """Problems with both of their prompts, in the same order; a demonstration's ids where the method uses them."""
+    """Problems with both of their prompts, in the same order; a demonstration's ids where the method uses them.
+
+    opening: the text with which every prompt leaves thinking open, as `<think>` and a line end; "" where it does not.
+    """
 
     problems: list[Problem]
     prompts: list[PromptPair]
     demo_ids: list[tuple[int, ...]] | None = None
+    opening: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,10 @@ _ANY_LENGTH = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """The problems under study with all that is known before sampling; lists in the order of the problems."""
+    """The problems under study with all that is known before sampling; lists in the order of the problems.
+
+    opening: as in `TaskData`.
+    """
 
     problems: list[Problem]
     prompts: list[PromptPair]
@@ -34,6 +37,7 @@ class Study:
     clusters: list[int]
     silhouette: float | None
     types: list[str | None]
+    opening: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ def load_study(config: AnalyzeConfig, folder: Path, tokenizer: Any) -> tuple[Stu
     clusters, score = similarity.cluster(alike, settings.clusters)
     types = transfer.types_of(problems, settings.types, clusters)
     prompts = [task.prompts[i] for i in kept]
-    study = Study(problems, prompts, texts, [len(ids) for ids in tokens], alike, clusters, score, types)
+    study = Study(problems, prompts, texts, [len(ids) for ids in tokens], alike, clusters, score, types, task.opening)
     return study, [problem.id for problem in task.problems if not problem.has_guidance]
 
 

@@ -15,7 +15,8 @@ from sgpo.analysis.design import Design, Study
 from sgpo.analysis.settings import AnalyzeConfig
 from sgpo.analysis.transfer import Draw
 from sgpo.builders.rollouts import build_rewards, build_rollouts
-from sgpo.rewards.pool import RewardItem, RewardPool
+from sgpo.rewards.pool import RewardPool
+from sgpo.rewards.scoring import completion_text, judged_item
 from sgpo.strategies.display import ExtractDisplay
 from sgpo.types import Problem, RewardResult, Rollout, RolloutRequest, SamplingParams, SgpoError
 from sgpo.utils.append_log import KeyedLines
@@ -59,7 +60,7 @@ def collect(
     sampling = SamplingParams(config.rollout.temperature, config.rollout.top_p, config.rollout.max_new_tokens)
     requests = [_request(config.run.seed, study, design, n) for n in range(len(design.draws))]
     keys = [_digest(identity, asdict(sampling), request.prompt_ids, request.seed) for request in requests]
-    judges = [_judge(config, study.problems[draw.problem]) for draw in design.draws]
+    judges = [_judge(config, study.problems[draw.problem], study.opening) for draw in design.draws]
     progress = Progress()
 
     def judge(n: int, row: Row) -> None:
@@ -73,7 +74,7 @@ def collect(
 
     display = ExtractDisplay(progress.status)
     with _open_store(path) as store, build_rewards(config) as rewards, display:
-        judging = _Judging(rewards, store, display.advance)
+        judging = _Judging(rewards, store, study.opening, display.advance)
         missing = [n for n, key in enumerate(keys) if store.get(key) is None]
         progress.from_before = len(keys) - len(missing)
         display.start_round("samples", len(keys))
@@ -103,12 +104,12 @@ def collect(
 class _Judging:
     """Rows on their way through the reward workers to the store, which happens in this thread."""
 
-    def __init__(self, rewards: RewardPool, store: KeyedLines[Row], advance: Callable[[], None]) -> None:
-        self._rewards, self._store, self._advance = rewards, store, advance
+    def __init__(self, rewards: RewardPool, store: KeyedLines[Row], opening: str, advance: Callable[[], None]) -> None:
+        self._rewards, self._store, self._opening, self._advance = rewards, store, opening, advance
         self._pending: dict[Future[RewardResult], tuple[str, Row]] = {}
 
     def begin(self, key: str, row: Row, problem: Problem) -> None:
-        item = RewardItem(completion=row["text"], gold=problem.answer, problem=problem.problem)
+        item = judged_item(problem, row["text"], self._opening)
         self._pending[self._rewards.submit(item)] = key, row
         self._write_results([future for future in self._pending if future.done()])
 
@@ -143,7 +144,7 @@ def _row(tokenizer: Any, study: Study, draw: Draw, rollout: Rollout) -> Row:
         "prompt_tokens": len(rollout.request.prompt_ids),
         "tokens": len(rollout.completion_ids),
         "truncated": rollout.truncated,
-        "text": tokenizer.decode(rollout.completion_ids, skip_special_tokens=True),
+        "text": completion_text(tokenizer, rollout.completion_ids),
         "completion_ids": list(rollout.completion_ids),
     }
 
@@ -155,9 +156,10 @@ def _open_store(path: Path) -> KeyedLines[Row]:
     return KeyedLines(path, what="file of samples", setting="analyze.output", read=read, write=lambda row: row)
 
 
-def _judge(config: AnalyzeConfig, problem: Problem) -> str:
+def _judge(config: AnalyzeConfig, problem: Problem, opening: str) -> str:
     reward = config.reward
-    return _digest(reward.kind, reward.require_box, reward.max_chars, problem.answer, problem.problem)
+    thinking = [opening] if opening else []  # none: the digest of a file from before is the same
+    return _digest(reward.kind, reward.require_box, reward.max_chars, problem.answer, problem.problem, *thinking)
 
 
 def _digest(*parts: Any) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from sgpo.config import Config
+from sgpo.data.prompt_template import TEMPLATE_FILE, PromptTemplate, template_of
 from sgpo.types import SgpoError
 from sgpo.utils.config_file import checked
 from sgpo.utils.config_rules import GONE, RENAMED
@@ -31,22 +32,24 @@ def open_run_folder(config: Config) -> Path:
 
 
 def prepare_run_folder(config: Config) -> Path:
-    """Creates or re-enters the run folder, writes the resolved config and where the run comes from.
+    """Creates or re-enters the run folder, writes resolved config, prompt template and where the run comes from.
 
     Raises SgpoError where the folder holds a run with other settings. Call on rank 0 only.
     """
     folder = config.run.dir
     resolved = config.model_dump(mode="json")
-    written = folder / "config.yaml"
+    written, template = folder / "config.yaml", template_of(config)
     if written.exists() and config.run.resume == "never":
         spare = next(p for n in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.old-{n}")).exists())
         folder.rename(spare)
         print(f"{folder} is set aside as {spare}")
     if written.exists() and (folder / "metrics.jsonl").exists():  # it has made a step
         _check_same(yaml.safe_load(written.read_text(encoding="utf-8")), resolved, written)
+        _check_template(folder / TEMPLATE_FILE, template)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         written.write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+        (folder / TEMPLATE_FILE).write_text(template.as_yaml(), encoding="utf-8")
         (folder / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
     except OSError as error:
         raise SgpoError(f"run folder {folder} cannot be written: {error.strerror}; set run.output_dir") from error
@@ -76,6 +79,20 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
         raise SgpoError(
             f"{path} belongs to a run with other settings: {', '.join(changed)}; give another run.name, "
             "or --run.resume never to set the old folder aside"
+        )
+
+
+def _check_template(path: Path, template: PromptTemplate) -> None:
+    """The texts may have changed although the name of their file has not."""
+    if path.exists() and (old := PromptTemplate.load(path)) != template:
+        keys = [
+            key
+            for key in ("system", "plain", "guided", "template_kwargs")
+            if getattr(old, key) != getattr(template, key)
+        ]
+        raise SgpoError(
+            f"{path}: the run began with another prompt template than {template.source} is now ({', '.join(keys)}); "
+            "give another run.name, or --run.resume never to set the old folder aside"
         )
 
 

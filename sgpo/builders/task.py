@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sgpo.builders.demonstrations import solution_texts
 from sgpo.config import WITH_DEMONSTRATIONS, Config
 from sgpo.data import builtin
 from sgpo.data.problems import check_disjoint, load_problems
-from sgpo.data.prompts import PromptBuilder, PromptTemplate, eos_token_ids
+from sgpo.data.prompt_template import source_note, template_of
+from sgpo.data.prompts import PromptBuilder, eos_token_ids
+from sgpo.evaluation.golds import Dropped, check_problems
 from sgpo.model.loading import config_of, positions_of
 from sgpo.planning.architectures import check_sequence_parallel
+from sgpo.rewards.thinking import open_thinking
 from sgpo.strategies.calculator import attach_strategies
 from sgpo.types import Problem, SgpoError, TaskData, TrainSequence
 from sgpo.utils import distributed
@@ -21,32 +27,42 @@ _BUILTIN_COUNTS = {"train": 4096, "eval": 256}
 
 def load_run_tasks(config: Config, model_folder: Path, tokenizer: Any) -> tuple[TaskData, TaskData | None]:
     """What the run trains on and, where data.eval names it, what it is evaluated on; checked against each other."""
-    train = load_task(config, tokenizer, split="train")
-    held_out = load_task(config, tokenizer, split="eval") if config.data.eval else None
+    builder = prompt_builder(config, tokenizer)
+    train = load_task(config, tokenizer, split="train", builder=builder)
+    held_out = load_task(config, tokenizer, split="eval", builder=builder) if config.data.eval else None
     check_data(config, model_folder, train, held_out)
     return train, held_out
 
 
-def load_task(config: Config, tokenizer: Any, *, split: str) -> TaskData:
-    """Problems of `split` ("train" or "eval") with checked prompts."""
+def load_task(config: Config, tokenizer: Any, *, split: str, builder: PromptBuilder | None = None) -> TaskData:
+    """Problems of `split` ("train" or "eval") with checked answers and prompts."""
     source, limit = (
         (config.data.train, config.data.train_limit)
         if split == "train"
         else (config.data.eval or "", config.data.eval_limit)
     )
     problems = _load(config, source, limit, split)
+    dropped: list[Dropped] = []
+    if split == "eval" or config.algorithm.method != "sft":  # SFT learns from solutions; nothing compares answers
+        problems, dropped = check_problems(config, source, problems, _say)
+    _write_dropped(config, split, dropped)
     needs_guidance = split == "train" and config.rollout.n_guided > 0
     if needs_guidance and (bare := [p.id for p in problems if not p.has_guidance]):
         raise SgpoError(
             f"{source}: {len(bare)} of {len(problems)} problems have neither a strategy nor guidance turns "
             f"(first: {', '.join(bare[:3])}); add them, set data.strategy_source, or set rollout.n_guided to 0"
         )
-    prompts = prompt_builder(config, tokenizer).check_all(problems)
+    builder = builder or prompt_builder(config, tokenizer)
+    prompts = builder.check_all(problems)
+    _say_notes(builder)
     wanted = split == "train" and config.algorithm.method in WITH_DEMONSTRATIONS
-    return TaskData(problems, prompts, _demonstrations(config, source, problems, tokenizer) if wanted else None)
+    demos = _demonstrations(config, source, problems, tokenizer, builder.tail_text) if wanted else None
+    return TaskData(problems, prompts, demos, open_thinking(builder.tail_text))
 
 
-def _demonstrations(config: Config, source: str, problems: list[Problem], tokenizer: Any) -> list[tuple[int, ...]]:
+def _demonstrations(
+    config: Config, source: str, problems: list[Problem], tokenizer: Any, tail: str
+) -> list[tuple[int, ...]]:
     """The problems' own solutions, each within the length of a rollout."""
     method, limit = config.algorithm.method, config.rollout.max_new_tokens
     if lacking := [p.id for p in problems if not p.solution]:
@@ -55,7 +71,8 @@ def _demonstrations(config: Config, source: str, problems: list[Problem], tokeni
             f"(first: {', '.join(lacking[:3])}); add the field `solution`, or remove them"
         )
     eos = eos_token_ids(tokenizer, None)[0]
-    demos = [(*tokenizer.encode(p.solution, add_special_tokens=False), eos) for p in problems]
+    texts = solution_texts(source, problems, tail)
+    demos = [(*tokenizer.encode(text, add_special_tokens=False), eos) for text in texts]
     if long := [p.id for p, ids in zip(problems, demos, strict=True) if len(ids) > limit]:
         raise SgpoError(
             f"{source}: {len(long)} solutions have more tokens than rollout.max_new_tokens = {limit} "
@@ -93,10 +110,12 @@ def check_data(config: Config, model_folder: Path, train: TaskData, evaluation: 
 
 
 def prompt_builder(config: Config, tokenizer: Any) -> PromptBuilder:
-    """What turns a problem into its two prompts, by data.template or the packaged one."""
-    packaged = Path(builtin.__file__).parent / "templates" / "builtin.yaml"
-    template = config.data.template or (str(packaged) if config.data.train == builtin.BUILTIN else None)
-    return PromptBuilder(tokenizer, PromptTemplate.load(template), max_prompt_tokens=config.data.max_prompt_tokens)
+    """What turns a problem into its two prompts."""
+    template = template_of(config)
+    builder = PromptBuilder(tokenizer, template, max_prompt_tokens=config.data.max_prompt_tokens)
+    if note := source_note(config, template):
+        builder.notes.insert(0, note)
+    return builder
 
 
 def load_demonstrations(config: Config, tokenizer: Any, eos_id: int) -> list[TrainSequence]:
@@ -111,8 +130,13 @@ def load_demonstrations(config: Config, tokenizer: Any, eos_id: int) -> list[Tra
         if lacking := [p.id for p in problems if not p.solution]:
             raise SgpoError(f"{source}: {len(lacking)} problems lack a solution to learn from (first: {lacking[0]})")
         share = config.warmup.guided_share
-        rows = [(p, p.has_guidance and _seeded_share(config, p.id) < share, p.solution or "") for p in problems]
+        texts = solution_texts(source, problems, builder.tail_text)
+        rows = [
+            (p, p.has_guidance and _seeded_share(config, p.id) < share, text)
+            for p, text in zip(problems, texts, strict=True)
+        ]
     pairs = builder.check_all([problem for problem, _, _ in rows])
+    _say_notes(builder)
     sequences = []
     for (problem, guided, completion), pair in zip(rows, pairs, strict=True):
         prompt = pair.guided if guided and pair.guided is not None else pair.plain
@@ -137,7 +161,7 @@ def _load(config: Config, source: str, limit: int | None, split: str) -> list[Pr
             return problems
         lacking = sum(not p.has_guidance for p in problems)
         if lacking:
-            print(f"{source}: {lacking} of {len(problems)} problems have no calculator marks and are left out")
+            _say(f"{source}: {lacking} of {len(problems)} problems have no calculator marks and are left out")
         problems = [p for p in problems if p.has_guidance]
         if not problems:
             raise SgpoError(f"{source}: no problem has a solution with <<...>> calculator marks; use another source")
@@ -147,3 +171,21 @@ def _load(config: Config, source: str, limit: int | None, split: str) -> list[Pr
 def _seeded_share(config: Config, problem_id: str) -> float:
     """A number from 0 to 1 that the seed and the problem decide."""
     return seed_of(config.run.seed, "guided demonstration", problem_id) / 2**63
+
+
+def _say(line: str) -> None:
+    if distributed.is_main():
+        print(line)
+
+
+def _say_notes(builder: PromptBuilder) -> None:
+    """Once, however many sets of problems the builder is used for."""
+    while builder.notes:
+        _say(builder.notes.pop(0))
+
+
+def _write_dropped(config: Config, split: str, dropped: list[Dropped]) -> None:
+    """What was left out of the data of a run, in its folder."""
+    path = config.run.dir / f"dropped_{split}.json"
+    if distributed.is_main() and config.run.dir.is_dir() and (dropped or path.exists()):
+        path.write_text(json.dumps([asdict(row) for row in dropped], indent=1, ensure_ascii=False), encoding="utf-8")

@@ -15,7 +15,7 @@ from typing import Any
 
 from sgpo.config import Config
 from sgpo.data.problems import load_problems
-from sgpo.rewards.answers import after_thinking
+from sgpo.rewards.thinking import after_thinking
 from sgpo.strategies import calculator
 from sgpo.strategies.asking import AnswerCache, Asker, Backend, Sampling
 from sgpo.strategies.display import ExtractDisplay

@@ -56,7 +56,7 @@ def load_problems(
         complaints += [f"{place}: {text}" for text in found]
         if found:
             continue
-        problem = _to_problem(row)
+        problem = _to_problem(row, place)
         if problem.id in first_place:
             complaints.append(f"{place}: duplicate id {problem.id!r}, first used at {first_place[problem.id]}")
         else:
@@ -217,7 +217,7 @@ def _turn_complaints(turns: Any) -> Iterator[str]:
         yield "'guidance_turns' must end with an assistant turn"
 
 
-def _to_problem(row: dict[str, Any]) -> Problem:
+def _to_problem(row: dict[str, Any], place: str) -> Problem:
     turns: Iterable[dict[str, Any]] = row.get("guidance_turns") or ()
     return Problem(
         id=row["id"],
@@ -227,6 +227,7 @@ def _to_problem(row: dict[str, Any]) -> Problem:
         guidance_turns=tuple(ChatTurn(turn["role"], turn["content"]) for turn in turns),
         solution=row.get("solution"),
         extra={key: value for key, value in row.items() if key not in _KNOWN},
+        place=place,
     )
 
 

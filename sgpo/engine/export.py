@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ from sgpo.engine.zero import ZeroEngine
 from sgpo.utils import distributed
 
 
-def export_model(engine: ZeroEngine, tokenizer: Any, folder: Path) -> None:
-    """Replaces `folder` atomically by the current weights in the training dtype. Collective; rank 0 writes."""
+def export_model(engine: ZeroEngine, tokenizer: Any, folder: Path, *, beside: Sequence[Path] = ()) -> None:
+    """Replaces `folder` atomically by the current weights in the training dtype. Collective; rank 0 writes.
+
+    beside: files that travel with the weights, as the prompt template.
+    """
 
     def write(temporary: Path) -> None:
         # All ranks take part in gathering; only the first keeps what arrives.
@@ -27,5 +32,7 @@ def export_model(engine: ZeroEngine, tokenizer: Any, folder: Path) -> None:
             if lm.generation_config is not None:
                 lm.generation_config.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
+            for file in beside:
+                shutil.copy(file, temporary)
 
     write_folder(folder, write)

@@ -15,12 +15,16 @@ from typing import Any
 from sgpo.config import Config
 from sgpo.data.builtin import BUILTIN
 from sgpo.data.problems import listing, load_problems
-from sgpo.data.prompts import PromptBuilder, PromptTemplate
+from sgpo.data.prompt_template import source_note, template_of
+from sgpo.data.prompts import PromptBuilder
 from sgpo.evaluation.benchmarks import PAPER, benchmark_samples, content_hash, load_benchmark
 from sgpo.evaluation.contamination import Match, find_contamination
+from sgpo.evaluation.golds import Dropped, check_problems
 from sgpo.evaluation.sample_log import SampleLog, Samples, missing
 from sgpo.evaluation.scores import Score, score
-from sgpo.rewards.pool import RewardItem, RewardPool
+from sgpo.rewards.pool import RewardPool
+from sgpo.rewards.scoring import completion_text, judged_item
+from sgpo.rewards.thinking import open_thinking
 from sgpo.types import Problem, PromptPair, RewardResult, Rollout, RolloutRequest, Sampler, SamplingParams, SgpoError
 from sgpo.utils.files import write_whole
 from sgpo.utils.provenance import commit, versions
@@ -33,13 +37,18 @@ _PROGRESS_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A benchmark with its prompts, k of avg@k, and the rows that are in the training data."""
+    """A benchmark with its prompts, k of avg@k, and the rows that are in the training data.
+
+    opening: as in `TaskData`. dropped: rows that are left out because of their answers.
+    """
 
     name: str
     problems: list[Problem]
     prompts: list[PromptPair]
     samples: int
     contaminated: list[Match]
+    opening: str = ""
+    dropped: Sequence[Dropped] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +69,7 @@ class BenchmarkResult:
     clean: Score | None
     contaminated: list[Match]
     file: Path
+    dropped: Sequence[Dropped] = ()
 
 
 class BenchmarkRun:
@@ -84,7 +94,7 @@ class BenchmarkRun:
         report: Callable[[str], None] = print,
     ) -> None:
         self._config, self._folder, self._tokenizer, self._report = config, folder, tokenizer, report
-        self._tasks = _load_tasks(config, tokenizer)
+        self._tasks = _load_tasks(config, tokenizer, report)
         for task in self._tasks:
             _report_contamination(config, task, report)
         fingerprint = model_fingerprint(folder)
@@ -124,9 +134,8 @@ class BenchmarkRun:
         try:
             for part in work:
                 sample_into(
-                    part.log, engine, rewards, self._tokenizer, part.task.problems, part.requests, sampling,
-                    part.task.name, self._report,
-                )  # fmt: skip
+                    part.log, engine, rewards, self._tokenizer, part.task, part.requests, sampling, self._report
+                )
         finally:
             for log in self._logs:  # results that only come because the pool is closed are not written
                 log.finish()
@@ -173,20 +182,24 @@ def protocol_of(config: Config, tasks: Sequence[tuple[str, int]]) -> str:
     return "paper" if not changed else f"paper, but {', '.join(changed)}"
 
 
-def _load_tasks(config: Config, tokenizer: Any) -> list[Task]:
-    settings = config.eval
-    builder = PromptBuilder(
-        tokenizer, PromptTemplate.load(config.data.template), max_prompt_tokens=config.data.max_prompt_tokens
-    )
+def _load_tasks(config: Config, tokenizer: Any, report: Callable[[str], None]) -> list[Task]:
+    settings, template = config.eval, template_of(config)
+    builder = PromptBuilder(tokenizer, template, max_prompt_tokens=config.data.max_prompt_tokens)
+    opening = open_thinking(builder.tail_text)
+    if note := source_note(config, template):
+        report(note)
     train = _training_problems(config)
     tasks = []
     for spec in settings.benchmarks:
         name, problems = load_benchmark(spec, settings.benchmark_dir, limit=settings.benchmark_limit)
         if name in [task.name for task in tasks]:
             raise SgpoError(f"eval.benchmarks names {name} twice; give each once")
+        problems, dropped = check_problems(config, name, problems, report)
         samples = settings.benchmark_samples or benchmark_samples(name)
         found = find_contamination(train, problems, min_overlap=settings.contamination_overlap) if train else []
-        tasks.append(Task(name, problems, builder.check_all(problems), samples, found))
+        tasks.append(Task(name, problems, builder.check_all(problems), samples, found, opening, dropped))
+    for note in builder.notes:
+        report(note)
     return tasks
 
 
@@ -235,18 +248,17 @@ def sample_into(
     engine: Sampler,
     rewards: RewardPool,
     tokenizer: Any,
-    problems: Sequence[Problem],
+    task: Task,
     requests: Sequence[RolloutRequest],
     sampling: SamplingParams,
-    name: str,
     report: Callable[[str], None],
 ) -> None:
     """One line in `log` per request, as soon as its result is there."""
     written: list[Future[RewardResult]] = []
 
     def on_rollout(rollout: Rollout) -> None:
-        problem = problems[rollout.request.problem_index]
-        text = tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
+        problem = task.problems[rollout.request.problem_index]
+        text = completion_text(tokenizer, rollout.completion_ids)
         in_file: Future[RewardResult] = Future()
         written.append(in_file)
 
@@ -254,15 +266,15 @@ def sample_into(
             log.append(_row(problem, rollout, text, future.result()))
             in_file.set_result(future.result())
 
-        rewards.submit(RewardItem(text, problem.answer, problem.problem)).add_done_callback(write)
+        rewards.submit(judged_item(problem, text, task.opening)).add_done_callback(write)
         log.check()
 
-    engine.generate(requests, sampling, _Progress(name, len(requests), report), on_rollout)
+    engine.generate(requests, sampling, _Progress(task.name, len(requests), report), on_rollout)
     wait(written)
     log.check()
     if written and all(future.result().status == "error" for future in written):
         raise SgpoError(
-            f"{name}: no result on any of the {len(written)} new samples (last cause: {rewards.last_cause}); mend "
+            f"{task.name}: no result on any of the {len(written)} new samples (last cause: {rewards.last_cause}); mend "
             f"the reward and remove {log.samples.path}"
         )
 
@@ -289,12 +301,13 @@ def _result(config: Config, task: Task, samples: Samples) -> BenchmarkResult:
     ids = {match.id for match in task.contaminated}
     whole = score(samples, seed=seed)
     clean = score(samples, seed=seed, leave_out=ids) if 0 < len(ids) < len(task.problems) else None
-    return BenchmarkResult(task.name, whole, clean, task.contaminated, samples.path)
+    return BenchmarkResult(task.name, whole, clean, task.contaminated, samples.path, task.dropped)
 
 
 def _write_summary(path: Path, config: Config, folder: Path, results: Sequence[BenchmarkResult]) -> None:
     content = {
         "model": str(folder),
+        "prompt_template": template_of(config).source,
         "protocol": protocol_of(config, [(result.name, result.score.samples) for result in results]),
         "average": sum(result.score.accuracy for result in results) / len(results),
         "benchmarks": {
@@ -302,6 +315,7 @@ def _write_summary(path: Path, config: Config, folder: Path, results: Sequence[B
                 **result.score.as_json(),
                 "without_contaminated": result.clean.as_json() if result.clean else None,
                 "contaminated": [asdict(match) for match in result.contaminated],
+                "dropped": [asdict(row) for row in result.dropped],
             }
             for result in results
         },

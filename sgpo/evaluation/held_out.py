@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sgpo.rewards.pool import RewardPool
-from sgpo.rewards.scoring import reward_item, score_rollouts
+from sgpo.rewards.scoring import completion_text, reward_item, score_rollouts
 from sgpo.types import Kind, RolloutRequest, Sampler, SamplingParams, TaskData
 from sgpo.utils import distributed
 from sgpo.utils.seeds import seed_of
@@ -77,7 +77,7 @@ def evaluate(
             "status": result.status,
             "tokens": len(rollout.completion_ids),
             "truncated": rollout.truncated,
-            "text": tokenizer.decode(rollout.completion_ids, skip_special_tokens=True),
+            "text": completion_text(tokenizer, rollout.completion_ids),
         }
         for rollout, result in zip(sampled, results, strict=True)
     ]

@@ -9,12 +9,7 @@ from __future__ import annotations
 import re
 import string
 
-THINKING_MARKERS = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("[THINK]", "[/THINK]"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-)
+from sgpo.rewards.thinking import after_thinking
 
 _MATH_DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 
@@ -29,14 +24,6 @@ _TOKEN = re.compile(
     r"|\\[{}]"
     r"|\{|\}"  # not [{}]: only where every branch starts with a literal can re skip plain text fast
 )
-
-
-def after_thinking(completion: str) -> str | None:
-    """The text after the last end of thinking; the whole text where nothing was thought; None where it never ended."""
-    start = max((completion.rfind(end) + len(end) for _, end in THINKING_MARKERS if end in completion), default=0)
-    if any(completion.find(begin, start) >= 0 for begin, _ in THINKING_MARKERS):
-        return None
-    return completion[start:]
 
 
 def last_boxed(text: str) -> str | None:

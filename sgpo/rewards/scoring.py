@@ -1,12 +1,18 @@
-"""Results on rollouts: token ids become the text that a reward function sees, beside the problem's answer."""
+"""From token ids to what a reward function sees: the text, behind the thinking that its prompt left open.
+
+Training, held-out evaluation, benchmarks and `sgpo strategies analyze` all build their items here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 from sgpo.rewards.pool import RewardItem, RewardPool
-from sgpo.types import RewardResult, Rollout, TaskData
+from sgpo.rewards.thinking import is_marker_token
+from sgpo.types import Problem, RewardResult, Rollout, TaskData
 
 
 def score_rollouts(
@@ -17,7 +23,33 @@ def score_rollouts(
 
 
 def reward_item(tokenizer: Any, task: TaskData, rollout: Rollout) -> RewardItem:
-    """What the reward function is to judge of a rollout: its text without special tokens."""
-    problem = task.problems[rollout.request.problem_index]
-    completion = tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
-    return RewardItem(completion=completion, gold=problem.answer, problem=problem.problem)
+    """What the reward function is to judge of a rollout."""
+    text = completion_text(tokenizer, rollout.completion_ids)
+    return judged_item(task.problems[rollout.request.problem_index], text, task.opening)
+
+
+def judged_item(problem: Problem, text: str, opening: str) -> RewardItem:
+    """A completion as it is judged: behind `opening`, with which its prompt left thinking open ("" where it did not).
+
+    Without it, a truncated thought would read like an answer.
+    """
+    return RewardItem(completion=opening + text, gold=problem.answer, problem=problem.problem)
+
+
+def completion_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of a completion without special tokens, except for those that mark thinking."""
+    markers = _marker_tokens(tokenizer)
+    if markers.keys().isdisjoint(ids):
+        return tokenizer.decode(ids, skip_special_tokens=True)
+    parts = []
+    for marker, group in groupby(ids, key=markers.get):
+        run = list(group)
+        parts.append(tokenizer.decode(run, skip_special_tokens=True) if marker is None else marker * len(run))
+    return "".join(parts)
+
+
+@lru_cache(maxsize=8)
+def _marker_tokens(tokenizer: Any) -> dict[int, str]:
+    """Special tokens, by id, that decoding without special tokens must not lose."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {i: token.content for i, token in added.items() if token.special and is_marker_token(token.content)}

@@ -14,6 +14,7 @@ from sgpo.builders.model_engine import build_engine
 from sgpo.builders.task import load_demonstrations
 from sgpo.config import Config
 from sgpo.data.epochs import epoch_order
+from sgpo.data.prompt_template import TEMPLATE_FILE
 from sgpo.data.prompts import eos_token_ids
 from sgpo.engine.checkpoint import Checkpoints, is_whole
 from sgpo.engine.export import export_model
@@ -71,7 +72,7 @@ def run_warmup(config: Config, model_folder: Path, tokenizer: Any, device: torch
                 values["val_loss"] = validation_loss(engine, validation, config, tokenizer.pad_token_id)
                 if values["val_loss"] < best:
                     best = values["val_loss"]
-                    export_model(engine, tokenizer, best_folder)
+                    export_model(engine, tokenizer, best_folder, beside=[config.run.dir / TEMPLATE_FILE])
             logger.log("warmup", done, values)
             display.advance(done)
             if "val_loss" in values or done % 10 == 0:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from sgpo.algorithm.method import Guidance, ProblemStep
 from sgpo.engine.step import StepResult
 from sgpo.engine.weight_sync import SyncReport
+from sgpo.rewards.scoring import completion_text
 from sgpo.train.session import Session
 from sgpo.train.step_metrics import (
     Clock,
@@ -79,7 +80,7 @@ def _log_samples(s: Session, done: int, group: ScoredGroup, chosen: Guidance) ->
             status=result.status,
             truncated=rollout.truncated,
             is_target=is_teacher_completion(rollout, chosen),
-            text=s.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True),
+            text=completion_text(s.tokenizer, rollout.completion_ids),
             problem=group.problem.problem,
             answer=group.problem.answer,
         )

@@ -18,6 +18,7 @@ from sgpo.builders.rollouts import build_policy_sampler, build_rewards
 from sgpo.builders.run_folder import open_run_folder
 from sgpo.builders.task import load_run_tasks
 from sgpo.config import Config
+from sgpo.data.prompt_template import TEMPLATE_FILE
 from sgpo.engine.checkpoint import Checkpoints
 from sgpo.engine.export import export_model
 from sgpo.engine.step import optimizer_step
@@ -84,7 +85,7 @@ def train(config: Config) -> dict[str, Any]:
                     _keep_best(s, progress)
                 if last or _is_due(config.checkpoint.every_steps, step):
                     save_progress(s, step, progress)
-        export_model(s.engine, s.tokenizer, config.run.dir / "final")
+        export_model(s.engine, s.tokenizer, config.run.dir / "final", beside=[config.run.dir / TEMPLATE_FILE])
         memory = s.memory.summary()
         summary = summary_of(config, progress, progress.wall_s + time.monotonic() - started) | {"memory": memory}
     if distributed.is_main():
@@ -171,7 +172,8 @@ def _keep_best(s: Session, progress: Progress) -> None:
     accuracy = progress.after.get("accuracy", -1.0)
     if s.config.checkpoint.keep_best and accuracy > progress.best_accuracy:
         progress.best_accuracy = accuracy
-        export_model(s.engine, s.tokenizer, s.config.run.dir / "best")
+        run_dir = s.config.run.dir
+        export_model(s.engine, s.tokenizer, run_dir / "best", beside=[run_dir / TEMPLATE_FILE])
 
 
 def _is_due(every: int | None, done: int) -> bool:

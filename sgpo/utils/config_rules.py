@@ -11,10 +11,26 @@ GONE = {
     **{old: f"has another name now: write {new}" for old, new in RENAMED.items()},
 }
 
+# What a method's paper sets; each is a default that the key itself overrides.
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "dapo": {"dual_clip": 10.0, "refill_rounds": 9, "overlong_share": 0.2},
+    "luffy": {"normalize_std": False, "clip_low": None, "clip_high": None, "entropy_coef": 0.001},
+    "hpt": {"normalize_std": False, "clip_low": None, "clip_high": None},
+}
+
+# What apply_chat_template takes beside the template's own arguments, which alone are the user's.
+_TAKEN_BY_PROMPTS = frozenset(
+    ["conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now"]
+)
+
 
 def check_pairs(config: Any) -> None:
     """Raises ValueError with one sentence for settings (`sgpo.config.Config`) of different sections that cannot work
     together."""
+    if taken := sorted(_TAKEN_BY_PROMPTS & config.data.template_kwargs.keys()):
+        raise ValueError(f"data.template_kwargs: {', '.join(taken)} is set by sgpo itself; remove it")
+    if config.model.activation_offload and not config.model.gradient_checkpointing:
+        raise ValueError("model.activation_offload moves checkpoints; set model.gradient_checkpointing to true as well")
     method = config.algorithm.method
     if method == "grpo" and not config.algorithm.autonomous_grpo:
         raise ValueError("method: grpo and algorithm.autonomous_grpo: false leave no loss; switch the latter on")

@@ -17,7 +17,7 @@ from processes import PATIENCE_S, start_ranks, wait_until
 
 from sgpo.cli import main
 from sgpo.data.problems import load_problems
-from sgpo.rewards.answers import after_thinking
+from sgpo.rewards.thinking import after_thinking
 from sgpo.strategies.asking import Answer, AnswerCache, Asker, Failure, Question, Sampling
 from sgpo.strategies.extraction import Extraction, Settings, Source
 from sgpo.strategies.local import LocalBackend

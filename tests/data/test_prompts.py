@@ -59,7 +59,7 @@ def test_no_guidance_and_no_system():
 
 def test_both_contexts_end_with_the_same_tail():
     build = builder()
-    assert decoded(build.tail) == "<s>assistant:"
+    assert decoded(build.tail) == build.tail_text == "</s><s>assistant:"
     pair = build.build(Problem("a", "1+1?", "2", strategy="add", guidance_turns=TURNS))
     assert pair.guided is not None
     assert pair.plain[-len(build.tail) :] == pair.guided[-len(build.tail) :] == build.tail
