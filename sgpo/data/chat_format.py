@@ -41,6 +41,10 @@ class ChatTokenizer(Protocol):
         """The ids or the text of a conversation, as the model's own template writes it."""
         ...
 
+    def encode(self, text: Any, **options: Any) -> Any:
+        """The ids of a text."""
+        ...
+
 
 class ChatFormat:
     """A tokenizer's chat template, checked.
@@ -123,9 +127,9 @@ class ChatFormat:
         self._kwargs["strftime_now"] = TODAY.strftime
         if first != second:
             self.notes.append(
-                f"The chat template of {self.name} writes the date into the prompt; it is always told {TODAY:%d %b %Y}, "
-                "so that runs can be resumed and evaluations compared (data.template_kwargs may set date_string, where "
-                "the template has it)"
+                f"The chat template of {self.name} writes the date into the prompt; it is always told {TODAY:%d %b %Y}"
+                ", so that runs can be resumed and evaluations compared (where the template takes a date_string, "
+                "data.template_kwargs can set it)"
             )
 
     def _find_tail(self) -> tuple[str, tuple[int, ...]]:
@@ -133,8 +137,8 @@ class ChatFormat:
         texts = [self.text(turns) for turns in conversations]
         if any(probe not in text for probe, text in zip(_PROBES, texts, strict=True)):
             raise SgpoError(
-                f"The chat template of {self.name} leaves out the user's text or changes it (those of image-text models "
-                "expect another form): use one for plain text."
+                f"The chat template of {self.name} leaves out the user's text or changes it (those of image-text "
+                "models expect another form): use one for plain text."
             )
         ends = [text.rpartition(probe)[2] for probe, text in zip(_PROBES, texts, strict=True)]
         tail_text = "".join(_common_end(ends))
@@ -142,7 +146,7 @@ class ChatFormat:
         bos = getattr(self._tokenizer, "bos_token_id", None)
         if bos is not None and ids[0][:2] == (bos, bos):
             self.notes.append(f"The chat template of {self.name} begins every prompt with BOS twice")
-        longest = len(self._tokenizer.encode(tail_text, add_special_tokens=False))  # type: ignore[attr-defined]
+        longest = len(self._tokenizer.encode(tail_text, add_special_tokens=False))
         return tail_text, tuple(_common_end(ids)[-longest:]) if longest else ()
 
     def _check_opening(self) -> None:

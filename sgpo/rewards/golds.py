@@ -1,4 +1,4 @@
-"""What a gold answer must be for a completion to reach it; looked at before a run, because a bad row only costs time."""
+"""What a gold answer must be for a completion to reach it; looked at before a run, since a bad row only costs time."""
 
 from __future__ import annotations
 

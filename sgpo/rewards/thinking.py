@@ -1,8 +1,8 @@
 r"""Where a completion's thinking ends: only what comes after it is an answer. Plain text functions, linear in the text.
 
 A marker is a tag that names thinking: `<think>`, `[THINK]`, `<seed:think>`, `<|START_THINKING|>`, `</reasoning>`,
-`<|begin_of_thought|>`; a few families write theirs in another way (`_OTHER_FORMS`). What opens must be closed by its own kind:
-a completion that ends inside a thought has no answer, whatever stands in a box there.
+`<|begin_of_thought|>`; a few families write theirs in another way (`_OTHER_FORMS`). What opens is closed by its own
+kind only: a completion that ends inside a thought has no answer, whatever stands in a box there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _CLOSING_WORDS = frozenset(("end", "stop", "close"))
 _OTHER_FORMS = (
     (
         r"<\|channel\|>(?!final\b)\w+",
-        r"<\|channel\|>final\b(?:[^<\n]*<\|message\|>)?",
+        r"<\|channel\|>final\b(?:[^\n]{0,80}?<\|message\|>)?",
     ),  # gpt-oss: every channel but the final one
     (r"<\|channel>thought", r"<channel\|>"),  # Gemma 4
     (r"<\|open\|>think<\|sep\|>", r"<\|close\|>think<\|sep\|>"),  # Kimi K3

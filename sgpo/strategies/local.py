@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from sgpo.rewards.scoring import completion_text
 from sgpo.strategies.asking import Answer, Failure, Question
 from sgpo.types import Rollout, RolloutEngine, RolloutRequest, SamplingParams, SgpoError
 
@@ -73,7 +74,7 @@ class LocalBackend:
 
         def keep(rollout: Rollout) -> None:
             question, ids = pairs[rollout.request.problem_index]
-            text = self._tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
+            text = completion_text(self._tokenizer, rollout.completion_ids)
             finish = "length" if rollout.truncated else "stop"
             on_result(question, Answer(text, finish, len(ids), len(rollout.completion_ids)))
 

@@ -19,9 +19,11 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 # What apply_chat_template takes beside the template's own arguments, which alone are the user's.
-_TAKEN_BY_PROMPTS = frozenset(
-    ["conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now"]
-)
+_TAKEN_BY_PROMPTS = {
+    *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
+    *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now"),
+}
 
 
 def check_pairs(config: Any) -> None:
