@@ -1,0 +1,83 @@
+"""Bad answers and duplicates, before a run: named by file and row, refused or left out."""
+
+import json
+
+import pytest
+
+from sgpo import cli
+from sgpo.config import Config
+from sgpo.data.problems import load_problems
+from sgpo.evaluation.golds import check_problems, duplicates
+from sgpo.types import Problem, SgpoError
+from sgpo.utils.config_file import checked
+
+
+def config(**data):
+    raw = {"model": {"path": "m"}, "data": {"train": "t", **data}, "reward": {"kind": "exact"}}
+    return checked(Config, {**raw, "rollout": {"engine": "hf"}}, "test")
+
+
+@pytest.fixture
+def problems(tmp_path):
+    answers = ["1", "proof", "2", "N/A"]
+    rows = [json.dumps({"id": f"p{i}", "problem": f"q{i}", "answer": answer}) for i, answer in enumerate(answers)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(rows) + "\n")
+    return load_problems(str(path))
+
+
+def test_bad_golds_are_named_by_file_and_row_and_refused(problems):
+    with pytest.raises(SgpoError) as caught:
+        check_problems(config(), "rows", problems, print)
+    head, *rows = str(caught.value).splitlines()
+    assert head == (
+        "rows: 2 of 4 problems have an answer that no completion can reach; correct or remove these rows, or set "
+        "data.bad_golds to drop:"
+    )
+    assert [row.partition("rows.jsonl:")[2] for row in rows] == [
+        "2 ('p1'): the answer 'proof' stands for no answer",
+        "4 ('p3'): the answer 'N/A' stands for no answer",
+    ]
+
+
+def test_bad_golds_are_left_out_and_listed(problems):
+    lines = []
+    kept, dropped = check_problems(config(bad_golds="drop"), "rows", problems, lines.append)
+    assert [p.id for p in kept] == ["p0", "p2"]
+    assert [(d.id, d.answer, d.reason) for d in dropped] == [
+        ("p1", "proof", "stands for no answer"),
+        ("p3", "N/A", "stands for no answer"),
+    ]
+    assert len(lines) == 1
+    assert "2 of 4 problems" in lines[0]
+    assert "rows.jsonl:4" in lines[0]
+
+
+def test_a_file_of_nothing_but_bad_golds_is_refused(problems):
+    with pytest.raises(SgpoError, match="2 of 2 problems"):
+        check_problems(config(bad_golds="drop"), "rows", problems[1::2], print)
+
+
+def test_duplicates_are_counted_and_contradictions_named():
+    def rows(*pairs):
+        return [Problem(f"p{i}", text, answer, place=f"f:{i}") for i, (text, answer) in enumerate(pairs)]
+
+    assert duplicates("f", rows(("a", "1"), ("b", "1"))) == ""
+    assert duplicates("f", rows(("a b", "1"), ("A  b", "$1$"), ("c", "2"))) == (
+        "f: 1 of 3 problems repeat the text of another"
+    )
+    assert duplicates("f", rows(("a", "2"), ("a", "2"), ("a", "3"), ("b", "1"), ("b", "1"))).splitlines() == [
+        "f: 3 of 5 problems repeat the text of another; 1 of these texts have different answers:",
+        "  f:0 '2', f:1 '2', f:2 '3'",
+    ]
+
+
+def test_the_command_refuses_a_benchmark_of_worked_solutions(builtin_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    row = {"question": "farm : 3 8 2 5 . how many boxes ?", "answer": "3+2=<<3+2=5>>5\n#### 10"}
+    (tmp_path / "hub.jsonl").write_text(json.dumps(row) + "\n")
+    words = ["eval", f"--model.path={builtin_folder}", "--rollout.engine=hf", "--eval.benchmarks=mine=hub.jsonl"]
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert "mine: 1 of 1 problems have an answer that no completion can reach" in error
+    assert "hub.jsonl:1" in error
