@@ -39,7 +39,8 @@ PHI = (
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
 )
 DIALOG = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
 DATED = "<|im_start|>system\nToday: {{ date_string or strftime_now('%d %b %Y') }}<|im_end|>\n" + ROLES + OPENS
@@ -86,7 +87,7 @@ def built(chat_template, template=TEXTS, problems=PROBLEMS, **kwargs):
          " /no_think" + TAIL, ""),
         (DATED, TAIL, ""),
     ],
-    ids="chatml thinks phi mistral dialog trims bos merges suffix dated".split(),
+    ids=["chatml", "thinks", "phi", "mistral", "dialog", "trims", "bos", "merges", "suffix", "dated"],
 )  # fmt: skip
 def test_both_prompts_end_with_the_opening_of_the_answer(chat_template, tail, opening):
     builder, texts = built(chat_template)
@@ -118,13 +119,13 @@ def test_a_last_token_that_merges_with_the_tail_is_no_fault():
         ("{% for m in messages %}{{ m.content }}{% endfor %}", TEXTS, "no generation prompt"),
         (ROLES + OPENS + "{{ eos_token }}", TEXTS, "ends a prompt with </s>"),
         (IMAGES, TEXTS, "leaves out the user's text or changes it"),
-        (ROLES.replace("m.content }}", "m.content | reverse }}") + OPENS, TEXTS, "leaves out the user's text or changes it"),
+        (ROLES.replace("m.content", "m.content | reverse") + OPENS, TEXTS, "leaves out the user's text or changes it"),
         ("{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + ROLES + OPENS,
          WITH_SYSTEM, r"no system here\): where it has no system role, set system: null"),
         ("{{ messages[0].content + 1 }}" + OPENS, WITH_SYSTEM, r"refuses the conversation \(.*\)\.$"),
         (MISTRAL, WITH_SYSTEM, r"roles must alternate\): where it has no system role"),
     ],
-    ids="chatml content eos images reverse system types alternate".split(),
+    ids=["chatml", "content", "eos", "images", "reverse", "system", "types", "alternate"],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused(chat_template, template, sentence):
     with pytest.raises(SgpoError, match=sentence):
@@ -143,7 +144,7 @@ def test_what_cannot_be_used_is_refused(chat_template, template, sentence):
         ("{{ bos_token }}{{ bos_token }}" + ROLES + OPENS, TEXTS, "BOS twice"),
         (DATED, TEXTS, "writes the date into the prompt; it is always told 26 Jul 2024"),
     ],
-    ids="thoughts system lower escape bos date".split(),
+    ids=["thoughts", "system", "lower", "escape", "bos", "date"],
 )  # fmt: skip
 def test_what_a_template_does_to_a_text_is_said(chat_template, template, note):
     builder, _ = built(chat_template, template)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from sgpo import cli
 from sgpo.builders.rollouts import build_rollouts
 from sgpo.commands.eval import evaluate_benchmarks, load_eval_config
 from sgpo.data.builtin import make_problems
+from sgpo.data.prompt_template import PromptTemplate
 from sgpo.evaluation.benchmark_run import model_fingerprint, protocol_of
 from sgpo.evaluation.benchmarks import PAPER
+from sgpo.model.loading import load_tokenizer
 from sgpo.types import SgpoError
 
 REWARD = """
@@ -138,6 +141,24 @@ def test_another_setting_is_refused_and_names_what_differs(folder, builtin_folde
     with pytest.raises(SgpoError, match="problems: "):
         run(builtin_folder, out, *small)
     assert (out / "two.jsonl").read_bytes() == before
+
+
+def test_a_model_of_ours_is_evaluated_with_the_prompts_of_its_training(folder, builtin_folder, requested):
+    small = ("--eval.benchmarks=two=two.jsonl", "--eval.benchmark_samples=1", "--eval.max_new_tokens=2")
+    run(builtin_folder, folder / "packaged", *small)
+    trained = folder / "best"
+    shutil.copytree(builtin_folder, trained)
+    own = PromptTemplate(system=None, plain="type : {problem}", guided="{strategy} {problem}")
+    (trained / "prompt_template.yaml").write_text(own.as_yaml())
+    _, lines = run(trained, folder / "own", *small)
+    assert f"prompts: as the model was trained, by {trained}/prompt_template.yaml" in lines
+    words = load_tokenizer(builtin_folder)
+    assert [words.decode(r.prompt_ids).count("user type :") for r in requested] == [0, 0, 1, 1]
+    (folder / "template.yaml").write_text(PromptTemplate.load().as_yaml())
+    _, lines = run(trained, folder / "other", *small, "--data.template=template.yaml")
+    assert lines[0].startswith("prompts: not as the model was trained")
+    assert requested[-1].prompt_ids == requested[1].prompt_ids
+    assert json.loads((folder / "other" / "summary.json").read_text())["prompt_template"] == "template.yaml"
 
 
 def test_the_fingerprint_follows_the_weights_and_not_the_path(builtin_folder, tmp_path):

@@ -5,9 +5,11 @@ import json
 import pytest
 
 from sgpo import cli
+from sgpo.builders.task import load_task
 from sgpo.config import Config
 from sgpo.data.problems import load_problems
 from sgpo.evaluation.golds import check_problems, duplicates
+from sgpo.model.loading import load_tokenizer
 from sgpo.types import Problem, SgpoError
 from sgpo.utils.config_file import checked
 
@@ -70,6 +72,25 @@ def test_duplicates_are_counted_and_contradictions_named():
         "f: 3 of 5 problems repeat the text of another; 1 of these texts have different answers:",
         "  f:0 '2', f:1 '2', f:2 '3'",
     ]
+
+
+def test_what_a_run_leaves_out_stands_in_its_folder(builtin_folder, problems, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    raw = {
+        "model": {"path": str(builtin_folder)},
+        "data": {"train": "builtin", "eval": "rows.jsonl", "bad_golds": "drop"},
+        "rollout": {"engine": "hf"},
+        "reward": {"kind": "exact"},
+    }
+    run = checked(Config, raw, "test")
+    run.run.dir.mkdir(parents=True)
+    task = load_task(run, load_tokenizer(builtin_folder), split="eval")
+    assert [p.id for p in task.problems] == ["p0", "p2"]
+    assert "rows.jsonl: 2 of 4 problems have an answer that no completion can reach and are left out" in (
+        capsys.readouterr().out
+    )
+    dropped = json.loads((run.run.dir / "dropped_eval.json").read_text())
+    assert [(row["id"], row["place"]) for row in dropped] == [("p1", "rows.jsonl:2"), ("p3", "rows.jsonl:4")]
 
 
 def test_the_command_refuses_a_benchmark_of_worked_solutions(builtin_folder, tmp_path, monkeypatch, capsys):

@@ -17,6 +17,7 @@ from forked import Forked
 from tiny_runs import BASE, WARMUP, digest, finish, finish_all, rows, start
 
 from sgpo.config import RolloutConfig
+from sgpo.data.prompt_template import PromptTemplate, packaged
 from sgpo.train import update
 from sgpo.types import TrainSequence
 from sgpo.utils.config_rules import GONE, RENAMED
@@ -86,6 +87,13 @@ def test_the_export_is_a_plain_hugging_face_folder(straight):
     turns = [{"role": "user", "content": "farm"}]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     assert model.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]
+
+
+def test_the_prompt_template_travels_with_every_export(straight):
+    of_run = PromptTemplate.load(straight / "prompt_template.yaml")
+    assert of_run == PromptTemplate.load(packaged("builtin"))
+    for export in ("final", "best", "warmup/best"):
+        assert PromptTemplate.load(straight / export / "prompt_template.yaml") == of_run
 
 
 def test_ten_kills_end_bit_for_bit_where_the_straight_run_ends(straight, tmp_path):
