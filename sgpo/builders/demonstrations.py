@@ -27,8 +27,8 @@ def solution_texts(source: str, problems: list[Problem], tail: str) -> list[str]
     ]
     if complaints:
         head = (
-            f"{source}: {len(complaints)} solutions do not go with the model's chat template; change them, or set "
-            "data.template_kwargs (enable_thinking, where the template has it)"
+            f"{source}: {len(complaints)} of {len(problems)} solutions do not go with the model's chat template; "
+            "change them, or set data.template_kwargs (enable_thinking, where the template has it)"
         )
         raise SgpoError(listing(head, complaints))
     return texts

@@ -154,7 +154,7 @@ def _load(config: Config, source: str, limit: int | None, split: str) -> list[Pr
     if source == builtin.BUILTIN:
         name = "eval" if split == "eval" else "train"
         return builtin.make_problems(name, seed=config.run.seed, count=limit or _BUILTIN_COUNTS[name])
-    problems = load_problems(source, limit=limit)
+    problems = load_problems(source, limit=limit, empty_answers=config.data.bad_golds == "drop" and split != "warmup")
     if config.data.strategy_source == "calculator_trace":
         problems, _ = attach_strategies(problems)
         if split == "eval":

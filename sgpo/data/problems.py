@@ -30,7 +30,11 @@ Row = tuple[str, Any]
 
 
 def load_problems(
-    source: str, *, limit: int | None = None, convert: Callable[[int, dict[str, Any]], dict[str, Any]] | None = None
+    source: str,
+    *,
+    limit: int | None = None,
+    convert: Callable[[int, dict[str, Any]], dict[str, Any]] | None = None,
+    empty_answers: bool = False,
 ) -> list[Problem]:
     """The problems of `source`, in file order.
 
@@ -40,6 +44,7 @@ def load_problems(
             package.
         limit: read and check only this many rows (blank lines not counted).
         convert: from the number of a row (from 0) and the row to one with the keys above, for data in another form.
+        empty_answers: whether an answer may be empty, for a caller that leaves such problems out.
 
     Raises:
         SgpoError: one error for all bad rows, each named by file and line; no file, an empty file, no `datasets`.
@@ -52,7 +57,7 @@ def load_problems(
     for number, (place, row) in enumerate(islice(_rows(source), limit)):
         if convert is not None and isinstance(row, dict):
             row = convert(number, row)
-        found = _row_complaints(row)
+        found = [text for text in _row_complaints(row) if not (empty_answers and text == _EMPTY_ANSWER)]
         complaints += [f"{place}: {text}" for text in found]
         if found:
             continue
@@ -183,6 +188,7 @@ def _row_complaints(row: Any) -> list[str]:
 
 
 _MISSING = object()
+_EMPTY_ANSWER = "'answer' is empty"
 
 
 def _text_complaint(key: str, value: Any) -> str | None:

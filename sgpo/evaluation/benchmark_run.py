@@ -191,7 +191,10 @@ def _load_tasks(config: Config, tokenizer: Any, report: Callable[[str], None]) -
     train = _training_problems(config)
     tasks = []
     for spec in settings.benchmarks:
-        name, problems = load_benchmark(spec, settings.benchmark_dir, limit=settings.benchmark_limit)
+        drop = config.data.bad_golds == "drop"
+        name, problems = load_benchmark(
+            spec, settings.benchmark_dir, limit=settings.benchmark_limit, empty_answers=drop
+        )
         if name in [task.name for task in tasks]:
             raise SgpoError(f"eval.benchmarks names {name} twice; give each once")
         problems, dropped = check_problems(config, name, problems, report)

@@ -64,7 +64,9 @@ def benchmark_samples(name: str) -> int:
     return BENCHMARKS[name].samples if name in BENCHMARKS else DEFAULT_SAMPLES
 
 
-def load_benchmark(spec: str, folder: str | None, *, limit: int | None = None) -> tuple[str, list[Problem]]:
+def load_benchmark(
+    spec: str, folder: str | None, *, limit: int | None = None, empty_answers: bool = False
+) -> tuple[str, list[Problem]]:
     """Name and problems of `spec`.
 
     Args:
@@ -72,6 +74,7 @@ def load_benchmark(spec: str, folder: str | None, *, limit: int | None = None) -
             source of `load_problems` and any name.
         folder: with the JSONL files of the named benchmarks.
         limit: only the first rows.
+        empty_answers: as in `load_problems`.
 
     Raises:
         SgpoError: an unknown name, no file, or rows that cannot be read.
@@ -87,7 +90,7 @@ def load_benchmark(spec: str, folder: str | None, *, limit: int | None = None) -
                 f"{', '.join(BENCHMARKS)}; your own is written NAME=FILE."
             )
         source = BENCHMARKS[name].hub if source == "hf" else _file_of(BENCHMARKS[name], folder)
-    return name, load_problems(source, limit=limit, convert=row_converter(name))
+    return name, load_problems(source, limit=limit, convert=row_converter(name), empty_answers=empty_answers)
 
 
 def _file_of(benchmark: Benchmark, folder: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,9 +40,10 @@ def check_problems(
     Raises:
         SgpoError: lists the bad answers where data.bad_golds is refuse; none is left.
     """
-    reward = config.reward
-    check = partial(gold_faults, [problem.answer for problem in problems], reward=reward.kind)
-    faults = on_rank_zero_first(partial(check, workers=reward.workers, timeout_s=reward.timeout_s))
+    golds, reward = [problem.answer for problem in problems], config.reward
+    workers = max(reward.workers, min(os.cpu_count() or 1, 16))  # nothing else runs yet
+    check = partial(gold_faults, golds, reward=reward.kind, workers=workers, timeout_s=reward.timeout_s)
+    faults = on_rank_zero_first(check)
     bad = [Dropped(p.id, p.place, p.answer, faults[p.answer]) for p in problems if p.answer in faults]
     if bad:
         head = f"{source}: {len(bad)} of {len(problems)} problems have an answer that no completion can reach"

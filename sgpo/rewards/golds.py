@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from sgpo.rewards.answers import bare_answer
 from sgpo.rewards.pool import RewardItem, RewardPool
+from sgpo.rewards.registry import BUILT_IN
 
 MAX_GOLD_CHARS = 500
 MAX_GOLD_WORDS = 30
@@ -42,6 +43,8 @@ _WORKING = (
 
 def text_fault(gold: str) -> str | None:
     """Why no completion will end with `gold`, going by its text alone; None where nothing speaks against it."""
+    if not gold.strip():
+        return "is empty"
     if _is_placeholder(bare_answer(gold)):
         return "stands for no answer"
     if len(gold) > MAX_GOLD_CHARS:
@@ -60,13 +63,13 @@ def gold_faults(golds: Iterable[str], *, reward: str, workers: int, timeout_s: f
     """The golds that cannot be reached, each with the reason.
 
     Args:
-        reward: reward.kind. A function of the user's own has answers of its own, and nothing is looked at.
+        reward: reward.kind. A function of the user's own has golds of its own: only an empty one is bad.
         workers: processes that try, for "math_verify", whether a gold can be read and equals itself; any may hang.
         timeout_s: for one gold.
     """
-    if reward not in ("math_verify", "exact"):
-        return {}
     golds = list(dict.fromkeys(golds))
+    if reward not in BUILT_IN:
+        return {gold: "is empty" for gold in golds if not gold.strip()}
     faults = {gold: fault for gold in golds if (fault := text_fault(gold))}
     unsure = [gold for gold in golds if gold not in faults and not _NUMBER.fullmatch(gold.strip())]
     if reward == "exact" or not unsure:

@@ -229,6 +229,6 @@ def test_a_demonstration_goes_on_where_the_prompt_ends(tail, solution, text):
 def test_a_demonstration_that_contradicts_the_template_is_refused(tail, solution, complaint):
     with pytest.raises(SgpoError) as caught:
         solution_texts("rows", [Problem("p", "q", "2", solution=solution, place="rows:7")], tail)
-    assert "rows: 1 solutions do not go with the model's chat template" in str(caught.value)
+    assert "rows: 1 of 1 solutions do not go with the model's chat template" in str(caught.value)
     assert "rows:7: " in str(caught.value)
     assert complaint in str(caught.value)

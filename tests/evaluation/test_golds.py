@@ -21,11 +21,11 @@ def config(**data):
 
 @pytest.fixture
 def problems(tmp_path):
-    answers = ["1", "proof", "2", "N/A"]
+    answers = ["1", "proof", "2", ""]
     rows = [json.dumps({"id": f"p{i}", "problem": f"q{i}", "answer": answer}) for i, answer in enumerate(answers)]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(rows) + "\n")
-    return load_problems(str(path))
+    return load_problems(str(path), empty_answers=True)
 
 
 def test_bad_golds_are_named_by_file_and_row_and_refused(problems):
@@ -38,7 +38,7 @@ def test_bad_golds_are_named_by_file_and_row_and_refused(problems):
     )
     assert [row.partition("rows.jsonl:")[2] for row in rows] == [
         "2 ('p1'): the answer 'proof' stands for no answer",
-        "4 ('p3'): the answer 'N/A' stands for no answer",
+        "4 ('p3'): the answer '' is empty",
     ]
 
 
@@ -48,7 +48,7 @@ def test_bad_golds_are_left_out_and_listed(problems):
     assert [p.id for p in kept] == ["p0", "p2"]
     assert [(d.id, d.answer, d.reason) for d in dropped] == [
         ("p1", "proof", "stands for no answer"),
-        ("p3", "N/A", "stands for no answer"),
+        ("p3", "", "is empty"),
     ]
     assert len(lines) == 1
     assert "2 of 4 problems" in lines[0]
