@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from sgpo.rewards.pool import RewardItem, RewardPool
-from sgpo.rewards.thinking import is_marker_token
+from sgpo.rewards.thinking import is_marker_token, thinking_of
 from sgpo.types import Problem, RewardResult, Rollout, TaskData
 
 
@@ -39,13 +39,14 @@ def judged_item(problem: Problem, text: str, opening: str) -> RewardItem:
 def completion_text(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of a completion without special tokens, except for those that mark thinking."""
     markers = _marker_tokens(tokenizer)
-    if markers.keys().isdisjoint(ids):
-        return tokenizer.decode(ids, skip_special_tokens=True)
-    parts = []
-    for marker, group in groupby(ids, key=markers.get):
-        run = list(group)
-        parts.append(tokenizer.decode(run, skip_special_tokens=True) if marker is None else marker * len(run))
-    return "".join(parts)
+    if not markers.keys().isdisjoint(ids):
+        parts = []
+        for marker, group in groupby(ids, key=markers.get):
+            run = list(group)
+            parts.append(tokenizer.decode(run, skip_special_tokens=True) if marker is None else marker * len(run))
+        if thinking_of(text := "".join(parts)):  # else what was kept is no part of a marker here
+            return text
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @lru_cache(maxsize=8)

@@ -15,10 +15,8 @@ _CLOSING_WORDS = frozenset(("end", "stop", "close"))
 
 # How they open, how they close. The pieces that are tokens of their own are in `_PIECES`.
 _OTHER_FORMS = (
-    (
-        r"<\|channel\|>(?!final\b)\w+",
-        r"<\|channel\|>final\b(?:[^\n]{0,80}?<\|message\|>)?",
-    ),  # gpt-oss: every channel but the final one
+    # gpt-oss: every channel but the final one
+    (r"<\|channel\|>(?!final\b)\w+", r"<\|channel\|>final\b(?:[^\n]{0,80}?<\|message\|>)?"),
     (r"<\|channel>thought", r"<channel\|>"),  # Gemma 4
     (r"<\|open\|>think<\|sep\|>", r"<\|close\|>think<\|sep\|>"),  # Kimi K3
     (r"<unused94>thought", r"<unused95>"),  # MedGemma

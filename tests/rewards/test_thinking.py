@@ -141,6 +141,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         ("plain 5</s>", "plain 5"),
         ("[THINK]a é[/THINK]b</s>", "[THINK]a é[/THINK]b"),
         ("[THINK]guess", "[THINK]guess"),
+        ("plain <|message|>5</s>", "plain 5"),
         (
             "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b</s>",
             "<|channel|>analysis<|message|>aassistant<|channel|>final<|message|>b",
