@@ -35,15 +35,24 @@ def load_task(config: Config, tokenizer: Any, *, split: str) -> TaskData:
         else (config.data.eval or "", config.data.eval_limit)
     )
     problems = _load(config, source, limit, split)
-    needs_guidance = split == "train" and config.rollout.n_guided > 0
-    if needs_guidance and (bare := [p.id for p in problems if not p.has_guidance]):
-        raise SgpoError(
-            f"{source}: {len(bare)} of {len(problems)} problems have neither a strategy nor guidance turns "
-            f"(first: {', '.join(bare[:3])}); add them, set data.strategy_source, or set rollout.n_guided to 0"
-        )
+    if split == "train" and config.rollout.n_guided > 0:
+        _check_guidance(config, source, problems)
     prompts = prompt_builder(config, tokenizer).check_all(problems)
     wanted = split == "train" and config.algorithm.method in WITH_DEMONSTRATIONS
     return TaskData(problems, prompts, _demonstrations(config, source, problems, tokenizer) if wanted else None)
+
+
+def _check_guidance(config: Config, source: str, problems: list[Problem]) -> None:
+    """Problems without guidance are refused, or counted where data.without_strategy takes them; one must have some."""
+    bare = [p.id for p in problems if not p.has_guidance]
+    found = f"{source}: {len(bare)} of {len(problems)} problems have neither a strategy nor guidance turns"
+    if bare and (config.data.without_strategy == "refuse" or len(bare) == len(problems)):
+        raise SgpoError(
+            f"{found} (first: {', '.join(bare[:3])}); add them, set data.strategy_source, set data.without_strategy to "
+            "grpo where some have one, or set rollout.n_guided to 0"
+        )
+    if bare and distributed.is_main():
+        print(f"{found}; they are learnt by GRPO alone (data.without_strategy: grpo)", flush=True)
 
 
 def _demonstrations(config: Config, source: str, problems: list[Problem], tokenizer: Any) -> list[tuple[int, ...]]:
@@ -133,7 +142,7 @@ def _load(config: Config, source: str, limit: int | None, split: str) -> list[Pr
     problems = load_problems(source, limit=limit)
     if config.data.strategy_source == "calculator_trace":
         problems, _ = attach_strategies(problems)
-        if split == "eval":
+        if split == "eval" or (split == "train" and config.data.without_strategy == "grpo"):
             return problems
         lacking = sum(not p.has_guidance for p in problems)
         if lacking:
