@@ -157,11 +157,17 @@ class TrainSequence:
 class RewardResult:
     """The reward of one completion, and how it came about.
 
-    `status` is "ok", "no_answer", "too_long", "timeout" or "error".
+    `status` is "ok", "no_answer", "too_long", "timeout" or "error"; `correct_above` is reward.correct_above.
     """
 
     reward: float
     status: str = "ok"
+    correct_above: float = 0.0
+
+    @property
+    def is_correct(self) -> bool:
+        """Whether the completion counts as correct; one that could not be judged never does, whatever the threshold."""
+        return self.status == "ok" and self.reward > self.correct_above
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +194,16 @@ class ScoredGroup:
     def guided_rewards(self) -> list[float]:
         """Rewards of the rollouts with strategy."""
         return [result.reward for result in self.guided_results]
+
+    @property
+    def auto_correct(self) -> list[bool]:
+        """Which of the rollouts without strategy are correct."""
+        return [result.is_correct for result in self.auto_results]
+
+    @property
+    def guided_correct(self) -> list[bool]:
+        """Which of the rollouts with strategy are correct."""
+        return [result.is_correct for result in self.guided_results]
 
 
 @dataclass(frozen=True, slots=True)

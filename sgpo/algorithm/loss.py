@@ -24,7 +24,7 @@ class LossSettings:
         distillation: divergence of the distilled rows from the teacher; "sft": their negative log-likelihood instead,
             without a teacher; None: there are no such rows.
         max_token_kl: delta of Eq. 5 in nats; a row of a larger divergence is dropped ("mask"), held at the limit
-            without gradient ("clamp") or scaled to it ("scale"), by over_limit.
+            without gradient ("clamp"), scaled to it ("scale") or only counted ("off"), by over_limit.
         demo_shaping: with "sft": gamma of LUFFY's loss -p / (p + gamma) in place of -log p, p = pi(token).
         temperature: of the softmax, as in sampling.
         column_tolerance, impl: as in `sgpo_kernels.sgpo_loss`; 0 is exact (imitation always is).
@@ -36,7 +36,7 @@ class LossSettings:
     entropy_coef: float | None = None
     distillation: Literal["forward_kl", "reverse_kl", "js", "sft"] | None = "forward_kl"
     max_token_kl: float | None = 1.0
-    over_limit: Literal["mask", "clamp", "scale"] = "mask"
+    over_limit: Literal["mask", "clamp", "scale", "off"] = "mask"
     demo_shaping: float | None = None
     temperature: float = 1.0
     column_tolerance: float = 0.0
@@ -122,14 +122,14 @@ class SgpoLoss:
                 clip_high=chosen.clip_high,
                 dual_clip=chosen.dual_clip,
                 kind=chosen.distillation,
-                max_token_kl=chosen.max_token_kl,
-                over_limit=chosen.over_limit,
+                max_token_kl=None if chosen.over_limit == "off" else chosen.max_token_kl,
+                over_limit="mask" if chosen.over_limit == "off" else chosen.over_limit,
                 temperature=chosen.temperature,
                 bias=bias,
                 column_tolerance=chosen.column_tolerance,
                 impl=chosen.impl,
             )
-            stats = LossStats(fused.policy, fused.divergence, fused.policy_loss, fused.distill_loss)
+            stats = LossStats(fused.policy, self._counted(fused.divergence), fused.policy_loss, fused.distill_loss)
         else:
             loss, stats = self._without_teacher(head, bias, hidden, rows)
         if chosen.entropy_coef is not None:
@@ -138,6 +138,12 @@ class SgpoLoss:
             )
             loss = loss - chosen.entropy_coef * (rows.policy_weight * entropy).sum()
         return loss, stats
+
+    def _counted(self, stats: DivergenceStats) -> DivergenceStats:
+        """Where no limit acts: the rows beyond it all the same (one that is no number counts)."""
+        if self.settings.over_limit != "off" or self.settings.max_token_kl is None:
+            return stats
+        return stats._replace(over_limit=~(stats.divergence <= self.settings.max_token_kl))
 
     def _without_teacher(
         self, head: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor, rows: LossRows

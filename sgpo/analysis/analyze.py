@@ -80,7 +80,7 @@ def measure_token_kl(
 
     First one of each problem, then a second one, up to analyze.kl_rollouts.
     """
-    correct = [d for d, row in rows.items() if d.arm == "own" and row["reward"] > 0 and row["completion_ids"]]
+    correct = [d for d, row in rows.items() if d.arm == "own" and row["correct"] and row["completion_ids"]]
     places = _places([draw.problem for draw in correct])
     lots = [seed_of(config.run.seed, "token kl", study.problems[draw.problem].id) for draw in correct]
     order = sorted(range(len(correct)), key=lambda k: (places[k], lots[k]))

@@ -120,4 +120,5 @@ def build_rewards(config: Config) -> RewardPool:
         memory_mib=reward.memory_mib,
         max_chars=reward.max_chars,
         require_box=reward.require_box,
+        correct_above=reward.correct_above,
     )

@@ -46,18 +46,27 @@ def load_task(config: Config, tokenizer: Any, *, split: str, builder: PromptBuil
     if split == "eval" or config.algorithm.method != "sft":  # SFT learns from solutions; nothing compares answers
         problems, dropped = check_problems(config, source, problems, _say)
     _write_dropped(config, split, dropped)
-    needs_guidance = split == "train" and config.rollout.n_guided > 0
-    if needs_guidance and (bare := [p.id for p in problems if not p.has_guidance]):
-        raise SgpoError(
-            f"{source}: {len(bare)} of {len(problems)} problems have neither a strategy nor guidance turns "
-            f"(first: {', '.join(bare[:3])}); add them, set data.strategy_source, or set rollout.n_guided to 0"
-        )
+    if split == "train" and config.rollout.n_guided > 0:
+        _check_guidance(config, source, problems)
     builder = builder or prompt_builder(config, tokenizer)
     prompts = builder.check_all(problems)
     _say_notes(builder)
     wanted = split == "train" and config.algorithm.method in WITH_DEMONSTRATIONS
     demos = _demonstrations(config, source, problems, tokenizer, builder.tail_text) if wanted else None
     return TaskData(problems, prompts, demos, open_thinking(builder.tail_text))
+
+
+def _check_guidance(config: Config, source: str, problems: list[Problem]) -> None:
+    """Problems without guidance are refused, or counted where data.without_strategy takes them; one must have some."""
+    bare = [p.id for p in problems if not p.has_guidance]
+    found = f"{source}: {len(bare)} of {len(problems)} problems have neither a strategy nor guidance turns"
+    if bare and (config.data.without_strategy == "refuse" or len(bare) == len(problems)):
+        raise SgpoError(
+            f"{found} (first: {', '.join(bare[:3])}); add them, set data.strategy_source, set data.without_strategy to "
+            "grpo where some have one, or set rollout.n_guided to 0"
+        )
+    if bare and distributed.is_main():
+        print(f"{found}; they are learnt by GRPO alone (data.without_strategy: grpo)", flush=True)
 
 
 def _demonstrations(
@@ -157,7 +166,7 @@ def _load(config: Config, source: str, limit: int | None, split: str) -> list[Pr
     problems = load_problems(source, limit=limit)
     if config.data.strategy_source == "calculator_trace":
         problems, _ = attach_strategies(problems)
-        if split == "eval":
+        if split == "eval" or (split == "train" and config.data.without_strategy == "grpo"):
             return problems
         lacking = sum(not p.has_guidance for p in problems)
         if lacking:

@@ -10,7 +10,16 @@ import torch
 
 from sgpo.engine.step import score_contexts
 from sgpo.engine.zero import Parts, ZeroEngine
-from sgpo.types import EngineFailure, Rollout, RolloutEngine, RolloutRequest, SamplingParams, SgpoError, SyncReceipt
+from sgpo.types import (
+    WORDS,
+    EngineFailure,
+    Rollout,
+    RolloutEngine,
+    RolloutRequest,
+    SamplingParams,
+    SgpoError,
+    SyncReceipt,
+)
 from sgpo.utils import distributed
 from sgpo.utils.checksums import checksum
 
@@ -94,7 +103,7 @@ class PolicySampler:
         """As RolloutEngine.generate; a sampler that dies is started anew, synced and asked once more."""
 
         def sample() -> list[Rollout]:
-            return self._sampler.generate(requests, sampling, on_progress, on_rollout)
+            return _checked(requests, self._sampler.generate(requests, sampling, on_progress, on_rollout))
 
         return self._with_retry(sample, sample, self.policy_version)
 
@@ -105,7 +114,7 @@ class PolicySampler:
         on_rollout: Callable[[Rollout], None] | None = None,
     ) -> None:
         """Starts to sample in the background; `collect` waits for it. The sampler can do nothing else meanwhile."""
-        self._ahead = _Ahead(lambda: self._sampler.generate(requests, sampling, None, on_rollout))
+        self._ahead = _Ahead(lambda: _checked(requests, self._sampler.generate(requests, sampling, None, on_rollout)))
 
     def collect(self, version: int) -> list[Rollout]:
         """What `begin` asked for. `version` is that of the trainer's weights now, which a new sampler would get."""
@@ -187,6 +196,24 @@ class _Ahead:
             self._outcome = (self.sample(), None)
         except BaseException as error:  # raised where it is waited for
             self._outcome = (None, error)
+
+
+def _checked(requests: Sequence[RolloutRequest], rollouts: list[Rollout]) -> list[Rollout]:
+    """`rollouts`; SgpoError where they are not what an engine owes for `requests`."""
+    if [rollout.request for rollout in rollouts] != list(requests):
+        raise SgpoError(
+            f"the rollout engine gave {len(rollouts)} completions for {len(requests)} requests, or not in their order; "
+            "one for each, in order, is expected: mend the engine"
+        )
+    for rollout in rollouts:
+        tokens, logprobs = len(rollout.completion_ids), len(rollout.rollout_logprobs)
+        if not tokens or tokens != logprobs:
+            raise SgpoError(
+                f"the rollout engine gave a completion of {tokens} tokens with {logprobs} log-probs (sample "
+                f"{rollout.request.sample_index} {WORDS[rollout.request.kind]}); a completion has at least its EOS, "
+                "and a log-prob for each token: mend the engine"
+            )
+    return rollouts
 
 
 def _mismatch(
