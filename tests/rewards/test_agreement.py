@@ -11,7 +11,9 @@ import pytest
 pytest.importorskip("math_verify")
 
 from sgpo.evaluation.benchmarks import BENCHMARKS, load_benchmark
-from sgpo.rewards.notation import answer_readings, gold_items, has_variables, tidy
+from sgpo.rewards.items import answer_readings, gold_items
+from sgpo.rewards.notation import tidy
+from sgpo.rewards.quantities import has_variables
 from sgpo.rewards.verifier import verify_answer
 
 LABELLED = Path(__file__).parent / "labelled.txt"
