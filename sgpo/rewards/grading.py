@@ -53,18 +53,24 @@ def _is_mixed(whole: str, fraction: str) -> bool:
 
 
 def _numeric_eq(gold: Any, answer: Any, float_rounding: int, numeric_precision: int) -> bool:
-    if not (isinstance(gold, Expr) and isinstance(answer, Expr)) or gold.has(Float) or answer.has(Float):
+    sides = (gold, answer)
+    if not all(isinstance(side, Expr) for side in sides) or any(side.has(*_UNFINISHED) for side in sides):
         return _sympy_numeric_eq(gold, answer, float_rounding, numeric_precision)
-    if any(isinstance(side, Expr) and side.has(*_UNFINISHED) for side in (gold, answer)):
-        return _sympy_numeric_eq(gold, answer, float_rounding, numeric_precision)
-    if gold.free_symbols or answer.free_symbols:
+    is_rounded = any(side.has(Float) for side in sides)
+    if any(side.free_symbols for side in sides):
+        if is_rounded:
+            return _sympy_numeric_eq(gold, answer, float_rounding, numeric_precision)
         return (gold - answer).doit() == 0  # if not, Math-Verify simplifies
-    return exactly_equal(gold, answer)
+    if not is_rounded:
+        return exactly_equal(gold, answer)
+    if not any(isinstance(side, Float) for side in sides):  # 1.5 \cdot 10^3
+        gold, answer = (side.doit().evalf(_DIGITS) for side in sides)
+    return _sympy_numeric_eq(gold, answer, float_rounding, numeric_precision) or _are_close(gold, answer) is True
 
 
 def exactly_equal(gold: Expr, answer: Expr) -> bool:
     """Whether two numbers without decimals are one: far ones told apart by size, rationals compared as such."""
-    if not _close(gold, answer):
+    if _are_close(gold, answer) is False:
         return False
     difference = (gold - answer).doit()
     if difference.is_Rational:
@@ -73,9 +79,10 @@ def exactly_equal(gold: Expr, answer: Expr) -> bool:
     return all(part == 0 or part._prec == 1 for part in remainder.as_real_imag())  # 1 bit: no digit is certain
 
 
-def _close(gold: Expr, answer: Expr) -> bool:
+def _are_close(gold: Expr, answer: Expr) -> bool | None:
+    """Whether they agree in all digits but the last two of fifteen; None where one has no finite value."""
     values = [side.evalf(_DIGITS) for side in (gold, answer)]
     sizes = [abs(value) for value in values]
     if not all(size.is_Float or size == 0 for size in sizes):
-        return True  # cannot be told here
-    return abs(values[0] - values[1]) <= max(sizes) * sympy.Float(10) ** (2 - _DIGITS)
+        return None
+    return bool(abs(values[0] - values[1]) <= max(sizes) * sympy.Float(10) ** (2 - _DIGITS))

@@ -17,6 +17,7 @@ _DECORATION = tuple(
         (r"\\(?:tag|label|[vh]?phantom|[hv]space)\*?\s?\{[^{}]{0,40}\}", ""),
         (r"\\(?:color|textcolor|colorbox)\s?(?:\[[^\[\]]{0,20}\])?\s?\{[^{}]{0,40}\}", ""),
         (r"\\fcolorbox\s?\{[^{}]{0,40}\}\s?\{[^{}]{0,40}\}", ""),
+        (r"\\mathbf(?=\s?\{\s?\(?[A-J][).])", r"\\textbf"),
         (r"\\(?:bold|boldsymbol|bm|pmb|underline|uline|emph|mathit|mathsf|mathbf|mathtt|mathnormal|framebox)(?=\s?\{)", ""),
         (rf"\{{\s?\\rm{_END}\s?", r"\\mathrm{"),
         (
@@ -25,6 +26,8 @@ _DECORATION = tuple(
             "",
         ),
         (r"\\(?:text\w{0,6}|mathrm|mbox)\s?\{([\d.,;:+/\s-]{0,200})\}", r"\1"),  # numbers, not words
+        (r"(?<=.)\\(?:text\w{0,6}|mathrm|mbox)\s?\{\s?\([^(){}]{2,200}\)[\s.]?\}$", ""),  # a remark
+        (r"(\\(?:text\w{0,6}|mathrm|mbox)\s?\{[^{}]{0,60})\^\{(\d)\}([^{}]{0,60}\})", r"\1^\2\3"),
         (r"\\(?:text\w{0,6}|mathrm|mbox)\s?\{\s?(\\text\w{0,6}\s?\{[^{}]{0,200}\})\s?\}", r"\1"),
     )
 )
@@ -51,7 +54,7 @@ _REWRITES = tuple(
         (r"\\(?:mathrm|text|operatorname|textrm)\s?\{\s?(i|e)\s?\}", r" \1 "),  # the constants, upright
         (rf"\\imath{_END}", " i "),
         (r"\s?\\(?:text\w{0,6}|mathrm|mbox)\s?\{\s?(?:percent|per cent|\\%)\s?\}", r"\\%"),
-        (r"(?:\\|(?<![A-Za-z\\]))sqrt\s?\(([^()]{0,200})\)", r"\\sqrt{\1}"),
+        (r"(?:\\|(?<![A-Za-z\\]))sqrt\s?(\[\d\])?\s?\(([^()]{0,200})\)", r"\\sqrt\1{\2}"),
         (r"\\sqrt\s?(\d{1,20})(?=\D|$)", r"\\sqrt{\1}"),
     )
 )
@@ -59,7 +62,7 @@ _MIXED = re.compile(
     rf"(?<![\w.^}}\])/])(?!(?<=,)\d{{3}}(?!\d))(\d{{1,20}}){_SPACE}{{1,9}}(\d{{1,20}})\s?/\s?(\d{{1,20}})(?![\d./])"
 )
 _REPEATING = re.compile(r"(\d{0,20})\.(\d{0,20})\\overline\{(\d{1,20})\}")
-_LEADING_TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\{[^{}]*(?:\bis|[:=])\s*\}(?=.)")  # \text{The answer is }
+_LEADING_TEXT = re.compile(r"\\(?:text\w{0,6}|mathrm|mbox)\{(?!\s?\(?[A-J]\)?\s?:)[^{}]*(?:\bis|[:=])\s*\}(?=.)")  # \text{The answer is }
 _TRIGONOMETRY = re.compile(rf"\\(?:sin|cos|tan|cot|sec|csc){_END}")
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s?\^\{\\circ\}")
 _EMPTY_SET = re.compile(r"(?:\\left)?\\\{\s*(?:\\right)?\\\}")
@@ -70,7 +73,7 @@ _START = re.compile(
 )
 _FINISH = re.compile(rf"(?:{_SPACE}|[,;:&]|(?<!\\right)(?<!\\right )\.|\\\\|\\(?:blacksquare|square|Box|qed|checkmark){_END}){{1,20}}$")
 _WRAPPERS = (
-    ("**", "**"), ("__", "__"), ("*", "*"), ("`", "`"), ("'", "'"), ('"', '"'), ("$$", "$$"), ("$", "$"),
+    ("**", "**"), ("__", "__"), ("*", "*"), ("``", "``"), ("`", "`"), ("'", "'"), ('"', '"'), ("$$", "$$"), ("$", "$"),
     ("\\(", "\\)"), ("\\[", "\\]"), ("\\left.", "\\right."),
 )  # fmt: skip
 _ENVIRONMENT = re.compile(
@@ -130,8 +133,10 @@ def _without_braces(answer: str) -> str:
 def _rows(answer: str) -> str:
     r"""The lines of `aligned`, or of `cases` that are equations, as a list; a piecewise definition stays as it is."""
     match = _ENVIRONMENT.fullmatch(answer)
-    if match is None or (match["name"] == "array" and not match["brace"]):
+    if match is None:
         return answer
+    if match["name"] == "array" and not match["brace"]:  # a matrix, unless it has one entry
+        return answer if "&" in match["rows"] or "\\\\" in match["rows"] else match["rows"].strip()
     is_system = match["name"] in ("cases", "array") or bool(match["brace"])
     rows: list[str] = []
     for row in _ROW_END.split(match["rows"]):

@@ -25,7 +25,8 @@ _TOKEN = re.compile(
     r"|(?P<degree>\^\{\\circ\}\s?[CF]?(?![A-Za-z]))"
     r"|(?P<currency>\\?\$|[€£¥₹¢₩₽฿₫₱₺₴])"
     r"|(?<![A-Za-z\\])(?P<code>USD|EUR|GBP|CNY|RMB|JPY|INR|Rs\.?)(?=\s?\d)"
-    rf"|(?<=[\d)}}\s])(?P<bare>{_BARE_NAME}(?:\s?(?:/|\bper)\s?(?:{_NAME}))?|[ap]\.?\s?m\b|[AP]\.?\s?M\b)(?![A-Za-z(]){_POWER % 'bare_power'}"
+    r"|(?<=\d)(?P<prime>['\"])"
+    rf"|(?:(?<=[\d)}}\s~])|(?<=\\[,;:!]))(?P<bare>{_BARE_NAME}(?:\s?(?:/|\bper)\s?(?:{_NAME}))?|[ap]\.?\s?m\b|[AP]\.?\s?M\b)(?![A-Za-z(]){_POWER % 'bare_power'}"
     r"|(?P<cjk>[\u4e00-\u9fff]+)"
 )
 _IN_TEXT = re.compile(r"\d+(?:[.,:]\d+)*|[ap]\.\s?m(?![^\W\d_])|[^\W\d_]+(?:\^\d)?|[/$€£¥₹¢]", re.IGNORECASE)
@@ -139,7 +140,7 @@ def _words(token: re.Match[str]) -> list[str]:
         words = ["degree", *token["degree"][len(r"^{\circ}") :].split()]
     elif token["cjk"]:
         words = _CJK_POWER.sub(r"\1 ", token["cjk"]).split()
-    elif token["currency"] or token["code"]:
+    elif token["currency"] or token["code"] or token["prime"]:
         words = [token.group().strip("\\.")]
     else:
         text = re.sub(r"\([^()]*\)|\\", " ", token["text"] if token["bare"] is None else token["bare"])
@@ -179,7 +180,7 @@ def _same_quantity(gold: Quantity, answer: Quantity, same: Same) -> bool | None:
 def _same_sums(golds: list[Quantity], answers: list[Quantity], same: Same, *, separated: bool) -> bool | None:
     r"""`2 \text{ hours } 30 \text{ minutes}` as a sum, where all units are of one kind; else quantity by quantity."""
     gold_sum, answer_sum = _sum(golds), _sum(answers)
-    if separated and not (gold_sum and answer_sum):
+    if separated and not (gold_sum and answer_sum) and not all(quantity.words for quantity in (*golds, *answers)):
         return None
     if gold_sum and answer_sum and golds[0].unit and answers[0].unit:
         if golds[0].unit.dimensions == answers[0].unit.dimensions:

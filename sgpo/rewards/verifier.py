@@ -20,6 +20,7 @@ from functools import lru_cache
 
 import mpmath
 import sympy
+from latex2sympy2_extended.logic import And
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from sympy import Basic, Expr
 
@@ -32,9 +33,9 @@ from sgpo.types import RewardResult, SgpoError
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 grading.install()
 
-_LATEX = LatexExtractionConfig()
-_LATEX_WITH_VARIABLES = LatexExtractionConfig(
-    normalization_config=dataclasses.replace(_LATEX.normalization_config, units=False)
+# Its units are a, b, c, d, g, h, l, m, s, t and ab, too, and it drops all words: `quantities` reads them instead.
+_LATEX = LatexExtractionConfig(
+    normalization_config=dataclasses.replace(LatexExtractionConfig().normalization_config, units=False)
 )
 _PLAIN = ExprExtractionConfig()
 _DECIMALS = 6  # Math-Verify's default
@@ -43,6 +44,7 @@ _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _BASE = re.compile(r"([0-9A-Za-z]+)\s*_\s*\{?([0-9]{1,2})\}?")
 _EQUALS = re.compile(r"(?<![\\<>!:=])=(?!=)")
 _POINT = re.compile(r"\d*\.(\d+)")
+_INDEXED = re.compile(r"([A-Za-z])_\{?\d\}?(?=\s?=)")
 _INDICES = {"j", "k", "l", "m", "n"}  # beside them, i is an index too
 
 
@@ -107,13 +109,13 @@ def _judge_boxed(gold: str, answer: str) -> Finding:
 def _same_choices(gold: str, answer: str) -> Finding | None:
     """An option's letter, its text, or both. Where both are given, both must be right."""
     first, second = words.read_choice(gold), words.read_choice(answer)
-    if first and second and (second.text or first.text):
+    if first and second:
         texts_agree = not (first.text and second.text) or _judge_boxed(first.text, second.text).equal
         return Finding(first.letter == second.letter and texts_agree, "options by letter and text", gold, answer)
     if first and first.text:
         return _judge_boxed(first.text, answer)
     if second and second.text:
-        return Finding(False, "an option for a gold answer that is another letter", gold, answer) if first else _judge_boxed(gold, second.text)
+        return _judge_boxed(gold, second.text)
     return None
 
 
@@ -180,6 +182,8 @@ def _judge_item(gold: str, answer: str) -> bool:
     for rule in (_same_letters, _same_quantities):
         if finding := rule(gold, answer):
             return finding.equal
+    if (named := _INDEXED.match(answer)) and gold.startswith(named[1]) and gold[1:].lstrip().startswith("="):
+        answer = named[1] + answer[named.end() :]  # x_1=3 where the gold has x=3
     return bool(_same(gold, answer))
 
 
@@ -227,15 +231,16 @@ def _same(gold: str, answer: str) -> str:
     """The rule by which the two are one value, "" where they are not."""
     if gold == answer:
         return "the same text after tidying"
-    units = not quantities.has_variables(gold)
-    if (first := _BASE.fullmatch(gold)) and (second := _BASE.fullmatch(answer)):
-        return "numbers with their base" if first.groups() == second.groups() else ""  # Math-Verify drops the base
-    if _verified(_parsed(gold, units), _parsed(answer, units)):
+    first, second = _BASE.fullmatch(gold), _BASE.fullmatch(answer)
+    if second and (first or gold.isdecimal()):  # Math-Verify drops the base
+        written = first.groups() if first else (gold, "10")
+        return "numbers with their base" if second.groups() == written else ""
+    if _verified(_parsed(gold), _parsed(answer)):
         return "Math-Verify"
     if "%" not in gold + answer:
         return ""
     texts = items.without_percent(gold), items.without_percent(answer)
-    return "Math-Verify, without the percent sign" if _verified(*(_parsed(text, units) for text in texts)) else ""
+    return "Math-Verify, without the percent sign" if _verified(*map(_parsed, texts)) else ""
 
 
 def _verified(gold: tuple, answer: tuple) -> bool:
@@ -253,9 +258,9 @@ def _verified(gold: tuple, answer: tuple) -> bool:
 
 
 def _has_imaginary_unit(gold: tuple) -> bool:
-    """Whether `i` is the imaginary unit: the gold answer has no letters but perhaps i, or has it and no index."""
+    """Whether `i` is the imaginary unit: it is, unless the gold answer has letters that are usual for an index."""
     names = {symbol.name for value in gold if isinstance(value, Basic) for symbol in value.free_symbols}
-    return names <= {"i"} or ("i" in names and not names & _INDICES)
+    return not names & _INDICES
 
 
 def _with_imaginary_unit(parsed: tuple) -> tuple:
@@ -264,9 +269,13 @@ def _with_imaginary_unit(parsed: tuple) -> tuple:
 
 def _replaced(value: Basic) -> Basic:
     units = {symbol: sympy.I for symbol in value.free_symbols if getattr(symbol, "name", "") == "i"}
-    if not units or value.has(sympy.Interval, sympy.Rel, sympy.Sum, sympy.Product) and not value.has(sympy.Eq):
+    if not units or value.has(sympy.Interval, sympy.Sum, sympy.Product):
         return value
-    return value.xreplace(units)
+    if isinstance(value, And):
+        return And(*map(_replaced, value._unsorted_args))
+    if isinstance(value, sympy.Eq):  # evaluated, z = i would be false
+        return sympy.Eq(_replaced(value.lhs), _replaced(value.rhs), evaluate=False)
+    return value if isinstance(value, sympy.Rel) else value.xreplace(units)
 
 
 def _decimals(gold: tuple) -> int:
@@ -290,13 +299,9 @@ def gold_is_verifiable(gold: str) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _parsed(answer: str, units: bool = True) -> tuple:
-    """Math-Verify's reading of what stands in a box; () where it has none.
-
-    units: whether a unit at the end is dropped; to Math-Verify, units are a, b, c, d, g, h, l, m, s, t and ab, too.
-    """
-    config = _LATEX if units else _LATEX_WITH_VARIABLES
-    return tuple(parse(wrap_boxed(answer), [config], parsing_timeout=None))  # pyright: ignore
+def _parsed(answer: str) -> tuple:
+    """Math-Verify's reading of what stands in a box; () where it has none."""
+    return tuple(parse(wrap_boxed(answer), [_LATEX], parsing_timeout=None))  # pyright: ignore
 
 
 def _parse_gold(gold: str) -> tuple:

@@ -13,7 +13,7 @@ _TEXT = re.compile(r"\\(?:text\w{0,6}|mathrm|mbox|operatorname)\s?\{([^{}]*)\}")
 _SPACE = re.compile(r"(?:\s|~|\\[,;:! ]|\\q?quad(?![A-Za-z]))+")
 _LETTERS = re.compile(r"[^\W\d_]+")
 _BETWEEN_LETTERS = re.compile(r"[\s,;.>'-]|\\(?:to|rightarrow|cdots)(?![A-Za-z])")
-_ARTICLES = {"a", "an", "the"}
+_SMALL_WORDS = {"a", "an", "the", "and"}
 
 # In these, \x01 and \x02 stand for the braces of a \text{}.
 _CHOICE = re.compile(
@@ -57,7 +57,7 @@ def letters_of(answer: str) -> str | None:
     words = _BETWEEN_LETTERS.sub(" ", text).split()
     if not words or not all(map(_LETTERS.fullmatch, words)):
         return None
-    return "".join([word for word in words if word not in _ARTICLES] or words).casefold()
+    return "".join([word for word in words if word not in _SMALL_WORDS] or words).casefold()
 
 
 def is_product(gold: str) -> bool:
