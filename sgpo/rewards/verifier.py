@@ -50,13 +50,17 @@ _INDICES = {"j", "k", "l", "m", "n"}  # beside them, i is an index too
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Whether the answer is right, and what decided it: the rule, in words, and the two texts that it looked at."""
+    """Whether the answer is right, and what decided it: the rule, in words, and the two texts that it looked at.
+
+    `by_value`: what sympy reads in the texts was compared.
+    """
 
     equal: bool
     rule: str
     gold: str = ""
     answer: str = ""
     status: str = "ok"
+    by_value: bool = False
 
 
 def verify_answer(completion: str, gold: str, *, require_box: bool = True) -> RewardResult:
@@ -94,7 +98,7 @@ def judge(completion: str, gold: str, *, require_box: bool = True) -> Finding:
     if not parsed_answer:
         return Finding(False, "Math-Verify finds no formula and no number", status="no_answer")
     equal = _verified(parsed_gold, tuple(parsed_answer))
-    return Finding(equal, "Math-Verify, on the last formula or number of the text", gold, answer)
+    return Finding(equal, "Math-Verify, on the last formula or number of the text", gold, answer, by_value=True)
 
 
 def _judge_boxed(gold: str, answer: str) -> Finding:
@@ -159,23 +163,26 @@ def _same_lists(gold: str, answer: str) -> Finding | None:
     if len(golds) == 1 or not all(map(_parsed, golds)):
         return None
     readings = [reading for reading in items.answer_readings(answer) if len(reading) > 1]
-    found = next((reading for reading in readings if _same_items(golds, reading)), None)
+    found = next((reading for reading in readings if not _difference(golds, reading)), None)
     is_union = any("\\cup" in text for text in (gold, answer))
     if found is None and (is_union or (not readings and items.is_grouped(answer))):
         return None
     shown = found or (readings[0] if readings else [answer])
-    return Finding(found is not None, "list, item by item in any order", " | ".join(golds), " | ".join(shown))
+    rule = "list, item by item in any order" + ("" if found else f": {_difference(golds, shown)}")
+    return Finding(found is not None, rule, " | ".join(golds), " | ".join(shown))
 
 
-def _same_items(golds: list[str], answers: list[str]) -> bool:
-    """Whether the two lists agree in any order, equal ones counted."""
+def _difference(golds: list[str], answers: list[str]) -> str:
+    """In which way the two lists do not agree in any order, equal ones counted; "" where they do."""
+    if len(golds) != len(answers):
+        return f"{len(golds)} items in the gold answer, {len(answers)} in the answer"
     left = list(answers)
-    for gold in golds if len(golds) == len(answers) else ():
+    for gold in golds:
         found = next((answer for answer in left if _judge_item(gold, answer)), None)
         if found is None:
-            return False
+            return f"nothing left in the answer is {gold}"
         left.remove(found)
-    return len(golds) == len(answers)
+    return ""
 
 
 def _judge_item(gold: str, answer: str) -> bool:
@@ -193,11 +200,11 @@ def _judge_single(gold: str, answer: str) -> Finding:
         return Finding(False, f"the answer contradicts itself: {contradiction}", gold, answer)
     for spelling in (answer, *items.spellings(answer)):
         if rule := _same(gold, spelling):
-            return Finding(True, rule, gold, spelling)
+            return Finding(True, rule, gold, spelling, by_value=True)
     parts = items.union_items(gold), items.union_items(answer)
-    if min(map(len, parts)) > 1 and "\\cup" in gold + answer and _same_items(*parts):
+    if min(map(len, parts)) > 1 and "\\cup" in gold + answer and not _difference(*parts):
         return Finding(True, "union, part by part", gold, answer)
-    return Finding(False, "Math-Verify", gold, answer)
+    return Finding(False, _kind(_parsed(gold), _parsed(answer)), gold, answer, by_value=True)
 
 
 def _contradiction(answer: str) -> str:
@@ -235,12 +242,21 @@ def _same(gold: str, answer: str) -> str:
     if second and (first or gold.isdecimal()):  # Math-Verify drops the base
         written = first.groups() if first else (gold, "10")
         return "numbers with their base" if second.groups() == written else ""
-    if _verified(_parsed(gold), _parsed(answer)):
-        return "Math-Verify"
+    parsed = _parsed(gold), _parsed(answer)
+    if _verified(*parsed):
+        return _kind(*parsed)
     if "%" not in gold + answer:
         return ""
     texts = items.without_percent(gold), items.without_percent(answer)
     return "Math-Verify, without the percent sign" if _verified(*map(_parsed, texts)) else ""
+
+
+def _kind(gold: tuple, answer: tuple) -> str:
+    """How `_verified` compares the two, in words."""
+    values = [parsed[0] for parsed in (gold, answer) if parsed]
+    if len(values) < 2 or not all(isinstance(value, Expr) and value.is_number for value in values):
+        return "Math-Verify"
+    return "rounded numbers" if any(value.has(sympy.Float) for value in values) else "exact numbers"
 
 
 def _verified(gold: tuple, answer: tuple) -> bool:
@@ -290,6 +306,11 @@ def _decimals(gold: tuple) -> int:
     if not size.is_Float or not 0 < size < 1:
         return _DECIMALS
     return _DECIMALS - math.floor(mpmath.log10(size._to_mpmath(53)))
+
+
+def reading(text: str) -> object:
+    """What sympy makes of a tidied text: an expression, or the text itself where it is no formula."""
+    return next(iter(_parsed(text)), text)
 
 
 def gold_is_verifiable(gold: str) -> bool:

@@ -55,7 +55,7 @@ def sampled(rows, count):
 def test_labelled_answers():
     rows = list(labelled())
     assert len(rows) > 2250
-    assert min(Counter(label for *_, label in rows).values()) > 1000
+    assert min(Counter(label for *_, label in rows).values()) > 900
     wrong = [(gold, answer) for gold, answer, response, label in sampled(rows, 600) if reward(response, gold) != label]
     assert wrong == []
 
@@ -111,7 +111,7 @@ def variants(problem):
 def test_the_gold_of_another_problem_is_wrong():
     """Neighbours in alphabetical order are the likeliest to be confused."""
     answers = {p.answer for name in BENCHMARKS for p in load_benchmark(name, str(SHARED))[1]}
-    golds = sorted({re.sub(r"\\s?\\\\%|\^\\\\circ", "", answer) for answer in answers})  # 8 and 8 \% may be one
+    golds = sorted({re.sub(r"\s?\\%|\^\\circ", "", answer) for answer in answers})  # 8 and 8 \% may be one
     pairs = [pair for pair in itertools.pairwise(golds) if not (pair[0].isdigit() and pair[1].isdigit())]
     same = [pair for pair in sampled(pairs, 80) if reward(rf"\boxed{{{pair[1]}}}", pair[0])]
     assert [pair for pair in same if sorted(gold_items(pair[0])) != sorted(gold_items(pair[1]))] == []
