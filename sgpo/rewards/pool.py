@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -140,6 +140,15 @@ class RewardPool:
             self._schedule(task).add_done_callback(lambda future: resolve(self._outcome(future) or _LOST))
         return result
 
+    def explain(self, item: RewardItem) -> Outcome:
+        """The outcome of one item with the steps that led to it, within the same limits; it is not counted."""
+        task = (self._reward, self._require_box, item.completion, item.gold, item.problem)
+        if self._task(item) is None:
+            return _TOO_LONG
+        future = self._schedule(task, run=worker_process.run_explanation)
+        wait([future])
+        return self._outcome(future) or _LOST
+
     def close(self) -> None:
         """Kills the workers, busy or not. Results still to come become "error"."""
         with self._pool_lock:
@@ -195,13 +204,15 @@ class RewardPool:
                     if not self._closed:
                         self._replace_pool()
 
-    def _schedule(self, task: _Task) -> Future[Outcome]:
+    def _schedule(
+        self, task: tuple[object, ...], run: Callable[..., Outcome] = worker_process.run_reward
+    ) -> Future[Outcome]:
         with self._pool_lock:
             if self._closed:
                 raise SgpoError("The reward pool is closed: score before close(), or inside the with block.")
             if not self._pool.active:
                 self._replace_pool()
-            future = self._pool.schedule(worker_process.run_reward, args=task, timeout=self._timeout_s)
+            future = self._pool.schedule(run, args=task, timeout=self._timeout_s)
         with self._lock:
             self._pending.add(future)
         future.add_done_callback(self._finish)
