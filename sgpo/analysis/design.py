@@ -135,7 +135,7 @@ def load_policy(config: AnalyzeConfig, folder: Path) -> tuple[PolicyModel, torch
     """The model that is analysed, ready for passes without gradient, and its device."""
     lm = load_causal_lm(folder, dtype=config.model.dtype, attn_implementation=config.model.attn_implementation)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return PolicyModel(lm).to(device).eval(), device
+    return PolicyModel(lm.to(device)).eval(), device
 
 
 @torch.no_grad()

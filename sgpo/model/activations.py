@@ -55,7 +55,9 @@ def require_full_attention(lm: Any, wish: str, instead: str) -> None:
 def _only_kind(settings: Any) -> str:
     """Of a model that does not name its layers' kinds: Mistral and Phi-3 have a window all the same."""
     window = getattr(settings, "sliding_window", None)
-    return "full_attention" if window is None or window >= settings.max_position_embeddings else "sliding_attention"
+    positions = getattr(settings, "max_position_embeddings", None)
+    whole = window is None or (positions is not None and window >= positions)
+    return "full_attention" if whole else "sliding_attention"
 
 
 def attend_per_sequence(lm: Any) -> Callable[..., tuple[torch.Tensor, None]]:
@@ -127,19 +129,34 @@ def checkpoint_layers(lm: Any, *, offload: bool) -> None:
         raise SgpoError(
             f"model.gradient_checkpointing: {lm.config.model_type} has no layers that support it; set it to false"
         )
-    lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise SgpoError(
+            f"model.gradient_checkpointing: {lm.config.model_type} does not support it ({error}); set it to false"
+        ) from error
     for layer in layers:
         # transformers checkpoints only in training mode, while a loaded model is in evaluation mode (no dropout). Only
         # the layer's own flag is set, not that of its parts.
         layer.training = True
-        if offload:
-            layer._gradient_checkpointing_func = _offloaded_checkpoint
+        layer._gradient_checkpointing_func = partial(_checkpointed, layer, offload)
 
 
-def _offloaded_checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+def _checkpointed(layer: nn.Module, offload: bool, function: Callable[..., Any], *args: Any) -> Any:
+    """`function` of the layer under a checkpoint: in evaluation mode, or the layer's own dropout would be on."""
+
+    def run(*args: Any) -> Any:
+        layer.training = False
+        try:
+            return function(*args)
+        finally:
+            layer.training = True
+
+    if not offload:
+        return checkpoint(run, *args, use_reentrant=False)
     # Inside, checkpoint's own hooks keep everything from being saved; the outer one sees the inputs alone.
     with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
-        return checkpoint(function, *args, use_reentrant=False)
+        return checkpoint(run, *args, use_reentrant=False)
 
 
 def tile_mlps(lm: Any, tile_tokens: int) -> None:

@@ -11,16 +11,6 @@ from safetensors import SafetensorError
 
 from sgpo.types import SgpoError
 
-# Models that change the logits after the head: the fused losses would silently compute something else.
-# Each with the values that change nothing.
-_UNSUPPORTED_LOGITS = {
-    "final_logit_softcapping": (None,),
-    "logit_scale": (None, 1),
-    "logits_scaling": (None, 1),
-    "lm_head_multiplier": (None, 1),
-    "output_multiplier": (None, 1),
-}
-
 
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a local folder. Raises SgpoError where there is none, or it lacks an EOS token."""
@@ -64,10 +54,6 @@ def load_causal_lm(path: str | Path, *, dtype: str, attn_implementation: str = "
             f"the model in {path} lacks {', '.join(missing[:3])} ({len(missing)} weights in all), which would be "
             "random numbers; copy the whole checkpoint"
         )
-    settings = model.config.get_text_config()
-    for name, neutral in _UNSUPPORTED_LOGITS.items():
-        if getattr(settings, name, None) not in neutral:
-            raise SgpoError(f"the model in {path} sets {name}, which the fused loss does not support yet")
     return model
 
 
