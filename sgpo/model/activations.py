@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from sgpo.types import SgpoError
 
 _PER_SEQUENCE = "sgpo_per_sequence"
+# Arguments of an attention function that SDPA honours, or that say nothing of what attends to what.
+_HARMLESS = ("dropout", "scaling", "position_ids", "cache_position", "use_cache")
 _FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
@@ -103,15 +105,29 @@ def _attention_per_sequence(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if across_ranks is not None:
-        return across_ranks(module, query, key, value, None, sequence_lengths=sequence_lengths, **kwargs)
     if sequence_lengths is None:  # the model dropped the argument: tokens would see other sequences
         raise SgpoError(
             f"engine.packing: packed does not work with {type(module).__name__}, which does not hand the lengths to "
             "its attention; set engine.packing to padded"
         )
+    _require_plain_causal(module, sequence_lengths, {"attention_mask": attention_mask, **kwargs})
+    if across_ranks is not None:
+        return across_ranks(module, query, key, value, None, sequence_lengths=sequence_lengths, **kwargs)
     parts = zip(*(tensor.split(sequence_lengths, dim=2) for tensor in (query, key, value)), strict=True)
     return torch.cat([sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in parts], dim=1), None
+
+
+def _require_plain_causal(module: nn.Module, lengths: Sequence[int], arguments: dict[str, Any]) -> None:
+    """SgpoError where the model hands its attention what causal SDPA would drop: a mask, a cap, sinks, a window."""
+    window = arguments.get("sliding_window")
+    wide = isinstance(window, int) and window >= max(lengths)
+    neutral = {"is_causal": True, "sliding_window": window if wide else None}
+    for name, value in arguments.items():
+        if name not in _HARMLESS and value is not None and value is not False and value is not neutral.get(name):
+            raise SgpoError(
+                f"engine.packing: packed and engine.sequence_parallel_size above 1 need plain causal attention, but "
+                f"{type(module).__name__} has {name} of its own; set engine.packing to padded, and the size to 1"
+            )
 
 
 # ---- memory for time -----------------------------------------------------------------------------------------------
