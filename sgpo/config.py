@@ -296,8 +296,8 @@ class OptimConfig(Section):
     warmup_ratio: Share = 0.0
     non_finite: Literal["stop", "skip"] = Field(
         default="stop",
-        description="a step with a log-prob, loss or gradient that is NaN or infinite is never applied: stop the run and "
-        "say where, or leave the step out and count it (non_finite_steps)",
+        description="a step with a log-prob, loss or gradient that is NaN or infinite is never applied: stop the run "
+        "and say where, or leave the step out and count it (non_finite_steps)",
     )
 
 

@@ -123,7 +123,10 @@ def linear_divergence(
         "js": lambda: (_kl(student, middle) + _kl(teacher, middle)) / 2,
     }[kind]()
     limit = math.inf if max_token_kl is None else max_token_kl
-    over, live = ~(divergence <= limit), torch.ones_like(divergence).bool() if token_weight is None else token_weight != 0
+    over, live = (
+        ~(divergence <= limit),
+        torch.ones_like(divergence).bool() if token_weight is None else token_weight != 0,
+    )
     beyond = {
         "mask": lambda: torch.zeros_like(divergence),
         "clamp": lambda: torch.full_like(divergence, limit),

@@ -19,9 +19,7 @@ def nan_if_not_finite(loss: torch.Tensor, stats: Any) -> torch.Tensor:
     return loss * torch.where(finite, 1.0, torch.nan)
 
 
-def name_not_finite(
-    sequences: Sequence[TrainSequence], stats: Any, name: Callable[[TrainSequence], str]
-) -> list[str]:
+def name_not_finite(sequences: Sequence[TrainSequence], stats: Any, name: Callable[[TrainSequence], str]) -> list[str]:
     """One entry per row of the micro-batch whose value is not finite: what, of which sequence, at which token."""
     found = []
     for values, takes in _rows(stats):

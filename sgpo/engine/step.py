@@ -15,7 +15,7 @@ import torch
 
 from sgpo.algorithm.loss import LabelLogprobs
 from sgpo.engine.batching import Contexts, MicroBatch, collate, collate_training, grouped
-from sgpo.engine.not_finite import nan_if_not_finite, name_not_finite, prompt_length
+from sgpo.engine.not_finite import name_not_finite, nan_if_not_finite, prompt_length
 from sgpo.engine.zero import MicroBatchLoss, ZeroEngine
 from sgpo.types import SgpoError, TrainSequence
 from sgpo.utils import distributed

@@ -79,12 +79,12 @@ def check_token_ids(model_folder: Path, tokenizer: Any, sequences: Iterable[Sequ
     """SgpoError where a token that the run needs has no row in the model's embedding: of these sequences, EOS or
     padding. The tokenizer is larger than the model then."""
     rows = _text_settings(model_folder).get("vocab_size")
-    largest = max((max(ids, default=0) for ids in (*sequences, (tokenizer.eos_token_id, tokenizer.pad_token_id))))
+    largest = max(max(ids, default=0) for ids in (*sequences, (tokenizer.eos_token_id, tokenizer.pad_token_id)))
     if isinstance(rows, int) and largest >= rows:
         raise SgpoError(
-            f"the tokenizer in {model_folder} gives token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but "
-            f"the model's embedding has {rows} rows: the two do not belong together; take the model's own tokenizer, or "
-            "enlarge its embedding (resize_token_embeddings) and save it"
+            f"the tokenizer in {model_folder} gives token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), "
+            f"but the model's embedding has {rows} rows: the two do not belong together; take the model's own "
+            "tokenizer, or enlarge its embedding (resize_token_embeddings) and save it"
         )
 
 

@@ -45,17 +45,23 @@ class Proof:
         with self._named("as it is"), in_float32(lm):
             own = [self._logits(ids[None])[0] for ids in self._sequences]
             again = self._logits(self._sequences[0].expand(2, -1))[1]
-            self._loud_V = self._loud_logits(float(own[0].abs().amax()))
-        self._own_NV = torch.cat(own)
-        open_V = self._own_NV.amax(0) >= _CLOSED
-        drawn = torch.randint(int(open_V.sum()), (len(ids),), generator=generator).to(ids.device)
-        self._labels = torch.cat([open_V.nonzero()[drawn, 0], self._own_NV.argmax(1)])
+            self._own_NV = torch.cat(own)
+            self._closed_V = self._own_NV.amax(0) < _CLOSED
+            open_NV = self._own_NV[:, ~self._closed_V]
+            self._loud_V = self._loud_logits(float(open_NV.abs().amax()))
+        if not open_NV.isfinite().all():
+            raise SgpoError(
+                f"the logits of {self.family} for random tokens are not finite: its weights hold NaN or infinity, or "
+                "its activations overflow; check the checkpoint"
+            )
+        drawn = torch.randint(open_NV.shape[1], (len(ids),), generator=generator).to(ids.device)
+        self._labels = torch.cat([(~self._closed_V).nonzero()[drawn, 0], self._own_NV.argmax(1)])
         self._logprobs = self._of_labels(self._own_NV)
         spread = float((self._of_labels(torch.cat([again, own[1]])) - self._logprobs).abs().amax())
         if not spread <= 100 * _LIMIT and _exact(lm):
             raise SgpoError(
                 f"two forward passes of {self.family} over the same tokens differ by {spread:.2g} nats: dropout or "
-                "noise that stays on outside of training, or logits that are not finite; such a model cannot be trained"
+                "noise that stays on outside of training; such a model cannot be trained"
             )
         self._limit = max(_LIMIT, _NOISE * spread)
 
@@ -73,7 +79,7 @@ class Proof:
                 f"{self.family} has {columns} logits, but an output matrix of {products_NV.shape[1]} rows: such a "
                 "model cannot be trained here"
             )
-        closed_V = own_NV.amax(0) < _CLOSED
+        closed_V = self._closed_V
         transform = _fitted(products_NV[:, :columns][:, ~closed_V], own_NV[:, ~closed_V], self._loud_V[~closed_V])
         model.head.become(transform, columns, closed_V if closed_V.any() else None)
         gap = self._gap(model, ids, rows, lengths, slice(0, len(rows)))
@@ -113,9 +119,7 @@ class Proof:
         labels, own = (x.view(2, -1)[:, which].flatten() for x in (self._labels, self._logprobs))
         with in_float32(model):
             hidden = model.hidden(ids, rows, lengths)
-            found = model.head(
-                LabelLogprobs(impl="torch"), hidden.repeat(2, 1), None, SimpleNamespace(labels=labels)
-            )
+            found = model.head(LabelLogprobs(impl="torch"), hidden.repeat(2, 1), None, SimpleNamespace(labels=labels))
         return float((found - own).abs().amax())
 
     def _rounding(self) -> float:

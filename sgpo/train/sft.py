@@ -33,7 +33,10 @@ def run_warmup(config: Config, model_folder: Path, tokenizer: Any, device: torch
     if finished.exists() and is_whole(best_folder):
         return best_folder
     demos = load_demonstrations(config, tokenizer, eos_token_ids(tokenizer, None)[0])
-    longest, positions = max(len(demo.prompt_ids) + len(demo.completion_ids) for demo in demos), positions_of(model_folder)
+    longest, positions = (
+        max(len(demo.prompt_ids) + len(demo.completion_ids) for demo in demos),
+        positions_of(model_folder),
+    )
     if positions is not None and longest > positions:
         raise SgpoError(
             f"{settings.data}: the longest demonstration has {longest} tokens, more than {positions}, the positions of "

@@ -32,7 +32,7 @@ def without(case, columns=CLOSED):
 @pytest.mark.parametrize("tolerance", [0.0, 0.02])
 @pytest.mark.parametrize("temperature", [1.0, "rows"])
 def test_a_closed_column_is_as_none(make_case, op, impl, temperature, tolerance):
-    """Losses, entropies, statistics and every gradient are those of the smaller vocabulary; closed columns have none."""
+    """Losses, entropies, statistics and gradients are those of the smaller vocabulary; closed columns have none."""
     options = {} if op == "logprob" else {"column_tolerance": tolerance}
     case = closed(make_case(op, temperature=temperature))
     ours = case.results(impl=impl, **options)
@@ -98,9 +98,13 @@ def test_without_a_limit_nan_is_seen(make_case, impl):
     ours = case.results(impl=impl)
     assert ours["loss"].isnan()
     assert not ours["over_limit"].any()
-    assert sgpo_kernels.linear_logprob(
-        case.leaves["hidden"] * torch.nan, case.leaves["head"], torch.zeros(24, dtype=torch.int64), impl=impl
-    )[0].isnan().all()
+    assert (
+        sgpo_kernels.linear_logprob(
+            case.leaves["hidden"] * torch.nan, case.leaves["head"], torch.zeros(24, dtype=torch.int64), impl=impl
+        )[0]
+        .isnan()
+        .all()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
