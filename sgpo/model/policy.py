@@ -77,12 +77,14 @@ class PolicyModel(nn.Module):
         super().__init__()
         proof = Proof(lm)
         self.lm = lm
+        self.ordinary_ids = proof.ordinary_ids
         self.head = LossHead(lm.get_output_embeddings())
         self.packed = False
         self._backbone = [_backbone_of(lm)]  # in a list: lm's parts are not to be listed twice
         self._parallel: SequenceParallel | None = None
         self._pick: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._knows_last_module = False
+        self._selects: Any = None
         lm.config.use_cache = False
         proof.measure_logits(self)
         if parallel is not None:
@@ -125,7 +127,7 @@ class PolicyModel(nn.Module):
         self._pick = pick
         try:
             states = self._backbone[0](**arguments).last_hidden_state
-            return states if self._pick is None else pick(states)
+            return states[0] if self._pick is None else pick(states)
         finally:
             self._pick = None
 
@@ -147,17 +149,27 @@ class PolicyModel(nn.Module):
         for module, found in calls.items():
             given, output = found[0]
             if len(found) == 1 and output is states and len(given) == 1 and given[0].shape[:-1] == states.shape[:-1]:
-                module.register_forward_pre_hook(self._select)
+                self._selects = module.register_forward_pre_hook(self._select)
                 break
         self._knows_last_module = True
         return states
 
+    @property
+    def selects_early(self) -> bool:
+        """Whether rows are selected before the last module of the backbone, and not behind it."""
+        return self._selects is not None
+
+    def select_behind_backbone(self) -> None:
+        """From now on."""
+        self._selects.remove()
+        self._selects = None
+
     def _select(self, _: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Before the final norm: the selected rows of [B, T, H]."""
+        """Before the last module: the selected rows [1, N, H] of [B, T, H]."""
         if self._pick is None:  # somebody else calls the backbone
             return arguments
         pick, self._pick = self._pick, None
-        return (pick(arguments[0]), *arguments[1:])
+        return (pick(arguments[0])[None], *arguments[1:])
 
     def forward(self, loss: Callable[..., Any], micro_batch: Any) -> Any:
         """loss(head weight [V, H], head bias or None, hidden rows, teacher's hidden rows or None, micro_batch).

@@ -301,16 +301,8 @@ def test_a_norm_that_is_called_twice_is_not_where_rows_are_picked():
     assert (ours(PolicyModel(lm)) - expected).abs().max() < 1e-4
 
 
-def test_the_final_norm_sees_the_picked_rows_alone():
-    lm, seen = family("llama"), []
-    model = PolicyModel(lm)
-    lm.model.norm.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].shape))
-    model.hidden(torch.ones(2, 9, dtype=torch.int64), torch.tensor([1, 4, 17]))
-    assert seen == [(3, 64)]
-
-
 def test_a_bfloat16_model_is_proven_in_float32_and_left_as_it_was():
-    """doge hides 0.04 nats in its packed rows: less than what bfloat16 rounds, but seen."""
+    """Its own rounding hides nothing: what a family does is found as in float32."""
     for name in ("llama", "gemma2, cap 30", "qwen3_moe"):
         lm = family(name).bfloat16()
         before = {key: value.clone() for key, value in lm.state_dict().items()}
