@@ -40,8 +40,9 @@ class LossHead(nn.Module):
 
     def forward(self, loss: Callable[..., Any], *rows: Any) -> Any:
         """loss(head weight, head bias or None, *rows): where SgpoLoss is called; with `logits` where the model bends
-        or scales its products."""
+        or scales its products. Hidden states get the dtype of the weight: some backbones end in float32."""
         weight, bias = self.weight, self.bias
+        rows = tuple(x.to(weight.dtype) if isinstance(x, torch.Tensor) else x for x in rows)
         if self.columns < len(weight):
             weight, bias = weight[: self.columns], None if bias is None else bias[: self.columns]
         if self.closed is not None:

@@ -47,10 +47,10 @@ class Proof:
         ordinary = _ordinary_ids(lm)
         ids = ordinary[torch.randint(len(ordinary), (_LONG + _SHORT,), generator=generator)].to(lm.device)
         self._sequences = ids[:_LONG], ids[_LONG:]
+        self._wide = _knows_float32(lm)
         with self._named("as it is"):
-            self._wide = _takes_float32(lm)
+            own = self._own_logits()
         with self._named("as it is"), self._precision(lm):
-            own = [self._logits(ids[None])[0] for ids in self._sequences]
             again = self._logits(self._sequences[0].expand(2, -1))[1]
             self._own_NV = torch.cat(own)
             self._closed_V = self._own_NV.amax(0) < _CLOSED
@@ -99,10 +99,10 @@ class Proof:
             )
 
     def _measured_gap(self, model: Any) -> float:
-        ids, rows, lengths = self._alone()
         with self._named("as it is"), self._precision(model):
             model.head.become(PLAIN, len(model.head.weight), None)
-            products_NV = model.head(_products, model.hidden(ids, rows, lengths)).double()
+            hidden = model.hidden(*self._alone())
+            products_NV = model.head(_products, hidden).double()
         own_NV, columns = self._own_NV[_ALONE].double(), self._own_NV.shape[1]
         if columns > products_NV.shape[1]:
             raise SgpoError(
@@ -112,7 +112,8 @@ class Proof:
         closed_V = self._closed_V
         transform = _fitted(products_NV[:, :columns][:, ~closed_V], own_NV[:, ~closed_V], self._loud_V[~closed_V])
         model.head.become(transform, columns, closed_V if closed_V.any() else None)
-        return self._gap(model, ids, rows, lengths, _ALONE)
+        with self._precision(model):
+            return self._gap(model, hidden, _ALONE)
 
     @torch.no_grad()
     def check(self, model: Any, knob: str, instead: str) -> None:
@@ -125,8 +126,8 @@ class Proof:
             padding = long.new_full((_LONG - _SHORT,), _pad_id(self._lm))
             ids, lengths = torch.stack([long, torch.cat([short, padding])]), None
             rows = torch.arange(_LONG + _SHORT, device=ids.device)
-        with self._named(knob):
-            gap = self._gap(model, ids, rows, lengths, slice(None))
+        with self._named(knob), self._precision(model):
+            gap = self._gap(model, model.hidden(ids, rows, lengths), slice(None))
         limit = self._limit if not self._wide or _knows_float32(model.lm) else max(self._limit, self._rounding())
         if not gap <= limit:
             raise SgpoError(
@@ -138,12 +139,11 @@ class Proof:
         ids = self._sequences[0]
         return ids[None], torch.arange(_LONG, device=ids.device)[_ALONE], None
 
-    def _gap(self, model: Any, ids: torch.Tensor, rows: torch.Tensor, lengths: Any, which: slice) -> float:
+    def _gap(self, model: Any, hidden: torch.Tensor, which: slice) -> float:
         """The largest difference of log-probs of two labels a row; infinite or NaN where they are not finite."""
         labels, own = (x.view(2, -1)[:, which].flatten() for x in (self._labels, self._logprobs))
-        with self._precision(model):
-            hidden = model.hidden(ids, rows, lengths)
-            found = model.head(LabelLogprobs(impl="torch"), hidden.repeat(2, 1), None, SimpleNamespace(labels=labels))
+        rows = SimpleNamespace(labels=labels)
+        found = model.head(LabelLogprobs(impl="torch"), hidden.repeat(2, 1), None, rows)
         return float((found - own).abs().amax())
 
     def _precision(self, model: Any) -> AbstractContextManager[None]:
@@ -154,6 +154,17 @@ class Proof:
         """What the dtype of the weights makes of the log-probs, where attention knows no float32."""
         found = torch.cat([self._logits(ids[None])[0] for ids in self._sequences])
         return 4 * float((self._of_labels(found) - self._logprobs).abs().amax())
+
+    def _own_logits(self) -> list[torch.Tensor]:
+        """Of each sequence alone, [T, V]. Some code casts to the dtype of its weights and takes no float32."""
+        try:
+            with self._precision(self._lm):
+                return [self._logits(ids[None])[0] for ids in self._sequences]
+        except RuntimeError:
+            if not self._wide or all(parameter.dtype not in _NARROW for parameter in self._lm.parameters()):
+                raise
+        self._wide = False
+        return [self._logits(ids[None])[0] for ids in self._sequences]
 
     def _logits(self, ids: torch.Tensor) -> torch.Tensor:
         """The model's own, [B, T, V] in float32 or wider."""
@@ -214,23 +225,33 @@ def _products(weight: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Ten
 
 @contextmanager
 def in_float32(model: Any) -> Iterator[None]:
-    """Modules of narrower weights compute in float32, each widened while it runs: no second copy of the model."""
+    """The model computes in float32: a layer with narrower weights is widened while it runs, so that no second copy of
+    the model exists."""
     held: dict[nn.Parameter, torch.Tensor] = {}
 
     def widen(module: nn.Module, _: Any) -> None:
-        for parameter in module.parameters(recurse=False):
+        for parameter in module.parameters():
             if parameter.dtype in _NARROW:
                 held[parameter] = parameter.data
                 parameter.data = parameter.data.float()
 
     def restore(module: nn.Module, *_: Any) -> None:
-        for parameter in module.parameters(recurse=False):
+        for parameter in module.parameters():
             if parameter in held:
                 parameter.data = held.pop(parameter)
 
-    modules = [m for m in model.modules() if any(p.dtype in _NARROW for p in m.parameters(recurse=False))]
-    hooks = [m.register_forward_pre_hook(widen, prepend=True) for m in modules]
-    hooks += [m.register_forward_hook(restore, always_call=True) for m in modules]
+    def widened(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.float()
+
+    hooks = []
+    for module in _layers(model):
+        if all(parameter.dtype not in _NARROW for parameter in module.parameters()):
+            continue
+        if isinstance(module, nn.Embedding):  # a few rows of a large weight
+            hooks.append(module.register_forward_hook(widened))
+        else:
+            hooks.append(module.register_forward_pre_hook(widen, prepend=True))
+            hooks.append(module.register_forward_hook(restore, always_call=True))
     try:
         yield
     finally:
@@ -240,17 +261,16 @@ def in_float32(model: Any) -> Iterator[None]:
             parameter.data = data
 
 
-def _takes_float32(lm: Any) -> bool:
-    """Whether the model's code runs with activations of float32: some casts them to the dtype of its weights."""
-    if not _knows_float32(lm) or all(parameter.dtype not in _NARROW for parameter in lm.parameters()):
-        return _knows_float32(lm)
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=lm.device)
-    try:
-        with in_float32(lm):
-            lm(input_ids=ids, use_cache=False)
-    except RuntimeError:
-        return False
-    return True
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """What is widened as one: members of a list (a layer's parts read one another's weights), and what is no mere
+    container elsewhere."""
+    if isinstance(module, nn.ModuleList):
+        yield from module
+    elif any(True for _ in module.parameters(recurse=False)):
+        yield module
+    else:
+        for part in module.children():
+            yield from _layers(part)
 
 
 def _knows_float32(lm: Any) -> bool:
