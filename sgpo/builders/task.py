@@ -14,7 +14,7 @@ from sgpo.data.problems import check_disjoint, load_problems
 from sgpo.data.prompt_template import source_note, template_of
 from sgpo.data.prompts import PromptBuilder, eos_token_ids
 from sgpo.evaluation.golds import Dropped, check_problems
-from sgpo.model.loading import config_of, positions_of
+from sgpo.model.loading import check_token_ids, config_of, positions_of
 from sgpo.planning.architectures import check_sequence_parallel
 from sgpo.rewards.thinking import open_thinking
 from sgpo.strategies.calculator import attach_strategies
@@ -31,6 +31,9 @@ def load_run_tasks(config: Config, model_folder: Path, tokenizer: Any) -> tuple[
     train = load_task(config, tokenizer, split="train", builder=builder)
     held_out = load_task(config, tokenizer, split="eval", builder=builder) if config.data.eval else None
     check_data(config, model_folder, train, held_out)
+    tasks = [train] if held_out is None else [train, held_out]
+    prompts = [ids for task in tasks for pair in task.prompts for ids in (pair.plain, pair.guided or ())]
+    check_token_ids(model_folder, tokenizer, (*prompts, *(train.demo_ids or ())))
     return train, held_out
 
 

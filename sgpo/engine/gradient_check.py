@@ -25,9 +25,9 @@ def check_gradients(engine: ZeroEngine, *, dtype: str) -> float:
 
     Collective; for an engine that has made no step yet. Raises SgpoError on every rank where a gradient was lost.
     """
-    vocabulary = engine.model.lm.config.get_text_config().vocab_size
+    vocabulary = engine.model.ordinary_ids
     generator = torch.Generator().manual_seed(distributed.rank())
-    ids = torch.randint(vocabulary, (_SEQUENCES, _TOKENS), generator=generator).to(engine.device)
+    ids = vocabulary[torch.randint(len(vocabulary), (_SEQUENCES, _TOKENS), generator=generator)].to(engine.device)
     devices = [engine.device] if engine.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         packed = engine.model.packed
