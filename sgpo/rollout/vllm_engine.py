@@ -392,12 +392,24 @@ def _finish(model: torch.nn.Module, model_config: Any) -> list[str]:
     for layer in short.values():  # keeps its old value whole rather than a half of each
         info = get_layerwise_info(layer)
         info.load_numel, info.loaded_weights = 0, []
+    late = [(layer, *found) for layer in layers.values() for found in _registered_late(layer)]
     finalize_layerwise_reload(model, model_config)
+    for layer, name, parameter in late:
+        if layer._parameters.get(name) is None:
+            layer.register_parameter(name, parameter)
     whole = {id(p) for name, layer in layers.items() if name not in short for p in layer.parameters(recurse=False)}
     tied = {name for name, layer in short.items() if all(id(p) in whole for p in layer.parameters(recurse=False))}
     for name in tied:  # the new weight is its partner's too, but what a CPU once packed from the old one is not
         short[name].quant_method.process_weights_after_loading(short[name])  # type: ignore[operator,union-attr]
     return sorted(set(short) - tied)
+
+
+def _registered_late(layer: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """Parameters that a layer has only since they arrived (an output bias, after a start without weights): the end of a
+    reload puts back those of its beginning, and would lose them."""
+    info = get_layerwise_info(layer)
+    known = {*(info.kernel_tensors or ({},))[0], *info.restore_metadata[0]}
+    return [(name, p) for name, p in layer.named_parameters(recurse=False) if info.can_load() and name not in known]
 
 
 def _is_short(layer: torch.nn.Module) -> bool:
