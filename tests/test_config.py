@@ -436,9 +436,13 @@ def test_the_engine_is_vllm_where_it_is_installed(load, monkeypatch):
         (["--rollout.importance_cap", "0"], "rollout.importance_cap"),
         (["--rollout.vllm.sleep_level", "3"], "rollout.vllm.sleep_level"),
         (["--rollout.vllm.max_num_seq", "3"], "did you mean 'rollout.vllm.max_num_seqs'"),
+        (["--model", "FOLDER"], "model is a section, not a value; write --model.path VALUE"),
+        (["--optim.learning_rate", "1e-6"], "did you mean 'optim.lr'"),
+        (["--warmup.optim.learning_rate", "1e-6"], "did you mean 'warmup.optim.lr'"),
+        (["--learning_rate", "1e-6"], "did you mean 'optim.lr'"),
     ],
 )
-def test_rollout_settings_that_cannot_work_are_refused(load, overrides, message):
+def test_settings_that_cannot_work_are_refused(load, overrides, message):
     with pytest.raises(SgpoError, match=message):
         load(*overrides)
 

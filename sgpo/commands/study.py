@@ -70,6 +70,16 @@ class Variant(Section):
     )
     after: str | None = Field(default=None, description="variant whose final model of the same seed is the start")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _under_set(cls, raw: Any) -> Any:
+        loose = (
+            [str(key) for key in raw if str(key).split(".")[0] in Config.model_fields] if isinstance(raw, dict) else []
+        )
+        if loose:
+            raise ValueError(f"{loose[0]} is a key of the base config; write it under set")
+        return raw
+
 
 class StudyConfig(Section):
     """Every knob of a study file."""

@@ -7,6 +7,7 @@ assistant's turn begins, whether a turn's text is still there, whether today's d
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from itertools import takewhile
@@ -181,11 +182,12 @@ Presence = Literal["whole", "changed", "lost"]
 
 
 def presence_of(content: str, text: str) -> Presence:
-    """Whether a turn's text is in the prompt: as it stands (but for white space at its ends), only after undoing case,
-    white space and HTML escapes, or not at all."""
-    if content.strip() in text:
+    """Whether a turn's text is in the prompt: as it stands (but for white space at its ends), in another case, spacing
+    or escape (HTML, JSON), or not at all."""
+    content = content.strip()
+    if content in text:
         return "whole"
-    return "changed" if _bare(content) in _bare(text) else "lost"
+    return "changed" if _bare(content) in _bare(text) or json.dumps(content)[1:-1] in text else "lost"
 
 
 def _bare(text: str) -> str:

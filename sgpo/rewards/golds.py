@@ -24,7 +24,7 @@ _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operator
 _PLACEHOLDER = re.compile(
     r"(?:see|refer to|as in|cf) .{1,40}|.{0,12}\b(?:proof|proofs|prove|proved|proven|qed|q e d)\b.{0,12}|"
     r"not ?(?:found|available|given|provided|applicable|specified|known)|(?:answer|solution|result)s? not \w+|"
-    r"n ?/ ?a|n a n|nan|null|none|unknown|todo|tbd|tba|omitted|missing|placeholder|unanswerable|"
+    r"n ?/ ?a|n a n|nan|null|unknown|todo|tbd|tba|omitted|missing|placeholder|unanswerable|"
     r"no (?:final )?answer(?: \w+)?|(?:final )?(?:answer|solution|result)|answers? (?:may )?var(?:y|ies)|various|"
     r"as (?:above|below|shown|stated|desired|required)(?: .{0,20})?|left to the reader|open ended|error"
 )
@@ -90,7 +90,8 @@ def readable(completion: str, gold: str, problem: str) -> float:
 
 
 def _is_placeholder(answer: str) -> bool:
-    if answer.strip() in ("NA", "N.A."):  # in capitals only: na may be n times a
+    # In capitals only: na may be n times a. And \text{none} was written as an answer.
+    if answer.strip() in ("NA", "N.A.") or answer.strip(" .()*").casefold() == "none":
         return True
     text = unicodedata.normalize("NFKC", _TEXT_COMMAND.sub(r"\1", answer)).casefold()
     words = " ".join(_NO_WORD.sub(" ", text).split())

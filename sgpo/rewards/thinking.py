@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-_WORDS = frozenset(("think", "thinking", "thought", "thoughts", "reason", "reasoning", "scratchpad", "analysis"))
+_THINKING = re.compile(r"think|thought|reason|scratchpad|monologue|\b(?:analysis|cot|reflection)\b")
 _OPENING_WORDS = frozenset(("begin", "start", "open", "of"))
 _CLOSING_WORDS = frozenset(("end", "stop", "close"))
 
@@ -38,7 +38,7 @@ _PIECES = frozenset(
 
 _TAG = (
     r"<(?P<angle>\|?/?[\w:|]{1,60})(?:[ \t]+\w+=[^<>\n]{0,80})?[ \t]*>"
-    r"|\[(?P<square>/?[A-Za-z_]{1,40})\]|◁(?P<triangle>/?\w{1,40})▷"
+    r"|\[(?P<square>/?\w{1,60})\]|◁(?P<triangle>/?\w{1,40})▷"
 )
 _MARKER = re.compile(
     "|".join([*(f"(?P<open{i}>{a})|(?P<close{i}>{b})" for i, (a, b) in enumerate(_OTHER_FORMS)), _TAG]), re.MULTILINE
@@ -112,7 +112,7 @@ def _kind(match: re.Match[str]) -> tuple[str, bool] | None:
         return group.removeprefix("open").removeprefix("close"), group.startswith("close")
     tag = match[group].lower()
     words = re.findall(r"[a-z]+", tag)
-    if _WORDS.isdisjoint(words):
+    if not _THINKING.search(" ".join(words)):
         return None
     closes = tag.lstrip("|").startswith("/") or not _CLOSING_WORDS.isdisjoint(words)
     return " ".join(word for word in words if word not in _OPENING_WORDS | _CLOSING_WORDS), closes

@@ -151,15 +151,30 @@ def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
     raw[leaf] = value
 
 
+def _nearest(schema: type[BaseModel], key: str) -> str | None:
+    """The key that was meant: one that abbreviates the same words (`learning_rate`: `lr`), or the closest spelling."""
+    known = list(known_keys(schema))
+    initials = "".join(word[:1] for word in key.split(".")[-1].split("_"))
+    same = [name for name in known if len(initials) > 1 and name.split(".")[-1] == initials]
+    section = key.rpartition(".")[0]
+    if same:
+        return next((name for name in same if name.rpartition(".")[0] == section), same[0])
+    sections = [".".join(name.split(".")[:-1]) for name in known]
+    close = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.5)
+    return close[0] if close else None
+
+
 def _sentence(schema: type[BaseModel], place: str, item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
     gone: dict[str, str] = getattr(schema, "gone_keys", {})
     if key in gone:
         return f"{place}: {key} {gone[key]}"
     if item["type"] == "extra_forbidden":
-        sections = [".".join(known.split(".")[:-1]) for known in known_keys(schema)]
-        close = difflib.get_close_matches(key, [*known_keys(schema), *sections], n=1, cutoff=0.5)
-        return f"{place}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+        close = _nearest(schema, key)
+        return f"{place}: unknown key {key!r}" + (f"; did you mean {close!r}?" if close else "")
+    inner = [known for known in known_keys(schema) if known.startswith(f"{key}.")]
+    if item["type"] == "model_type" and inner:
+        return f"{place}: {key} is a section, not a value; write --{inner[0]} VALUE, or {inner[0]} in the file"
     if item["type"] == "missing":
         return f"{place}: {key} is required"
     message = item["msg"].removeprefix("Value error, ")

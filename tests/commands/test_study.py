@@ -60,6 +60,7 @@ def command(folder: Path, *words: str, expect: int = 0) -> str:
         ({"baseline": "nobody"}, "baseline 'nobody' is not among the variants (sgpo, then, sft)"),
         ({"variants": {"sgpo": {"after": "x"}}}, "after = 'x' must name a variant"),
         ({"variants": {"sgpo": {"set": {"algorithm.methd": "dapo"}}}}, "did you mean 'algorithm.method'?"),
+        ({"variants": {"sgpo": {"optim.lr": 1}}}, "optim.lr is a key of the base config; write it under set"),
         ({"variants": {"sgpo": {"set": {"rollout.n_guided": 0}}}}, "variant sgpo:"),
         ({"max_rollouts": 10}, "at least one batch of rollouts (24)"),
         ({"seeds": [1, 1]}, "a seed is given twice"),

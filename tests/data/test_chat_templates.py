@@ -140,11 +140,12 @@ def test_what_cannot_be_used_is_refused(chat_template, template, sentence):
         (ROLES.replace("messages", "messages if m.role != 'system'") + OPENS, WITH_SYSTEM,
          r"In 2 of 2 problems .* the system turn is left out .*Put it in a Box"),
         (ROLES.replace("m.content", "m.content | lower") + OPENS, TEXTS, "the text around the problem is changed"),
+        (ROLES.replace("m.content", "m.content | tojson") + OPENS, TEXTS, "the text around the problem is changed"),
         (ROLES.replace("m.content", "m.content | escape") + OPENS, TEXTS, "the text around the problem is changed"),
         ("{{ bos_token }}{{ bos_token }}" + ROLES + OPENS, TEXTS, "BOS twice"),
         (DATED, TEXTS, "writes the date into the prompt; it is always told 26 Jul 2024"),
     ],
-    ids=["thoughts", "system", "lower", "escape", "bos", "date"],
+    ids=["thoughts", "system", "lower", "json", "escape", "bos", "date"],
 )  # fmt: skip
 def test_what_a_template_does_to_a_text_is_said(chat_template, template, note):
     builder, _ = built(chat_template, template)

@@ -6,14 +6,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from datetime import datetime
 
 import pytest
 from processes import wait_until
+from transformers.utils import chat_template_utils
 
 from sgpo import cli
 from sgpo.builders.rollouts import build_rollouts
-from sgpo.commands.eval import evaluate_benchmarks, load_eval_config
-from sgpo.data.builtin import make_problems
+from sgpo.commands.eval import evaluate_benchmarks, evaluate_model, load_eval_config
+from sgpo.data.builtin import CHAT_TEMPLATE, make_problems
 from sgpo.data.prompt_template import PromptTemplate
 from sgpo.evaluation.benchmark_run import model_fingerprint, protocol_of
 from sgpo.evaluation.benchmarks import PAPER
@@ -159,6 +161,36 @@ def test_a_model_of_ours_is_evaluated_with_the_prompts_of_its_training(folder, b
     assert lines[0].startswith("prompts: not as the model was trained")
     assert requested[-1].prompt_ids == requested[1].prompt_ids
     assert json.loads((folder / "other" / "summary.json").read_text())["prompt_template"] == "template.yaml"
+
+
+def test_what_the_prompt_opens_is_judged_and_the_day_does_not_matter(folder, builtin_folder, requested, monkeypatch):
+    model = folder / "thinker"
+    shutil.copytree(builtin_folder, model)
+    for path in model.glob("chat_template*"):
+        path.unlink()
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    dated = "{{ '<|im_start|>system\n' + strftime_now('%d') + '<|im_end|>\n' }}"
+    settings["chat_template"] = dated + CHAT_TEMPLATE.replace("assistant\n", "assistant\n<think>\n")
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "plugin.py").write_text(
+        "def even(completion, answer, problem):\n    return float(completion.startswith('<think>\\n'))\n"
+    )
+    small = ("--eval.benchmarks=two=two.jsonl", "--eval.benchmark_samples=1", "--eval.max_new_tokens=2")
+    (first,), lines = run(model, folder / "out", *small)
+    assert first.score.accuracy == 1.0
+    assert any("writes the date into the prompt" in line for line in lines)
+    held_out = evaluate_model(
+        load_eval_config(None, words(model, "--eval.benchmarks=", "--data.eval=two.jsonl", "--eval.samples=1"))
+    )
+    assert held_out["auto"].accuracy == 1.0
+
+    monkeypatch.setattr(
+        chat_template_utils, "datetime", type("Later", (datetime,), {"now": lambda: datetime(2031, 1, 2)})
+    )
+    requested.clear()
+    (again,), _ = run(model, folder / "out", *small)
+    assert again.score == first.score
+    assert requested == []  # the samples of another day are those of this one
 
 
 def test_the_fingerprint_follows_the_weights_and_not_the_path(builtin_folder, tmp_path):

@@ -17,7 +17,7 @@ PLACEHOLDERS = [
         "N.A.",
         "None",
         "none",
-        r"$\text{None}$",
+        "None.",
     ),
     *("null", "NaN", "unknown", "TBD", "todo", "?", "-", "--", "...", "…", "__", "[missing]", "placeholder", "omitted"),
     *("see solution", "See the solution above.", r"\text{see above}", "See figure", "refer to the explanation"),
@@ -59,6 +59,7 @@ TRUE_ANSWERS = [
     *(
         "undefined",
         r"\text{undefined}",
+        r"\text{none}",
         "no solution",
         r"\text{does not exist}",
         "DNE",

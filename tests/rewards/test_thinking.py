@@ -19,6 +19,11 @@ FORMS = [
     ("<thoughts>", "</thoughts>"),
     ("<reasoning>", "</reasoning>"),
     ("<scratchpad>", "</scratchpad>"),
+    ("<antThinking>", "</antThinking>"),
+    ("<inner_monologue>", "</inner_monologue>"),
+    ("<chain_of_thought>", "</chain_of_thought>"),
+    ("<CoT>", "</CoT>"),
+    ("[think_never_used_51bce0c7]", "[/think_never_used_51bce0c7]"),
     ('<think effort="low">', "</think>"),
     ("<think >", "</think>"),
     ("<seed:think>", "</seed:think>"),
@@ -64,7 +69,7 @@ def test_only_what_follows_a_finished_thought_counts(begin, end):
     [
         ("no thinking", ...),
         ("<b>bold</b> and x < think > y", ...),
-        ("[THINKER] <rethink> <thinker>", ...),
+        ("[THE] <b> <cotangent> [ANSWER] <answer>", ...),
         ("<think/>5", ...),
         (r"\sqrt[think]{5}", None),  # odd, but an opener all the same: missed rather than paid for
         ("<think><think>again</think>5", "5"),
