@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("gold", nargs="?", metavar="GOLD", help=r"the right answer, e.g. '\frac{1}{2}'")
     parser.add_argument("answer", nargs="?", metavar="ANSWER", help="a completion; without a box, the content of one")
     parser.add_argument(
-        "--file", type=Path, help='JSONL of pairs: {"gold": ..., "completion" or "answer": ..., "label": 0 or 1 if known}'
+        "--file",
+        type=Path,
+        help='JSONL of pairs: {"gold": ..., "completion" or "answer": ..., "label": 0 or 1 if known}',
     )
     parser.add_argument("--reward", default="math_verify", help='"math_verify", "exact" or "package.module:function"')
     parser.add_argument("--problem", default="", help="the problem's text, for a reward of your own that reads it")

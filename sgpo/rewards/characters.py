@@ -23,6 +23,7 @@ _COMMANDS = str.maketrans(
 _SCRIPTS = {"<super>": "^", "<sub>": "_"}
 _RADICALS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 _RADICAL = re.compile(r"([√∛∜])\s?(\d+(?:\.\d+)?|[^\W\d_]|\\pi(?![A-Za-z]))?")
+_THOUSANDS = re.compile(r"(?<=[\d０-９])，(?=[\d０-９]{3}(?![\d０-９]))")
 _OVERLINED = re.compile("((?:\\d[\u0304\u0305\u0307])+)")
 
 
@@ -30,6 +31,7 @@ def as_latex(text: str) -> str:
     r"""`１２` as `12`, `x²` as `x^{2}`, `2½` as `2\frac{1}{2}`, `①③` as `1,3`, `√13` as `\sqrt{13}`, without zero width."""
     if text.isascii():
         return text
+    text = _THOUSANDS.sub(",", text)
     text = _OVERLINED.sub(lambda match: rf"\overline{{{''.join(filter(str.isdigit, match[1]))}}}", text)
     pieces, open_mark = [], ""
     for character in text.translate(_COMMANDS):
@@ -46,7 +48,7 @@ def as_latex(text: str) -> str:
 
 def _read(character: str) -> tuple[str, str]:
     """The mark under which a run of such characters stands ("^", "_", "," for circled digits, else ""), and its text."""
-    kind, _, codes = unicodedata.decomposition(character).partition(" ")
+    kind = unicodedata.decomposition(character).partition(" ")[0]
     plain = unicodedata.normalize("NFKC", character)
     if kind in _SCRIPTS:
         return _SCRIPTS[kind], plain.translate(_COMMANDS)

@@ -40,13 +40,13 @@ def explain(
 
 
 def _of_math_verify(completion: str, gold: str, *, require_box: bool) -> Explanation:
-    from sgpo.rewards import verifier  # "exact" can do without sympy
+    from sgpo.rewards import values, verifier  # "exact" can do without sympy
 
     finding = verifier.judge(completion, gold, require_box=require_box)
     steps = [_found(completion, condense(completion, require_box))]
     for name, text in (("gold answer", finding.gold), ("answer", finding.answer)):
         if text:
-            form = f"; to sympy: {_form(verifier.reading(text))}" if finding.by_value else ""
+            form = f"; to sympy: {_form(next(iter(values.parsed(text)), text))}" if finding.by_value else ""
             steps.append(f"{name}, tidied: {_short(text)}{form}")
     steps.append(f"decided by: {finding.rule}")
     return Explanation(RewardResult(float(finding.equal), finding.status), tuple(steps))
@@ -59,7 +59,11 @@ def _found(completion: str, answer: str) -> str:
     if not answer:
         return "no box after the thinking, so there is no answer"
     box = last_boxed(text)
-    return f"no box; the text after the thinking is searched: {_short(text)}" if box is None else f"in the last box: {_short(box)}"
+    return (
+        f"no box; the text after the thinking is searched: {_short(text)}"
+        if box is None
+        else f"in the last box: {_short(box)}"
+    )
 
 
 def _form(value: object) -> str:

@@ -27,7 +27,7 @@ _sympy_numeric_eq = grader.sympy_numeric_eq
 
 def install() -> None:
     """Puts the two rules in the place of Math-Verify's; `math_verify.parse` and `verify` use them from then on."""
-    _Latex2Sympy.convert_postfix_list = _factors
+    _Latex2Sympy.convert_postfix_list = _factors  # pyright: ignore[reportAttributeAccessIssue]
     grader.sympy_numeric_eq = _numeric_eq
 
 
@@ -76,7 +76,7 @@ def exactly_equal(gold: Expr, answer: Expr) -> bool:
     if difference.is_Rational:
         return difference == 0
     remainder = difference.evalf(2, maxn=_MAX_DIGITS)
-    return all(part == 0 or part._prec == 1 for part in remainder.as_real_imag())  # 1 bit: no digit is certain
+    return all(part == 0 or getattr(part, "_prec", 0) == 1 for part in remainder.as_real_imag())  # no digit is certain
 
 
 def _are_close(gold: Expr, answer: Expr) -> bool | None:

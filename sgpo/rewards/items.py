@@ -11,10 +11,17 @@ from itertools import product
 
 _ASSIGNMENT = re.compile(r"([A-Za-z]\w?|[A-Za-z]_\{?\w\}?)\s?=([^=]+)")
 _RESIDUE = re.compile(r"(?:[a-z]\s?\\equiv\s?)?([^\\]{1,40})\\pmod\s?(?:\{[^{}]{1,40}\}|\w{1,9})")
-_CONNECTIVE = re.compile(
-    r",?\s*\\(?:text|textrm|mathrm|mbox|rm)\s?\{\s{0,9},?\s{0,9}(?:and|or)\s{0,9}\}|,?\s(?:and|or)\s|[或和及与]"
+_REVERSED = re.compile(r"([^=A-Za-z]{1,200}|[^=]{0,200}\d)=\s?[A-Za-z]")  # 5 = x
+_CASES = re.compile(
+    r"(?:[^=]{1,40}=)?\s*(?:\\left\s?\\\{)?\s*\\begin\{(cases|array|aligned)\}(?:\{[lcr]+\})?(.*)\\end\{\1\}"
+    r"(?:\s*\\right\s?\.)?",
+    re.DOTALL,
 )
-_PREFIX = re.compile(r"\s*[A-Za-z]\w?\s*(?:=|\\in(?![A-Za-z]))\s*(?=(?:\\left)?\\\{)")
+_CONDITION_WORDS = re.compile(r"\\(?:text\w*|mathrm|mbox)\s?\{\s*,?\s*(?:if|for|when|where|is|,)?\s*\}|[,.;]\s*$")
+_CONNECTIVE = re.compile(
+    r",?\s{0,9}\\(?:text|textrm|mathrm|mbox|rm)\s?\{\s{0,9},?\s{0,9}(?:and|or)\s{0,9}\}|,?\s(?:and|or)\s|[或和及与]"
+)
+_PREFIX = re.compile(r"[A-Za-z]\w?\s{0,9}(?:=|\\in(?![A-Za-z]))\s{0,9}(?=(?:\\left)?\\\{)")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)")
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|[()\[\]{},;]")
 _SIGN = re.compile(r"\\(pm|mp)(?![A-Za-z])")
@@ -51,6 +58,8 @@ def spellings(answer: str) -> Iterator[str]:
     items = _split(answer)
     if len(items) == 1 and items[0] != answer:
         yield items[0]
+    if reversed_equation := _REVERSED.fullmatch(answer):
+        yield reversed_equation[1].strip()
     if residue := _RESIDUE.fullmatch(answer):
         yield residue[1]
 
@@ -62,6 +71,20 @@ def as_point(answer: str) -> str:
     if len(values) < 2 or len(values) != len(named):
         return answer
     return f"({', '.join(values[name] for name in sorted(values))})"
+
+
+def pieces(answer: str) -> list[tuple[str, str]] | None:
+    """(value, condition) of each case of a definition by cases; None for any other answer."""
+    match = _CASES.fullmatch(answer)
+    found = []
+    for row in re.split(r"\\\\(?:\[[^\[\]]{0,9}\])?", match[2]) if match else ():
+        parts = row.split("&") if "&" in row else _split(row)
+        if row.strip() and len(parts) != 2:
+            return None
+        if row.strip():
+            value, condition = (_CONDITION_WORDS.sub("", part.strip()).strip(" ,") for part in parts)
+            found.append((value, condition))
+    return found or None
 
 
 def union_items(answer: str) -> list[str]:
@@ -80,9 +103,9 @@ def _split(answer: str) -> list[str]:
     items, depth, start = [], 0, 0
     for token in _TOKEN.finditer(text):
         mark = token.group()
-        if mark in ("(", "[", "{", "\\{"):
+        if mark in ("(", "[", "{", "\\{", "\\begin"):
             depth += 1
-        elif mark in (")", "]", "}", "\\}"):
+        elif mark in (")", "]", "}", "\\}", "\\end"):
             depth = max(0, depth - 1)
         elif mark in (",", ";") and depth == 0:
             items.append(text[start : token.start()])

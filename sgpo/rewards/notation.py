@@ -11,6 +11,10 @@ from sgpo.rewards.characters import as_latex
 
 _END = r"(?![A-Za-z])"
 _SPACE = rf"(?:\s|~|\\[,;:! ]|\\q?quad{_END})"
+_ARGUMENT = (
+    r"\\left\s?\([^()]{1,60}\\right\s?\)|\([^()]{1,60}\)|\\frac\s?\{[^{}]{1,20}\}\s?\{[^{}]{1,20}\}"
+    r"|\d{1,9}(?:\.\d{1,9})?(?:\^\{\\circ\})?|\\[a-z]{1,9}"
+)
 _DECORATION = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -18,7 +22,10 @@ _DECORATION = tuple(
         (r"\\(?:color|textcolor|colorbox)\s?(?:\[[^\[\]]{0,20}\])?\s?\{[^{}]{0,40}\}", ""),
         (r"\\fcolorbox\s?\{[^{}]{0,40}\}\s?\{[^{}]{0,40}\}", ""),
         (r"\\mathbf(?=\s?\{\s?\(?[A-J][).])", r"\\textbf"),
-        (r"\\(?:bold|boldsymbol|bm|pmb|underline|uline|emph|mathit|mathsf|mathbf|mathtt|mathnormal|framebox)(?=\s?\{)", ""),
+        (
+            r"\\(?:bold|boldsymbol|bm|pmb|underline|uline|emph|mathit|mathsf|mathbf|mathtt|mathnormal|framebox|ensuremath)(?=\s?\{)",
+            "",
+        ),
         (rf"\{{\s?\\rm{_END}\s?", r"\\mathrm{"),
         (
             rf"\\(?:displaystyle|(?:script|text)style|bf|it|rm|sf|tt|bfseries|itshape|[lL]arge|LARGE|[hH]uge|small|normalsize"
@@ -26,7 +33,7 @@ _DECORATION = tuple(
             "",
         ),
         (r"\\(?:text\w{0,6}|mathrm|mbox)\s?\{([\d.,;:+/\s-]{0,200})\}", r"\1"),  # numbers, not words
-        (r"(?<=.)\\(?:text\w{0,6}|mathrm|mbox)\s?\{\s?\([^(){}]{2,200}\)[\s.]?\}$", ""),  # a remark
+        (r"(?<=.)\\(?:text\w{0,6}|mathrm|mbox)\s?\{\s?\((?![^(){}]*\bor\b)[^(){}]{2,200}\)[\s.]?\}$", ""),  # a remark
         (r"(\\(?:text\w{0,6}|mathrm|mbox)\s?\{[^{}]{0,60})\^\{(\d)\}([^{}]{0,60}\})", r"\1^\2\3"),
         (r"\\(?:text\w{0,6}|mathrm|mbox)\s?\{\s?(\\text\w{0,6}\s?\{[^{}]{0,200}\})\s?\}", r"\1"),
     )
@@ -35,6 +42,7 @@ _REWRITES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (rf"\\degrees?{_END}|\^\s?\{{\s?\\circ\s?\}}|\^\s?\\circ{_END}|\^\s?\{{o\}}|(?<=\d)\^o{_END}", r"^{\\circ}"),
+        (r"\\(?:nicefrac|sfrac|xfrac)(?=\s?\{)", r"\\frac"),
         (rf"\\varnothing{_END}", r"\\emptyset"),
         (rf"\\log_(?:\{{e\}}|e{_END})", r"\\ln"),
         (r"(?<=\d)(?:\{,\}|\\[,!; ]|,\\!\s?|~|(?<!\d{4})\s)(?=\d{3}(?!\d))(?!\d{3}\s?/)", ""),  # 1{,}000 and 1\,000
@@ -53,6 +61,9 @@ _REWRITES = tuple(
         (r"^(?:\\left)?\\\{\s?[a-z](?:\s?\\in\s?\\mathbb\{R\})?\s?(?:\\mid|\||:)(.{1,400}?)(?:\\right)?\\\}$", r"\1"),
         (r"\\(?:mathrm|text|operatorname|textrm)\s?\{\s?(i|e)\s?\}", r" \1 "),  # the constants, upright
         (rf"\\imath{_END}", " i "),
+        (rf"\\(?:cis|(?:operatorname|text|mathrm)\s?\{{cis\}})\s?({_ARGUMENT})", r"(\\cos \1 + i \\sin \1)"),
+        (r"(?<=\d)\s?percent\b", r"\\%"),
+        (r"^([a-z])\s?(?:\||\\mid(?![A-Za-z]))\s?(?=.*(?:[<>=]|\\[lg]e))(?=.*\1)", ""),  # {x|x>1}
         (r"\s?\\(?:text\w{0,6}|mathrm|mbox)\s?\{\s?(?:percent|per cent|\\%)\s?\}", r"\\%"),
         (r"(?:\\|(?<![A-Za-z\\]))sqrt\s?(\[\d\])?\s?\(([^()]{0,200})\)", r"\\sqrt\1{\2}"),
         (r"\\sqrt\s?(\d{1,20})(?=\D|$)", r"\\sqrt{\1}"),
@@ -62,7 +73,9 @@ _MIXED = re.compile(
     rf"(?<![\w.^}}\])/])(?!(?<=,)\d{{3}}(?!\d))(\d{{1,20}}){_SPACE}{{1,9}}(\d{{1,20}})\s?/\s?(\d{{1,20}})(?![\d./])"
 )
 _REPEATING = re.compile(r"(\d{0,20})\.(\d{0,20})\\overline\{(\d{1,20})\}")
-_LEADING_TEXT = re.compile(r"\\(?:text\w{0,6}|mathrm|mbox)\{(?!\s?\(?[A-J]\)?\s?:)[^{}]*(?:\bis|[:=])\s*\}(?=.)")  # \text{The answer is }
+_LEADING_TEXT = re.compile(
+    r"\\(?:text\w{0,6}|mathrm|mbox)\{(?!\s?\(?[A-J]\)?\s?:)[^{}]*(?:\bis|[:=])\s*\}(?=.)"
+)  # \text{The answer is }
 _TRIGONOMETRY = re.compile(rf"\\(?:sin|cos|tan|cot|sec|csc){_END}")
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s?\^\{\\circ\}")
 _EMPTY_SET = re.compile(r"(?:\\left)?\\\{\s*(?:\\right)?\\\}")
@@ -71,7 +84,9 @@ _START = re.compile(
     rf"(?:{_SPACE}|[=:,;&]|\\(?:therefore|because|implies|Rightarrow|Longrightarrow|rightarrow|to|approx|simeq|sim|equiv)"
     rf"{_END})*"
 )
-_FINISH = re.compile(rf"(?:{_SPACE}|[,;:&]|(?<!\\right)(?<!\\right )\.|\\\\|\\(?:blacksquare|square|Box|qed|checkmark){_END}){{1,20}}$")
+_FINISH = re.compile(
+    rf"(?:{_SPACE}|[,;:&]|(?<!\\right)(?<!\\right )(?<!\.)\.|\\\\|\\(?:blacksquare|square|Box|qed|checkmark){_END}){{1,20}}$"
+)
 _WRAPPERS = (
     ("**", "**"), ("__", "__"), ("*", "*"), ("``", "``"), ("`", "`"), ("'", "'"), ('"', '"'), ("$$", "$$"), ("$", "$"),
     ("\\(", "\\)"), ("\\[", "\\]"), ("\\left.", "\\right."),
@@ -108,7 +123,9 @@ def _unwrapped(answer: str) -> str:
     before = None
     while answer != before and (before is None or len(answer) < len(before)):
         before = answer
-        answer = _FINISH.sub("", answer[_START.match(answer).end() :])  # pyright: ignore[reportOptionalMemberAccess]
+        answer = answer[_START.match(answer).end() :]  # pyright: ignore[reportOptionalMemberAccess]
+        while finish := _FINISH.search(answer, max(0, len(answer) - 100)):
+            answer = answer[: finish.start()]
         answer = _without_braces(_rows(answer))
         for begin, end in _WRAPPERS:
             inner = answer[len(begin) : -len(end)]

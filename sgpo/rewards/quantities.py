@@ -170,7 +170,9 @@ def _same_quantity(gold: Quantity, answer: Quantity, same: Same) -> bool | None:
     if not gold.words and right is None and answer.before:
         return None
     if left and right and left.dimensions and right.dimensions:
-        return left.dimensions == right.dimensions and same(_scaled(gold.number, factor * left.size / right.size), answer.number)
+        return left.dimensions == right.dimensions and same(
+            _scaled(gold.number, factor * left.size / right.size), answer.number
+        )
     less, more = sorted((gold.words, answer.words), key=len)
     if not (left and right) and not all(any(same_word(word, other) for other in more) for word in less):
         return False

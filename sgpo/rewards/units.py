@@ -14,7 +14,7 @@ _UNITS = (
     ("length", "1/10", "dm decimeter decimetre 分米"),
     ("length", "1", "m meter metre 米"),
     ("length", "1000", "km kilometer kilometre 千米 公里"),
-    ("length", "0.0254", "in inch \""),
+    ("length", "0.0254", 'in inch "'),
     ("length", "0.3048", "ft foot feet '"),
     ("length", "0.9144", "yd yard"),
     ("length", "1609.344", "mi mile"),

@@ -17,7 +17,7 @@ _SMALL_WORDS = {"a", "an", "the", "and"}
 
 # In these, \x01 and \x02 stand for the braces of a \text{}.
 _CHOICE = re.compile(
-    r"[\x01\s]*(?:(?:[Oo]ption|[Cc]hoice)\s?)?[\x01\s]*(?P<open>[(\[])?[\x01\s]*(?P<letter>[A-J])(?P<close>[\x02\s]*)"
+    r"[\x01\s]*(?:(?:[Oo]ption|[Cc]hoice|选项?|故选|答案)[:\s]?)?[\x01\s]*(?P<open>[(\[])?[\x01\s]*(?P<letter>[A-J])(?P<close>[\x02\s]*)"
     r"(?P<mark>[)\]]|[.:](?![A-Z]))?[\x02\s]*(?:\)(?=[\x02\s]*$))?[.:]?\s*(?P<rest>.*)",
     re.DOTALL,
 )
