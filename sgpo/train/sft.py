@@ -35,9 +35,7 @@ def run_warmup(config: Config, model_folder: Path, tokenizer: Any, device: torch
     demos = load_demonstrations(config, tokenizer, eos_token_ids(tokenizer, None)[0])
     longest = max(len(demo.prompt_ids) + len(demo.completion_ids) for demo in demos)
     sequence = f"{settings.data}: the longest demonstration has {longest} tokens"
-    check_length(
-        model_folder, longest, sequence, "lower warmup.max_tokens to find such ones, and shorten or remove them"
-    )
+    check_length(model_folder, longest, sequence, "lower warmup.max_tokens to have them named, and shorten them")
     check_token_ids(model_folder, tokenizer, [(*demo.prompt_ids, *demo.completion_ids) for demo in demos])
     train, validation = _split(demos, settings.validation_share, config.run.seed)
     per_epoch = max(1, len(train) // settings.batch_size)
