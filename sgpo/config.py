@@ -294,9 +294,7 @@ class OptimConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_ratio: Share = 0.0
-    non_finite: Literal["stop", "skip"] = Field(
-        default="stop", description="on NaN: end the run, or leave out the step"
-    )
+    non_finite: Literal["stop", "skip"] = Field(default="stop", description="on NaN: end the run, or skip the step")
 
 
 class WarmupOptimConfig(OptimConfig):
