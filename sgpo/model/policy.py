@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,8 +24,8 @@ class LossHead(nn.Module):
 
     def __init__(self, output: nn.Module) -> None:
         super().__init__()
-        self.weight = output.weight
-        self.bias = getattr(output, "bias", None)
+        self.weight: Any = output.weight  # the parameter itself
+        self.bias: Any = getattr(output, "bias", None)
         self.logits = PLAIN
         self.columns = len(self.weight)
         self.closed: torch.Tensor | None
@@ -133,15 +133,15 @@ class PolicyModel(nn.Module):
             self._pick = None
 
     def _find_last_module(self, arguments: dict[str, Any]) -> torch.Tensor:
-        """All last hidden states [B, T, H] of a pass that looks for the module which makes them, row by row: from then
-        on it is given the selected rows alone. Where there is none, rows are selected behind the backbone."""
+        """All last hidden states [B, T, H] of a pass that looks for the module which makes them, row by row and behind
+        all layers: from then on it is given the selected rows alone. Where there is none, rows are selected behind the
+        backbone."""
         backbone, calls = self._backbone[0], dict[nn.Module, list[Any]]()
 
         def note(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
             calls.setdefault(module, []).append((given, output))
 
-        leaves = [module for module in backbone.modules() if next(module.children(), None) is None]
-        hooks = [module.register_forward_hook(note) for module in leaves]
+        hooks = [module.register_forward_hook(note) for module in _outside_of_layers(backbone)]
         try:
             states = backbone(**arguments).last_hidden_state
         finally:
@@ -187,6 +187,16 @@ class PolicyModel(nn.Module):
 def _selected(rows: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """Rows [N, H] of [B, T, H]."""
     return states.flatten(0, 1)[rows]
+
+
+def _outside_of_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The parts that have no parts themselves; a list holds layers, which a checkpoint may run a second time."""
+    parts = list(module.children())
+    if not parts:
+        yield module
+    elif not isinstance(module, nn.ModuleList):
+        for part in parts:
+            yield from _outside_of_layers(part)
 
 
 def _backbone_of(lm: Any) -> nn.Module:
