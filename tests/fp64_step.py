@@ -47,7 +47,7 @@ class Step:
                 self.norms.append(None)
                 continue
             loss = sum(self.loss_of(one) for one in learnt)
-            self.losses.append(float(loss))
+            self.losses.append(float(loss.detach()))
             self.lm.zero_grad()
             loss.backward()
             steps += 1

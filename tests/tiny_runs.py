@@ -18,9 +18,6 @@ def even(completion, answer, problem):
 
 def right(completion, answer, problem):
     return 1.0
-
-def wrong(completion, answer, problem):
-    return 0.0
 """
 
 BASE = {
