@@ -18,6 +18,9 @@ def even(completion, answer, problem):
 
 def right(completion, answer, problem):
     return 1.0
+
+def graded(completion, answer, problem):
+    return len(completion.split()) % 3 / 2
 """
 
 BASE = {

@@ -273,7 +273,8 @@ def test_problems_without_a_strategy_may_be_mixed_in_and_the_run_resumes(tmp_pat
     template = Path(builtin.__file__).parent / "templates" / "builtin.yaml"
     words = ["--data.train=train.jsonl", "--data.eval=null", f"--data.template={template}", "--train.max_steps=3"]
     assert "8 of 16 problems have neither a strategy nor" in finish(tmp_path, *words, expect=2)
-    words += ["--data.without_strategy=grpo", "--log.rollouts_per_step=4", "--reward.correct_above=0.5"]
+    words += ["--data.without_strategy=grpo", "--log.rollouts_per_step=4"]
+    words += ["--reward.kind=plugin:graded", "--reward.correct_above=0.5"]  # rewards of 0, 0.5 and 1
     finish(tmp_path, *words)
     run = tmp_path / "runs" / "tiny"
     found = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
@@ -282,6 +283,8 @@ def test_problems_without_a_strategy_may_be_mixed_in_and_the_run_resumes(tmp_pat
     assert kinds["guided"]
     assert not kinds["guided"] & bare
     assert all(row["correct"] == (row["reward"] > 0.5) for row in found)
+    assert {row["reward"] for row in found} == {0.0, 0.5, 1.0}
+    assert all(row["correct"] for row in found if row["is_target"])
     for row in rows(run):
         guided = len({r["problem_id"] for r in found if r["step"] == row["step"] and r["kind"] == "guided"})
         assert row["rollouts"] == 4 * 4 + 3 * guided
