@@ -15,6 +15,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -79,21 +80,26 @@ def main() -> int:
         return 2
     mutants = [mutant for mutant in mutants if arguments.only in f"{mutant.file} {mutant.old} {mutant.new}"]
     _preload()
-    suites = sorted({mutant.tests for mutant in mutants})
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        for tests, (code, output) in zip(suites, pool.map(_try, [None] * len(suites), suites), strict=True):
+    with tempfile.TemporaryDirectory(prefix="mutants-") as scratch, ThreadPoolExecutor(arguments.jobs) as pool:
+        tree = _copied(ROOT, Path(scratch, "tree"))  # what is edited meanwhile changes nothing
+        suites = {mutant.tests for mutant in mutants}
+        suites = sorted(
+            tests for tests in suites if len(tests) == 1 or tests[:1] not in suites
+        )  # others are part of one
+        for tests, (code, output) in zip(suites, pool.map(partial(_try, tree, None), suites), strict=True):
+            print(f"{'passes' if code == 0 else 'FAILS'} without a mutant: {' '.join(tests)}", flush=True)
             if code != 0:
-                print(f"{output[-3000:]}\n{' '.join(tests)}: fails without a mutant")
+                print(output[-3000:])
                 return 2
-        print(f"{len(suites)} sets of tests pass without a mutant", flush=True)
-        survivors = []
-        for mutant, (code, output) in zip(mutants, pool.map(_try, mutants, [m.tests for m in mutants]), strict=True):
-            killed = code in (1, 2) or code < 0  # of pytest: a test failed, or could not be imported; hung
-            survivors += [] if killed else [mutant]
+        survivors = 0
+        tried = pool.map(partial(_try, tree), mutants, [mutant.tests for mutant in mutants])
+        for mutant, (code, output) in zip(mutants, tried, strict=True):
+            killed = code in (1, 2) or code < 0  # of pytest: a test failed, or could not be imported; stopped
+            survivors += not killed
             print(f"{'killed  ' if killed else 'SURVIVED'} {mutant.name}", flush=True)
             if not killed and code != 0:
                 print(output[-2000:])
-    print(f"{len(mutants)} mutants, {len(survivors)} survived")
+    print(f"{len(mutants)} mutants, {survivors} survived")
     return 1 if survivors else 0
 
 
@@ -111,20 +117,24 @@ def _preload() -> None:
     assert not any(name.split(".")[0] in ("sgpo", "sgpo_kernels") for name in sys.modules)
 
 
-def _try(mutant: Mutant | None, tests: tuple[str, ...]) -> tuple[int, str]:
+def _copied(root: Path, tree: Path) -> Path:
+    """The copy of what the tests need."""
+    tree.mkdir()
+    for name in COPIED:
+        if (root / name).is_dir():
+            shutil.copytree(root / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(root / name, tree / name)
+    return tree
+
+
+def _try(clean: Path, mutant: Mutant | None, tests: tuple[str, ...]) -> tuple[int, str]:
     """(exit code of pytest, negative where it was stopped; its output), in a copy of the tree with the mutant."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as scratch:
-        tree = Path(scratch, "tree")
-        tree.mkdir()
-        for name in COPIED:
-            if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy(ROOT / name, tree / name)
+        tree, output = _copied(clean, Path(scratch, "tree")), Path(scratch, "output")
         if mutant is not None:
             path = tree / mutant.file
             path.write_text(path.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
-        output = Path(scratch, "output")
         pid = os.fork()
         if not pid:
             _become_pytest(tree, output, tests)
