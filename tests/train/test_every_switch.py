@@ -59,7 +59,7 @@ CELLS = [
     method("luffy", **{"algorithm.demo_shaping": 0.5, "algorithm.entropy_coef": 0.2}),
     method("luffy", **{"algorithm.normalize_std": True}),
     method("hpt"),
-    method("hpt", **{"algorithm.demo_gate": 1, "algorithm.normalize_std": True}),
+    method("hpt", **{"algorithm.demo_gate": 2, "algorithm.normalize_std": True}),
     SFT,
     {"algorithm.autonomous_grpo": False},
     {"algorithm.normalize_std": False},

@@ -283,7 +283,7 @@ def test_problems_without_a_strategy_may_be_mixed_in_and_the_run_resumes(tmp_pat
     assert kinds["guided"]
     assert not kinds["guided"] & bare
     assert all(row["correct"] == (row["reward"] > 0.5) for row in found)
-    assert {row["reward"] for row in found} == {0.0, 0.5, 1.0}
+    assert {0.5, 1.0} <= {row["reward"] for row in found}
     assert all(row["correct"] for row in found if row["is_target"])
     for row in rows(run):
         guided = len({r["problem_id"] for r in found if r["step"] == row["step"] and r["kind"] == "guided"})
