@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine: `make quickstart` and `make test`. `make` alone lists them all.
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 1
 TORCH ?= torch==2.13.0
 DATA ?= ../shared/data
 RUN := $(VENV)/bin
@@ -9,7 +10,7 @@ ONE := OMP_NUM_THREADS=1
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test venv lint types format compare real real-arithmetic clean
+.PHONY: help quickstart test mutants venv lint types format compare real real-arithmetic clean
 
 # A line "##@ NAME" opens a group of `make help`; a target is listed with the text after its "##".
 help:  ## this list
@@ -22,6 +23,9 @@ quickstart: $(VENV)/.train  ## learn the built-in task with SGPO, within minutes
 
 test: $(VENV)/.test  ## the test suite, two files at a time
 	$(ONE) $(RUN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+
+mutants: $(VENV)/.test  ## wrong lines that the tests must notice (tests/mutants), JOBS at a time
+	$(ONE) $(RUN)/python tests/mutants/run.py --jobs $(JOBS)
 
 ##@ Develop
 venv: $(VENV)/.test  ## the environment for tests, in VENV (.venv)

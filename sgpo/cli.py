@@ -27,6 +27,7 @@ VERBS = {
     "stopped",
     "study": "a grid of variants and seeds, each cell a training run; then one table with intervals and paired tests",
     "report": "rebuild report.html of a run folder, or compare several",
+    "verify": "one verdict step by step, or the verdicts of a file; exit code 0 whatever they are",
     "env": "versions, devices, commit",
 }
 

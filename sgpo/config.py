@@ -105,6 +105,11 @@ class DataConfig(Section):
         default="field",
         description="field: as in the data; calculator_trace: extracted from <<...>> marks of the solution",
     )
+    without_strategy: Literal["refuse", "grpo"] = Field(
+        default="refuse",
+        description="training problems without a strategy, where n_guided needs one: refused by id, or learnt by GRPO "
+        "alone (no guided rollouts, alpha 0)",
+    )
     max_prompt_tokens: int = Field(default=2048, ge=1, description="a longer prompt is refused at the start, by id")
 
 
@@ -201,6 +206,9 @@ class RewardConfig(Section):
     require_box: bool = Field(
         default=True, description="false: where there is no box, Math-Verify looks for an answer in the text"
     )
+    correct_above: float = Field(
+        default=0.0, description="a completion whose reward exceeds it is correct: pass rates, o+, accuracy"
+    )
     workers: int = Field(default=2, ge=1)
     timeout_s: float = Field(
         default=10.0, gt=0, description="a result that takes longer is killed, counted and worth 0"
@@ -244,11 +252,12 @@ class AlgorithmConfig(Section):
     selection: Literal["sum", "mean", "all"] = Field(
         default="sum", description="o+: highest sum (Eq. 4) or mean of log-probs; all: every correct guided one (Eq. 2)"
     )
-    over_limit: Literal["mask", "clamp", "scale"] = Field(
+    over_limit: Literal["mask", "clamp", "scale", "off"] = Field(
         default="mask",
-        description="a token whose KL exceeds max_token_kl: dropped (Eq. 5), held at the limit, or scaled to it",
+        description="a token whose KL exceeds max_token_kl: dropped (Eq. 5), held at the limit, scaled to it, or as "
+        "any other (off); their share is logged in any case",
     )
-    max_token_kl: float | None = Field(default=1.0, gt=0, description="delta; null: no limit")
+    max_token_kl: float | None = Field(default=1.0, gt=0, description="delta; null: no limit, and none to count by")
     alpha: Literal["adaptive", "fixed", "group_advantage"] = "adaptive"
     alpha_0: float = Field(default=0.5, ge=0)
     alpha_gamma: float = Field(default=0.1, gt=0)
@@ -260,13 +269,6 @@ class AlgorithmConfig(Section):
     def _none(cls, distillation: Any) -> Any:
         return None if distillation == "none" else distillation
 
-    @field_validator("over_limit", mode="before")
-    @classmethod
-    def _limited(cls, over_limit: Any) -> Any:
-        if over_limit == "off":
-            raise ValueError("a loss without a limit is written max_token_kl: null now")
-        return over_limit
-
     @model_validator(mode="before")
     @classmethod
     def _of_the_method(cls, raw: Any) -> Any:
@@ -276,8 +278,6 @@ class AlgorithmConfig(Section):
 
     @model_validator(mode="after")
     def _pairs(self) -> AlgorithmConfig:
-        if self.alpha_max < self.alpha_0:
-            raise ValueError(f"alpha_max = {self.alpha_max} is below alpha_0 = {self.alpha_0}; raise it")
         if self.distillation is None and not self.autonomous_grpo:
             raise ValueError("distillation: null and autonomous_grpo: false leave no loss; switch one of them on")
         return self
@@ -293,6 +293,7 @@ class OptimConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_ratio: Share = 0.0
+    non_finite: Literal["stop", "skip"] = Field(default="stop", description="on NaN: end the run, or skip the step")
 
 
 class WarmupOptimConfig(OptimConfig):

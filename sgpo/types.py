@@ -157,11 +157,17 @@ class TrainSequence:
 class RewardResult:
     """The reward of one completion, and how it came about.
 
-    `status` is "ok", "no_answer", "too_long", "timeout" or "error".
+    `status` is "ok", "no_answer", "too_long", "timeout" or "error"; `correct_above` is reward.correct_above.
     """
 
     reward: float
     status: str = "ok"
+    correct_above: float = 0.0
+
+    @property
+    def is_correct(self) -> bool:
+        """Whether the completion counts as correct; one that could not be judged never does, whatever the threshold."""
+        return self.status == "ok" and self.reward > self.correct_above
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +194,16 @@ class ScoredGroup:
     def guided_rewards(self) -> list[float]:
         """Rewards of the rollouts with strategy."""
         return [result.reward for result in self.guided_results]
+
+    @property
+    def auto_correct(self) -> list[bool]:
+        """Which of the rollouts without strategy are correct."""
+        return [result.is_correct for result in self.auto_results]
+
+    @property
+    def guided_correct(self) -> list[bool]:
+        """Which of the rollouts with strategy are correct."""
+        return [result.is_correct for result in self.guided_results]
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +243,7 @@ class RolloutEngine(Sampler, Protocol):
     def load_weights(
         self, named_tensors: Iterable[tuple[str, Any]], policy_version: int, probe_ids: Sequence[int] = ()
     ) -> SyncReceipt:
-        """Takes over the trainer's weights, tensor by tensor, under their Hugging Face names.
+        """Takes over the trainer's weights, tensor by tensor, under the names and in the shapes of a checkpoint.
 
         An engine may hold a tensor until this returns: whoever yields it must not write into it before. A sleeping
         engine wakes, a dead one is started anew. After an error the engine holds no policy and refuses to sample.

@@ -61,3 +61,20 @@ def builtin_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("builtin") / "model"
     builtin.save_builtin(folder, seed=0)
     return folder
+
+
+@pytest.fixture(scope="module")
+def device():
+    """The device of this process, which is a process group of one meanwhile."""
+    import deepspeed.utils.groups
+
+    from sgpo.engine import zero
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            patch.setenv(name, "0")  # so that what the process group sets is undone
+            patch.delenv(name)
+        # DeepSpeed keeps its copy of a process group that another test of this process has destroyed.
+        patch.setattr(deepspeed.utils.groups, "_WORLD_GROUP", None)
+        yield zero.init_distributed(processes.PATIENCE_S)
+        torch.distributed.destroy_process_group()

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from processes import scaled
 
 NO_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -63,7 +64,7 @@ def make_vllm(folder, eos_ids, max_batch_tokens, *, adapters=False, **options):
 def make_hanging(folder, eos_ids, max_batch_tokens):
     """Its third forward pass never ends; the interpreter stays responsive, as under a kernel that hangs."""
     engine = make_hf(folder, eos_ids, max_batch_tokens)
-    engine._stall_s = 2.0
+    engine._stall_s = scaled(2.0)
     forward, calls = engine._lm.forward, [0]
 
     def hang(*args, **kwargs):

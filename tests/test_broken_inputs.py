@@ -70,7 +70,7 @@ def refused(capsys, *arguments: str) -> str:
 OVERRIDES = [
     ("--algorithm.clip_low=-0.1", "algorithm.clip_low"),
     ("--algorithm.clip_high=-1", "algorithm.clip_high"),
-    ("--algorithm.alpha_max=0.1", "alpha_max = 0.1 is below alpha_0 = 0.5"),
+    ("--reward.correct_above=2", "correct_above = 2 does not part the rewards"),
     ("--algorithm.max_token_kl=0", "algorithm.max_token_kl"),
     ("--algorithm.dual_clip=0.5", "algorithm.dual_clip"),
     ("--algorithm.over_limit=cut", "algorithm.over_limit"),
@@ -134,6 +134,11 @@ DATA = [
 def test_a_bad_data_file(folder, capsys, rows, expected):
     Path("train.jsonl").write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
     assert expected in refused(capsys)
+
+
+def test_no_problem_has_a_strategy(folder, capsys):
+    write_rows([{**row, "strategy": None} for row in ROWS])
+    assert "neither a strategy nor" in refused(capsys, "train", "config.yaml", "--data.without_strategy=grpo")
 
 
 def test_solutions_without_calculator_marks(folder, capsys):

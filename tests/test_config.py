@@ -51,7 +51,7 @@ BAD = [
     ("run.seed", -1), ("run.seed", 1.5), ("run.seed", "x"), ("run.resume", "always"), ("run.timeout_s", 0),
     ("model.path", "null"), ("model.path", 3), ("model.dtype", "float16"), ("model.gradient_checkpointing", "maybe"),
     ("data.train", "null"), ("data.train_limit", 0), ("data.eval_limit", 0), ("data.strategy_source", "model"),
-    ("data.max_prompt_tokens", 0),
+    ("data.max_prompt_tokens", 0), ("data.without_strategy", "drop"), ("reward.correct_above", ".nan"),
     ("rollout.engine", "sglang"), ("rollout.problems_per_step", 0), ("rollout.n_auto", 0), ("rollout.n_guided", -1),
     ("rollout.temperature", 0), ("rollout.temperature", -1), ("rollout.temperature", ".inf"), ("rollout.top_p", 0),
     ("rollout.top_p", 1.01), ("rollout.max_new_tokens", 0), ("rollout.max_batch_tokens", 0),
@@ -197,7 +197,12 @@ def test_several_mistakes_are_told_together(load):
         (["--algorithm.mini_batches=3"], ["mini_batches", "problems_per_step"]),
         (["--rollout.n_auto=1"], ["n_auto"]),
         (["--warmup.enabled=true"], ["warmup.data"]),
-        (["--algorithm.alpha_max=0.4"], ["alpha_max", "alpha_0"]),
+        (["--reward.correct_above=1"], ["correct_above", "math_verify"]),
+        (["--reward.correct_above=-0.5", "--reward.kind=exact"], ["correct_above", "exact"]),
+        (
+            ["--data.without_strategy=grpo", "--algorithm.autonomous_grpo=false"],
+            ["without_strategy", "autonomous_grpo"],
+        ),
         (["--algorithm.distillation=none", "--algorithm.autonomous_grpo=false"], ["autonomous_grpo", "distillation"]),
         (
             ["--algorithm.method=grpo", "--rollout.n_guided=0", "--algorithm.autonomous_grpo=false"],
@@ -219,6 +224,7 @@ def test_impossible_pairs(load, overrides, words):
         ["--rollout.n_auto=1", "--algorithm.autonomous_grpo=false"],
         ["--algorithm.mini_batches=4"],
         ["--algorithm.alpha_0=0", "--algorithm.alpha_max=0"],
+        ["--reward.correct_above=-0.5", "--reward.kind=my.module:fn"],
         ["--warmup.enabled=true", "--warmup.data=builtin"],
     ],
     ids=" ".join,
@@ -250,7 +256,7 @@ def test_words_that_yaml_1_1_takes_for_dates_and_booleans_are_texts(load, name):
     assert load(text=MINIMAL + f"run: {{name: {name}}}\n").run.name == name
 
 
-@pytest.mark.parametrize("value", ["mask", "clamp", "scale"])
+@pytest.mark.parametrize("value", ["mask", "clamp", "scale", "off"])
 def test_every_limit_can_be_written_without_quotes(load, value):
     assert load(f"--algorithm.over_limit={value}").algorithm.over_limit == value
     assert load(text=MINIMAL + f"algorithm: {{over_limit: {value}}}\n").algorithm.over_limit == value
@@ -340,9 +346,17 @@ def test_a_renamed_key_is_refused_with_its_new_name(load, old, new):
     assert new in known_keys(Config)
 
 
-def test_a_loss_without_a_limit_is_a_limit_of_null(load):
+def test_a_loss_without_a_limit_has_one_to_count_by_or_none(load):
+    assert load("--algorithm.over_limit=off").algorithm.max_token_kl == 1.0
     assert load("--algorithm.max_token_kl=null").algorithm.max_token_kl is None
-    assert "max_token_kl: null" in sentence_of(load, "--algorithm.over_limit=off")
+
+
+def test_a_cap_below_alpha_0_is_a_warning(load, caplog):
+    assert load("--algorithm.alpha_max=0.3").algorithm.alpha_max == 0.3
+    assert "alpha_max = 0.3 is below alpha_0 = 0.5" in caplog.text
+    caplog.clear()
+    load("--algorithm.alpha_max=0.3", "--algorithm.alpha=fixed")  # which has no alpha_0
+    assert not caplog.text
 
 
 def test_off_is_none(load):
@@ -357,9 +371,6 @@ def test_the_settings_of_an_old_run_are_read_in_todays_words(load):
     old["algorithm"]["target"] = old["algorithm"].pop("selection")
     old["model"]["lora"]["targets"] = old["model"]["lora"].pop("modules")
     old["engine"]["shared_target_pass"] = True
-    assert from_earlier_version(old) == saved
-    old["algorithm"]["over_limit"] = "off"
-    saved["algorithm"]["max_token_kl"] = None
     assert from_earlier_version(old) == saved
     assert from_earlier_version(saved) == saved
 

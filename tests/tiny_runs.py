@@ -19,8 +19,8 @@ def even(completion, answer, problem):
 def right(completion, answer, problem):
     return 1.0
 
-def wrong(completion, answer, problem):
-    return 0.0
+def graded(completion, answer, problem):
+    return len(completion.split()) % 3 / 2
 """
 
 BASE = {
@@ -28,7 +28,7 @@ BASE = {
     "model": {"path": "builtin", "dtype": "float32"},
     "data": {"train": "builtin", "eval": "builtin", "train_limit": 64, "eval_limit": 8, "max_prompt_tokens": 64},
     "rollout": {"engine": "hf", "problems_per_step": 4, "n_auto": 4, "n_guided": 3, "top_p": 1.0, "max_new_tokens": 8},
-    "reward": {"kind": "plugin:even", "workers": 1},
+    "reward": {"kind": "plugin:even", "workers": 1, "timeout_s": PATIENCE_S},
     "optim": {"lr": 1e-3},
     "engine": {"micro_batch_tokens": 256},
     "train": {"max_steps": 4},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from sgpo.algorithm.advantages import group_advantages
+
 
 def adaptive_alpha(
     p_auto: float, p_guided: float, *, alpha_0: float = 0.5, gamma: float = 0.1, alpha_max: float = 0.8
@@ -21,5 +23,5 @@ def group_advantage_alpha(
 ) -> tuple[float, float]:
     """Ablation: the advantage of o+ in the group of autonomous rewards [G1] and its own, clipped to [0, alpha_max]."""
     group = torch.cat([auto_rewards.double(), torch.tensor([target_reward], dtype=torch.float64)])
-    uncapped = float((target_reward - group.mean()) / (group.std() + eps))
+    uncapped = float(group_advantages(group, eps=eps)[-1])
     return min(max(uncapped, 0.0), alpha_max), uncapped

@@ -10,7 +10,7 @@ import torch
 
 from sgpo.algorithm.advantages import group_advantages
 from sgpo.algorithm.grpo import weighted_sequences
-from sgpo.algorithm.method import ProblemStep, Scorer
+from sgpo.algorithm.method import ProblemStep, Scorer, check_completions
 from sgpo.types import Rollout, ScoredGroup
 
 
@@ -25,6 +25,7 @@ def dapo_sequences(
     normalize_std: bool = True,
 ) -> list[ProblemStep]:
     """Weight 1 / (tokens of all kept completions) for every token; A over rewards less the overlong penalty."""
+    check_completions(groups)
     kept = [group for group in groups if is_informative(group)]
     tokens = total(float(sum(len(rollout.completion_ids) for group in kept for rollout in group.auto)))
 
@@ -35,7 +36,8 @@ def dapo_sequences(
             reward - overlong_penalty(rollout, max_new_tokens=max_new_tokens, share=overlong_share)
             for rollout, reward in zip(group.auto, group.auto_rewards, strict=True)
         ]
-        advantages = group_advantages(torch.tensor(rewards), normalize_std=normalize_std).tolist()
+        of_group = torch.tensor(rewards, dtype=torch.float64)
+        advantages = group_advantages(of_group, normalize_std=normalize_std).tolist()
         return ProblemStep(group, weighted_sequences(group, advantages, lambda _: 1.0 / tokens))
 
     return [learnt(group) for group in groups]
@@ -43,7 +45,7 @@ def dapo_sequences(
 
 def is_informative(group: ScoredGroup) -> bool:
     """Some rollouts are correct, but not all."""
-    return 0 < sum(reward > 0 for reward in group.auto_rewards) < len(group.auto)
+    return 0 < sum(group.auto_correct) < len(group.auto)
 
 
 def overlong_penalty(rollout: Rollout, *, max_new_tokens: int, share: float) -> float:

@@ -16,7 +16,8 @@ def policy_sequences(group: ScoredGroup, *, problems: int, normalize_std: bool =
 
     `problems` is the number of problems that the optimizer step averages over, on all ranks.
     """
-    advantages = group_advantages(torch.tensor(group.auto_rewards), normalize_std=normalize_std).tolist()
+    rewards = torch.tensor(group.auto_rewards, dtype=torch.float64)
+    advantages = group_advantages(rewards, normalize_std=normalize_std).tolist()
     size = len(group.auto)
     return weighted_sequences(
         group, advantages, lambda length: policy_token_weight(problems=problems, group_size=size, length=length)

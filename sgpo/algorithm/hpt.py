@@ -12,7 +12,7 @@ import torch
 
 from sgpo.algorithm.advantages import group_advantages
 from sgpo.algorithm.grpo import weighted_sequences
-from sgpo.algorithm.method import ProblemStep, Scorer
+from sgpo.algorithm.method import ProblemStep, Scorer, check_completions
 from sgpo.algorithm.weights import distill_token_weight
 from sgpo.types import ScoredGroup, TrainSequence
 
@@ -28,14 +28,16 @@ def hpt_sequences(
     normalize_std: bool = False,
 ) -> list[ProblemStep]:
     """Per problem its demonstration or its rollouts, as the gate decides; see the head of the file."""
+    check_completions(groups)
     steps = []
     for group in groups:
-        if sum(reward > 0 for reward in group.auto_rewards) <= gate:
+        if sum(group.auto_correct) <= gate:
             weight = distill_token_weight(alpha=1.0, problems=problems, completions=1, length=len(group.demo_ids))
             demo = TrainSequence(group.prompts.plain, group.demo_ids, distill_weight=weight)
             steps.append(ProblemStep(group, [demo]))
             continue
         weight = 1.0 / (problems * len(group.auto) * max_new_tokens)
-        advantages = group_advantages(torch.tensor(group.auto_rewards), normalize_std=normalize_std).tolist()
+        rewards = torch.tensor(group.auto_rewards, dtype=torch.float64)
+        advantages = group_advantages(rewards, normalize_std=normalize_std).tolist()
         steps.append(ProblemStep(group, weighted_sequences(group, advantages, lambda _, weight=weight: weight)))
     return steps

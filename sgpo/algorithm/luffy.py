@@ -13,7 +13,7 @@ import torch
 
 from sgpo.algorithm.advantages import group_advantages
 from sgpo.algorithm.grpo import weighted_sequences
-from sgpo.algorithm.method import ProblemStep, Scorer
+from sgpo.algorithm.method import ProblemStep, Scorer, check_completions
 from sgpo.types import ScoredGroup, TrainSequence
 
 
@@ -27,10 +27,11 @@ def luffy_sequences(
     normalize_std: bool = False,
 ) -> list[ProblemStep]:
     """The demonstration's `distill_weight` holds A x weight; nothing is learnt where all rollouts are correct too."""
+    check_completions(groups)
     steps = []
     for group in groups:
         weight = 1.0 / (problems * (len(group.auto) + 1) * max_new_tokens)
-        rewards = torch.tensor([*group.auto_rewards, 1.0])
+        rewards = torch.tensor([*group.auto_rewards, 1.0], dtype=torch.float64)
         *advantages, of_demo = group_advantages(rewards, normalize_std=normalize_std).tolist()
         sequences = weighted_sequences(group, advantages, lambda _, weight=weight: weight)
         if of_demo:

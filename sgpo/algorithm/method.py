@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from sgpo.types import Rollout, ScoredGroup, TrainSequence
+from sgpo.types import WORDS, Rollout, ScoredGroup, SgpoError, TrainSequence
 
 Context = tuple[tuple[int, ...], tuple[int, ...]]  # prompt ids, completion ids
 Scorer = Callable[[list[Context]], list[list[float]]]  # log-probs of each completion's tokens after its prompt
@@ -42,6 +42,18 @@ class ProblemStep:
 def all_sequences(problems: Sequence[ProblemStep]) -> list[TrainSequence]:
     """Problem by problem."""
     return [sequence for problem in problems for sequence in problem.sequences]
+
+
+def check_completions(groups: Sequence[ScoredGroup]) -> None:
+    """Raises SgpoError where a rollout has no token, for a weight per token divides by their number."""
+    for group in groups:
+        for rollout in (*group.auto, *group.guided):
+            if not rollout.completion_ids:
+                where = f"sample {rollout.request.sample_index} {WORDS[rollout.request.kind]}"
+                raise SgpoError(
+                    f"the rollout engine gave problem {group.problem.id!r} a completion without a token ({where}); the "
+                    "shortest is an EOS: mend the engine"
+                )
 
 
 class Method(Protocol):

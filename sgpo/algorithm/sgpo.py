@@ -13,10 +13,10 @@ import torch
 
 from sgpo.algorithm.alpha import adaptive_alpha, group_advantage_alpha
 from sgpo.algorithm.grpo import policy_sequences
-from sgpo.algorithm.method import Guidance, ProblemStep, Scorer
+from sgpo.algorithm.method import Guidance, ProblemStep, Scorer, check_completions
 from sgpo.algorithm.selection import most_reachable, selection_score
 from sgpo.algorithm.weights import distill_token_weight
-from sgpo.types import ScoredGroup, TrainSequence
+from sgpo.types import Rollout, ScoredGroup, TrainSequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ def sgpo_sequences(
         score: log-probs under the plain prompt; called exactly once, because under ZeRO-3 it is collective.
         total: not used here; see `sgpo.algorithm.method.Method`.
     """
+    check_completions(groups)
     steps = []
     for group, chosen in zip(groups, choose_teacher_completions(groups, settings, score), strict=True):
         sequences = distill_sequences(group, chosen, problems=problems, with_teacher=settings.distillation != "sft")
@@ -61,26 +62,23 @@ def sgpo_sequences(
 
 def choose_teacher_completions(groups: Sequence[ScoredGroup], settings: SgpoSettings, score: Scorer) -> list[Guidance]:
     """alpha(q) and o+ of every group; only groups with a choice between several correct rollouts are scored."""
-    alphas = [_alpha(group, settings) if settings.distillation is not None else (0.0, 0.0) for group in groups]
-    correct = [
-        [r for r, reward in zip(g.guided, g.guided_rewards, strict=True) if reward > 0] if alpha > 0 else []
-        for g, (alpha, _) in zip(groups, alphas, strict=True)
-    ]
+    live = [_could_learn(group, settings) for group in groups]
+    correct = [_correct_guided(group) if learns else [] for group, learns in zip(groups, live, strict=True)]
     candidates = [rollouts if len(rollouts) > 1 and settings.selection != "all" else [] for rollouts in correct]
     contexts = [
         (group.prompts.plain, rollout.completion_ids)
         for group, rollouts in zip(groups, candidates, strict=True)
-        for rollout in rollouts
+        for rollout, _ in rollouts
     ]
     logprobs = iter(score(contexts))
     guidance = []
-    for (alpha, uncapped), rollouts, scored in zip(alphas, correct, candidates, strict=True):
+    for group, targets, scored in zip(groups, correct, candidates, strict=True):
         value = None
         if scored and settings.selection != "all":
             values = [next(logprobs) for _ in scored]
             best = most_reachable(values, score=settings.selection)
-            rollouts, value = [scored[best]], selection_score(values[best], score=settings.selection)
-        guidance.append(Guidance(alpha if rollouts else 0.0, uncapped, tuple(rollouts), value))
+            targets, value = [scored[best]], selection_score(values[best], score=settings.selection)
+        guidance.append(_guidance(group, targets, value, settings))
     return guidance
 
 
@@ -104,24 +102,47 @@ def distill_sequences(
     ]
 
 
-def _alpha(group: ScoredGroup, settings: SgpoSettings) -> tuple[float, float]:
-    """(alpha, alpha before the cap); (0, 0) where no guided rollout is correct."""
-    if not any(reward > 0 for reward in group.guided_rewards):
-        return 0.0, 0.0
+def _correct_guided(group: ScoredGroup) -> list[tuple[Rollout, float]]:
+    """The correct rollouts with strategy, each with its reward."""
+    judged = zip(group.guided, group.guided_results, strict=True)
+    return [(rollout, result.reward) for rollout, result in judged if result.is_correct]
+
+
+def _could_learn(group: ScoredGroup, settings: SgpoSettings) -> bool:
+    """Whether alpha would be above 0 with the best of the correct rollouts as o+; it grows with R(o+), if at all."""
+    rewards = [reward for _, reward in _correct_guided(group)]
+    return bool(rewards) and settings.distillation is not None and _alpha(group, max(rewards), settings)[0] > 0
+
+
+def _guidance(
+    group: ScoredGroup, targets: Sequence[tuple[Rollout, float]], score: float | None, settings: SgpoSettings
+) -> Guidance:
+    """alpha with the chosen o+ (with several: the mean of their rewards); where alpha is 0, nothing is distilled."""
+    rewards = [reward for _, reward in targets or _correct_guided(group)]
+    if not rewards or settings.distillation is None:
+        return Guidance()
+    alpha, uncapped = _alpha(group, sum(rewards) / len(rewards), settings)
+    if not targets or alpha == 0:
+        return Guidance(alpha_uncapped=uncapped)
+    return Guidance(alpha, uncapped, tuple(rollout for rollout, _ in targets), score)
+
+
+def _alpha(group: ScoredGroup, target_reward: float, settings: SgpoSettings) -> tuple[float, float]:
+    """(alpha, alpha before the cap) of a group with a correct guided rollout; `target_reward` is R(o+)."""
     if settings.alpha == "fixed":
         return settings.alpha_fixed, settings.alpha_fixed
     if settings.alpha == "group_advantage":
         return group_advantage_alpha(
-            torch.tensor(group.auto_rewards), max(group.guided_rewards), alpha_max=settings.alpha_max
+            torch.tensor(group.auto_rewards, dtype=torch.float64), target_reward, alpha_max=settings.alpha_max
         )
     return adaptive_alpha(
-        _pass_rate(group.auto_rewards),
-        _pass_rate(group.guided_rewards),
+        _share(group.auto_correct),
+        _share(group.guided_correct),
         alpha_0=settings.alpha_0,
         gamma=settings.alpha_gamma,
         alpha_max=settings.alpha_max,
     )
 
 
-def _pass_rate(rewards: Sequence[float]) -> float:
-    return sum(reward > 0 for reward in rewards) / len(rewards)
+def _share(correct: Sequence[bool]) -> float:
+    return sum(correct) / len(correct)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from sgpo_kernels import linear_divergence
 
+from sgpo.algorithm.loss import PLAIN, LogitTransform
 from sgpo.analysis.design import Study, load_policy, load_study, make_design
 from sgpo.analysis.report import write_analysis_report
 from sgpo.analysis.results import Results
@@ -80,7 +81,7 @@ def measure_token_kl(
 
     First one of each problem, then a second one, up to analyze.kl_rollouts.
     """
-    correct = [d for d, row in rows.items() if d.arm == "own" and row["reward"] > 0 and row["completion_ids"]]
+    correct = [d for d, row in rows.items() if d.arm == "own" and row["correct"] and row["completion_ids"]]
     places = _places([draw.problem for draw in correct])
     lots = [seed_of(config.run.seed, "token kl", study.problems[draw.problem].id) for draw in correct]
     order = sorted(range(len(correct)), key=lambda k: (places[k], lots[k]))
@@ -112,15 +113,17 @@ class _Divergence:
         hidden: torch.Tensor,
         guided_hidden: torch.Tensor,
         rows: Contexts,
+        *,
+        logits: LogitTransform = PLAIN,
     ) -> torch.Tensor:
         _, stats = linear_divergence(
             hidden,
             guided_hidden,
             head,
             token_weight=torch.ones(len(hidden), device=hidden.device),
-            temperature=self.temperature,
             bias=bias,
             impl=self.impl,
+            **logits.options(self.temperature),
         )
         return stats.divergence
 

@@ -79,7 +79,7 @@ class Results:
         ]
 
     def _correct(self, draw: Draw) -> bool:
-        return self._rows[draw]["reward"] > 0
+        return self._rows[draw]["correct"]
 
     def _arm(self, arm: str) -> Row:
         draws = [draw for draw in self._design.draws if draw.arm == arm]

@@ -95,7 +95,7 @@ def collect(
             finally:
                 rollouts.close()
         rows = {draw: store.get(key) for draw, key in zip(design.draws, keys, strict=True)}
-        found = {draw: row for draw, row in rows.items() if row is not None}
+        found = {draw: {**row, "correct": _is_correct(config, row)} for draw, row in rows.items() if row is not None}
         if all(row["status"] == "error" for row in found.values()):
             raise SgpoError(f"the reward {config.reward.kind!r} failed on every completion: {rewards.last_cause}")
         return found
@@ -154,6 +154,11 @@ def _open_store(path: Path) -> KeyedLines[Row]:
         return {**row, "reward": float(row["reward"]), "judge": row["judge"], "completion_ids": row["completion_ids"]}
 
     return KeyedLines(path, what="file of samples", setting="analyze.output", read=read, write=lambda row: row)
+
+
+def _is_correct(config: AnalyzeConfig, row: Row) -> bool:
+    """By the threshold of now: the file of samples keeps rewards."""
+    return RewardResult(row["reward"], row["status"], config.reward.correct_above).is_correct
 
 
 def _judge(config: AnalyzeConfig, problem: Problem, opening: str) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from sgpo.config import Config, OptimConfig
 from sgpo.data import builtin
+from sgpo.engine.checkpoint_names import check_round_trip
 from sgpo.engine.gradient_check import check_gradients
 from sgpo.engine.zero import ZeroEngine
 from sgpo.model.loading import load_causal_lm
@@ -36,6 +37,7 @@ def _builtin_model(config: Config) -> Path:
 def build_engine(config: Config, model_folder: Path, optim: OptimConfig, device: torch.device) -> ZeroEngine:
     """The engine on the model in `model_folder`, with the optimizer that `optim` describes."""
     lm = load_causal_lm(model_folder, dtype=config.model.dtype, attn_implementation=config.model.attn_implementation)
+    check_round_trip(lm)
     return engine_on(config, lm, optim, device)
 
 
@@ -43,11 +45,12 @@ def engine_on(config: Config, lm: Any, optim: OptimConfig, device: torch.device)
     """The engine on a model that is loaded, after a proof that it loses no gradient."""
     if config.model.lora.rank:
         with_adapters(config, lm)
+    lm.to(device)
     size, timeout_s = config.engine.sequence_parallel_size, config.run.timeout_s
     engine = ZeroEngine(
         PolicyModel(
             lm,
-            parallel=SequenceParallel(lm, size, timeout_s=timeout_s) if size > 1 else None,
+            parallel=partial(SequenceParallel, size=size, timeout_s=timeout_s) if size > 1 else None,
             packed=config.engine.packing == "packed",
             gradient_checkpointing=config.model.gradient_checkpointing,
             activation_offload=config.model.activation_offload,

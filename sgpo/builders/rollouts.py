@@ -107,6 +107,7 @@ def build_policy_sampler(
         token_budget=config.engine.micro_batch_tokens,
         pad_id=tokenizer.pad_token_id,
         adapters=config.syncs_adapters(cuda=torch.cuda.is_available()),
+        checkpoint_names=config.rollout.engine != "hf",  # which is the same transformers model
     )
 
 
@@ -120,4 +121,5 @@ def build_rewards(config: Config) -> RewardPool:
         memory_mib=reward.memory_mib,
         max_chars=reward.max_chars,
         require_box=reward.require_box,
+        correct_above=reward.correct_above,
     )

@@ -106,9 +106,6 @@ def from_earlier_version(raw: dict[str, Any]) -> dict[str, Any]:
             value = section.pop(leaf)
             if key in RENAMED:
                 section[RENAMED[key].rsplit(".", 1)[1]] = value
-    algorithm = _section(found, ["algorithm"])
-    if algorithm.get("over_limit") == "off":
-        algorithm.update(over_limit="mask", max_token_kl=None)
     return found
 
 

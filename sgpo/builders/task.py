@@ -14,7 +14,7 @@ from sgpo.data.problems import check_disjoint, load_problems
 from sgpo.data.prompt_template import source_note, template_of
 from sgpo.data.prompts import PromptBuilder, eos_token_ids
 from sgpo.evaluation.golds import Dropped, check_problems
-from sgpo.model.loading import config_of, positions_of
+from sgpo.model.loading import check_length, check_token_ids, config_of
 from sgpo.planning.architectures import check_sequence_parallel
 from sgpo.rewards.thinking import open_thinking
 from sgpo.strategies.calculator import attach_strategies
@@ -31,6 +31,9 @@ def load_run_tasks(config: Config, model_folder: Path, tokenizer: Any) -> tuple[
     train = load_task(config, tokenizer, split="train", builder=builder)
     held_out = load_task(config, tokenizer, split="eval", builder=builder) if config.data.eval else None
     check_data(config, model_folder, train, held_out)
+    tasks = [train] if held_out is None else [train, held_out]
+    prompts = [ids for task in tasks for pair in task.prompts for ids in (pair.plain, pair.guided or ())]
+    check_token_ids(model_folder, tokenizer, (*prompts, *(train.demo_ids or ())))
     return train, held_out
 
 
@@ -46,18 +49,27 @@ def load_task(config: Config, tokenizer: Any, *, split: str, builder: PromptBuil
     if split == "eval" or config.algorithm.method != "sft":  # SFT learns from solutions; nothing compares answers
         problems, dropped = check_problems(config, source, problems, _say)
     _write_dropped(config, split, dropped)
-    needs_guidance = split == "train" and config.rollout.n_guided > 0
-    if needs_guidance and (bare := [p.id for p in problems if not p.has_guidance]):
-        raise SgpoError(
-            f"{source}: {len(bare)} of {len(problems)} problems have neither a strategy nor guidance turns "
-            f"(first: {', '.join(bare[:3])}); add them, set data.strategy_source, or set rollout.n_guided to 0"
-        )
+    if split == "train" and config.rollout.n_guided > 0:
+        _check_guidance(config, source, problems)
     builder = builder or prompt_builder(config, tokenizer)
     prompts = builder.check_all(problems)
     _say_notes(builder)
     wanted = split == "train" and config.algorithm.method in WITH_DEMONSTRATIONS
     demos = _demonstrations(config, source, problems, tokenizer, builder.tail_text) if wanted else None
     return TaskData(problems, prompts, demos, open_thinking(builder.tail_text))
+
+
+def _check_guidance(config: Config, source: str, problems: list[Problem]) -> None:
+    """Problems without guidance are refused, or counted where data.without_strategy takes them; one must have some."""
+    bare = [p.id for p in problems if not p.has_guidance]
+    found = f"{source}: {len(bare)} of {len(problems)} problems have neither a strategy nor guidance turns"
+    if bare and (config.data.without_strategy == "refuse" or len(bare) == len(problems)):
+        raise SgpoError(
+            f"{found} (first: {', '.join(bare[:3])}); add them, set data.strategy_source, set data.without_strategy to "
+            "grpo where some have one, or set rollout.n_guided to 0"
+        )
+    if bare and distributed.is_main():
+        print(f"{found}; they are learnt by GRPO alone (data.without_strategy: grpo)", flush=True)
 
 
 def _demonstrations(
@@ -102,9 +114,7 @@ def check_data(config: Config, model_folder: Path, train: TaskData, evaluation: 
     if longest > (budget := config.engine.micro_batch_tokens * size):
         of = "engine.micro_batch_tokens" + (" x engine.sequence_parallel_size" if size > 1 else "")
         raise SgpoError(f"{sequence}, more than {of} = {budget}; raise it or lower the other")
-    positions = positions_of(model_folder)
-    if positions is not None and longest > positions:
-        raise SgpoError(f"{sequence}, more than {positions}, the positions of {model_folder}; lower max_new_tokens")
+    check_length(model_folder, longest, sequence, "lower max_new_tokens")
     if evaluation is not None:
         check_disjoint(train.problems, evaluation.problems)
 
@@ -157,7 +167,7 @@ def _load(config: Config, source: str, limit: int | None, split: str) -> list[Pr
     problems = load_problems(source, limit=limit, empty_answers=config.data.bad_golds == "drop" and split != "warmup")
     if config.data.strategy_source == "calculator_trace":
         problems, _ = attach_strategies(problems)
-        if split == "eval":
+        if split == "eval" or (split == "train" and config.data.without_strategy == "grpo"):
             return problems
         lacking = sum(not p.has_guidance for p in problems)
         if lacking:

@@ -10,7 +10,16 @@ import torch
 
 from sgpo.engine.step import score_contexts
 from sgpo.engine.zero import Parts, ZeroEngine
-from sgpo.types import EngineFailure, Rollout, RolloutEngine, RolloutRequest, SamplingParams, SgpoError, SyncReceipt
+from sgpo.types import (
+    WORDS,
+    EngineFailure,
+    Rollout,
+    RolloutEngine,
+    RolloutRequest,
+    SamplingParams,
+    SgpoError,
+    SyncReceipt,
+)
 from sgpo.utils import distributed
 from sgpo.utils.checksums import checksum
 
@@ -36,6 +45,7 @@ class PolicySampler:
         tolerance: largest mean |log-prob gap| on it, in nats.
         adapters: the sampler has adapters of its own, and a sync sends these alone. The first sync sends the
             frozen weights as well, and so does one after which a sampler was lost: they are proved as all others are.
+        checkpoint_names: the sampler knows weights as a checkpoint has them; False: as transformers has them in memory.
     """
 
     def __init__(
@@ -48,14 +58,17 @@ class PolicySampler:
         token_budget: int,
         pad_id: int,
         adapters: bool = False,
+        checkpoint_names: bool = True,
     ) -> None:
         self._trainer_engine = trainer_engine
         self._sampler = sampler
         self._probe_ids = tuple(probe_ids)
         self._tolerance = tolerance
         self._adapters = adapters
+        self._checkpoint_names = checkpoint_names
         self._batching = {"token_budget": token_budget, "pad_id": pad_id}
         self._ahead: _Ahead | None = None
+        self._has_synced = False
         self.policy_version: int | None = None
 
     def sync(self, version: int) -> SyncReport:
@@ -74,14 +87,20 @@ class PolicySampler:
         try:
             receipt = self._sampler.load_weights(named, version, self._probe_ids)
             gaps = [abs(a - b) for a, b in zip(receipt.probe_logprobs, wanted, strict=True)] or [0.0]
-            problem = _mismatch(sent, receipt, self._trainer_engine.weight_names(parts), gaps, self._tolerance)
+            names = self._trainer_engine.weight_names(parts, checkpoint_names=self._checkpoint_names)
+            problem = _mismatch(sent, receipt, names, gaps, self._tolerance)
         except SgpoError as error:
             problem = str(error)
             for _ in named:  # other ranks wait for this one in the gathers of ZeRO-3
                 pass
         if problems := dict.fromkeys(found for found in distributed.gather(problem) if found):
-            raise SgpoError(f"weights of step {version}: {'; '.join(problems)}; the last checkpoint is whole")
-        self.policy_version = version
+            family = self._trainer_engine.model.lm.config.model_type
+            advice = "" if self._has_synced else "; rollout.engine: hf samples from every family that is trained"
+            raise SgpoError(
+                f"weights of step {version} (model family {family}): {'; '.join(problems)}; "
+                f"the last checkpoint is whole{advice}"
+            )
+        self.policy_version, self._has_synced = version, True
         return SyncReport(size[0], sum(gaps) / len(gaps), max(gaps))
 
     def generate(
@@ -94,7 +113,7 @@ class PolicySampler:
         """As RolloutEngine.generate; a sampler that dies is started anew, synced and asked once more."""
 
         def sample() -> list[Rollout]:
-            return self._sampler.generate(requests, sampling, on_progress, on_rollout)
+            return _checked(requests, self._sampler.generate(requests, sampling, on_progress, on_rollout))
 
         return self._with_retry(sample, sample, self.policy_version)
 
@@ -105,7 +124,7 @@ class PolicySampler:
         on_rollout: Callable[[Rollout], None] | None = None,
     ) -> None:
         """Starts to sample in the background; `collect` waits for it. The sampler can do nothing else meanwhile."""
-        self._ahead = _Ahead(lambda: self._sampler.generate(requests, sampling, None, on_rollout))
+        self._ahead = _Ahead(lambda: _checked(requests, self._sampler.generate(requests, sampling, None, on_rollout)))
 
     def collect(self, version: int) -> list[Rollout]:
         """What `begin` asked for. `version` is that of the trainer's weights now, which a new sampler would get."""
@@ -159,7 +178,7 @@ class PolicySampler:
         return "adapters" if all(held) else "apart"
 
     def _recorded(self, parts: Parts, sent: dict[str, int], size: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._trainer_engine.named_weights(parts):
+        for name, tensor in self._trainer_engine.named_weights(parts, checkpoint_names=self._checkpoint_names):
             sent[name] = checksum(tensor)
             size[0] += tensor.nbytes
             yield name, tensor
@@ -187,6 +206,24 @@ class _Ahead:
             self._outcome = (self.sample(), None)
         except BaseException as error:  # raised where it is waited for
             self._outcome = (None, error)
+
+
+def _checked(requests: Sequence[RolloutRequest], rollouts: list[Rollout]) -> list[Rollout]:
+    """`rollouts`; SgpoError where they are not what an engine owes for `requests`."""
+    if [rollout.request for rollout in rollouts] != list(requests):
+        raise SgpoError(
+            f"the rollout engine gave {len(rollouts)} completions for {len(requests)} requests, or not in their order; "
+            "one for each, in order, is expected: mend the engine"
+        )
+    for rollout in rollouts:
+        tokens, logprobs = len(rollout.completion_ids), len(rollout.rollout_logprobs)
+        if not tokens or tokens != logprobs:
+            raise SgpoError(
+                f"the rollout engine gave a completion of {tokens} tokens with {logprobs} log-probs (sample "
+                f"{rollout.request.sample_index} {WORDS[rollout.request.kind]}); a completion has at least its EOS, "
+                "and a log-prob for each token: mend the engine"
+            )
+    return rollouts
 
 
 def _mismatch(

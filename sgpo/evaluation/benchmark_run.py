@@ -240,6 +240,7 @@ def _setting(config: Config, folder: Path, fingerprint: str, task: Task) -> dict
         "seed": config.run.seed,
         "reward": config.reward.kind,
         "require_box": config.reward.require_box,
+        "correct_above": config.reward.correct_above,
         "model": fingerprint,
         "dtype": config.model.dtype,
         "engine": config.rollout.engine,

@@ -74,6 +74,7 @@ def evaluate(
             "sample": rollout.request.sample_index,
             "kind": kind,
             "reward": result.reward,
+            "correct": result.is_correct,
             "status": result.status,
             "tokens": len(rollout.completion_ids),
             "truncated": rollout.truncated,
@@ -90,7 +91,7 @@ def _summary(rows: list[dict[str, Any]], k: int, seed: int) -> EvalResult:
     rows.sort(key=lambda row: (row["problem_id"], row["sample"]))
     per_problem: dict[str, list[float]] = {}
     for row in rows:
-        per_problem.setdefault(row["problem_id"], []).append(float(row["reward"] > 0))
+        per_problem.setdefault(row["problem_id"], []).append(float(row["correct"]))
     means = [sum(values) / len(values) for values in per_problem.values()]
     low, high = bootstrap_interval(means, seed=seed_of(seed, "bootstrap") % 2**31)
     return EvalResult(

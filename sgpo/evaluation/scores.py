@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sgpo.evaluation.sample_log import Samples, differences, read_samples
-from sgpo.types import SgpoError
+from sgpo.types import RewardResult, SgpoError
 from sgpo.utils.statistics import bootstrap_interval, nested_bootstrap_interval, pass_at_k, permutation_p_value
 
 Interval = tuple[float, float]
@@ -103,7 +103,7 @@ class Comparison:
 def score(samples: Samples, *, seed: int, leave_out: Collection[str] = ()) -> Score:
     """The score of a file of samples, all problems of which have equally many; `leave_out` are ids not to count.
 
-    A sample is correct where its reward is above 0.
+    A sample is correct where its reward is above the setting's correct_above.
 
     Raises:
         SgpoError: samples are missing, or none are left.
@@ -180,8 +180,10 @@ def compare_files(a: Path, b: Path, *, seed: int = 0) -> list[Comparison]:
 def _correct(samples: Samples) -> dict[str, list[float]]:
     """1.0 or 0.0 of every sample, by problem; SgpoError where some are missing."""
     table: dict[str, list[float]] = {}
+    above = samples.setting.get("correct_above", 0.0)
     for (name, _), row in sorted(samples.rows.items()):
-        table.setdefault(name, []).append(float(row["reward"] > 0))
+        result = RewardResult(row["reward"], row.get("status", "ok"), above)
+        table.setdefault(name, []).append(float(result.is_correct))
     k = samples.setting.get("samples", max(map(len, table.values()), default=0))
     wanted = samples.setting.get("problem_count", len(table)) * k
     if len(samples.rows) != wanted or any(len(row) != k for row in table.values()) or not table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,8 @@ from safetensors import SafetensorError
 
 from sgpo.types import SgpoError
 
-# Models that change the logits after the head: the fused losses would silently compute something else.
-# Each with the values that change nothing.
-_UNSUPPORTED_LOGITS = {
-    "final_logit_softcapping": (None,),
-    "logit_scale": (None, 1),
-    "logits_scaling": (None, 1),
-    "lm_head_multiplier": (None, 1),
-    "output_multiplier": (None, 1),
-}
+# transformers maps most models' names to the first one; these have kept their own.
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx")
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -57,6 +51,10 @@ def load_causal_lm(path: str | Path, *, dtype: str, attn_implementation: str = "
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        if "attention implementation" in str(error):  # transformers goes on with advice that cannot be followed here
+            raise SgpoError(
+                f"the model in {path} has no {attn_implementation} attention; set model.attn_implementation to eager"
+            ) from error
         raise SgpoError(f"no model can be loaded from {path}: {_first_line(error)}") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
@@ -64,10 +62,6 @@ def load_causal_lm(path: str | Path, *, dtype: str, attn_implementation: str = "
             f"the model in {path} lacks {', '.join(missing[:3])} ({len(missing)} weights in all), which would be "
             "random numbers; copy the whole checkpoint"
         )
-    settings = model.config.get_text_config()
-    for name, neutral in _UNSUPPORTED_LOGITS.items():
-        if getattr(settings, name, None) not in neutral:
-            raise SgpoError(f"the model in {path} sets {name}, which the fused loss does not support yet")
     return model
 
 
@@ -80,8 +74,52 @@ def eos_ids_of_folder(path: str | Path) -> int | list[int] | None:
 
 
 def positions_of(model_folder: Path) -> int | None:
-    """Longest sequence that the model was made for."""
-    return config_of(model_folder).get("max_position_embeddings")
+    """Longest sequence that the model was made for; None where its config does not say."""
+    settings = _text_settings(model_folder)
+    return next((found for name in _POSITIONS if isinstance(found := settings.get(name), int) and found > 0), None)
+
+
+def check_length(model_folder: Path, longest: int, sequence: str, advice: str) -> None:
+    """SgpoError, with the words for the sequence and what to do, where one of `longest` tokens is more than the model
+    was made for, or changes what it computes for the shorter ones beside it."""
+    positions = positions_of(model_folder)
+    if positions is not None and longest > positions:
+        raise SgpoError(f"{sequence}, more than {positions}, the positions of {model_folder}; {advice}")
+    rope = _text_settings(model_folder).get("rope_parameters") or {}
+    original = rope.get("original_max_position_embeddings")
+    if original is not None and rope.get("rope_type") == "longrope" and longest > original:
+        raise SgpoError(
+            f"{sequence}, more than {original}: from there on the LongRoPE of {model_folder} turns every sequence of a "
+            f"batch otherwise, the short ones too, so that log-probs depend on what stands beside them; {advice}"
+        )
+
+
+def check_token_ids(model_folder: Path, tokenizer: Any, sequences: Iterable[Sequence[int]]) -> None:
+    """SgpoError where a token that the run needs has no row in the model's embedding: of these sequences, EOS or
+    padding. The tokenizer is larger than the model then."""
+    rows = _text_settings(model_folder).get("vocab_size")
+    largest = max(max(ids, default=0) for ids in (*sequences, (tokenizer.eos_token_id, tokenizer.pad_token_id)))
+    if isinstance(rows, int) and largest >= rows:
+        raise SgpoError(
+            f"the tokenizer in {model_folder} gives token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), "
+            f"but the model's embedding has {rows} rows: the two do not belong together; take the model's own "
+            "tokenizer, or enlarge its embedding (resize_token_embeddings) and save it"
+        )
+
+
+def _text_settings(model_folder: Path) -> dict[str, Any]:
+    """What the config of the language model says, under the names of transformers and under its own; only the
+    folder's own words where transformers does not know the model."""
+    from transformers import AutoConfig
+
+    raw = config_of(model_folder)
+    try:
+        config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        return raw
+    text = config.get_text_config(decoder=True)
+    known = {name: getattr(text, name, None) for name in (*_POSITIONS, "vocab_size", "rope_parameters")}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def config_of(model_folder: Path) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def _sample_rollouts(path: Path) -> tuple[int, list[dict[str, Any]]] | None:
 
 
 def _rollout_html(row: dict[str, Any]) -> str:
-    outcome = "right" if row["reward"] > 0 else "wrong"
+    outcome = "right" if row.get("correct", row["reward"] > 0) else "wrong"
     tags = [(WORDS.get(row["kind"], row["kind"]), ""), (f"reward {cell_text(row['reward'])}", outcome)]
     tags += [(row["status"], "")] if row["status"] != "ok" else []
     tags += [("truncated", "")] if row["truncated"] else []

@@ -84,4 +84,4 @@ def bare_answer(gold: str) -> str:
 
 def normalised(answer: str) -> str:
     """The answer for comparison as a string: no math delimiters, no white space, no final full stop."""
-    return "".join(bare_answer(answer).split()).rstrip(".")
+    return "".join(bare_answer(answer).split()).removesuffix(".")

@@ -1,4 +1,4 @@
-r"""Notation that Math-Verify does not read, rewritten into notation that it does; and one answer against several.
+r"""Notation that Math-Verify does not read, rewritten into notation that it does; decoration taken off.
 
 Plain text functions, linear in the text: nothing is evaluated here. They work on what stands inside a box.
 """
@@ -6,32 +6,52 @@ Plain text functions, linear in the text: nothing is evaluated here. They work o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from itertools import product
 
-_CHARACTERS = str.maketrans(
-    {
-        "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ",
-        "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
-        "±": r"\pm ", "°": r"^{\circ}", "（": "(", "）": ")", "，": ", ", "、": ", ", "：": ":", "\u00a0": " ",
-        "€": "", "£": "", "≈": r"\approx ",
-    }
-)  # fmt: skip
+from sgpo.rewards.characters import as_latex
 
+_END = r"(?![A-Za-z])"
+_SPACE = rf"(?:\s|~|\\[,;:! ]|\\q?quad{_END})"
+_ARGUMENT = (
+    r"\\left\s?\([^()]{1,60}\\right\s?\)|\([^()]{1,60}\)|\\frac\s?\{[^{}]{1,20}\}\s?\{[^{}]{1,20}\}"
+    r"|\d{1,9}(?:\.\d{1,9})?(?:\^\{\\circ\})?|\\[a-z]{1,9}"
+)
+_DECORATION = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\(?:tag|label|[vh]?phantom|[hv]space)\*?\s?\{[^{}]{0,40}\}", ""),
+        (r"\\(?:color|textcolor|colorbox)\s?(?:\[[^\[\]]{0,20}\])?\s?\{[^{}]{0,40}\}", ""),
+        (r"\\fcolorbox\s?\{[^{}]{0,40}\}\s?\{[^{}]{0,40}\}", ""),
+        (r"\\mathbf(?=\s?\{\s?\(?[A-J][).])", r"\\textbf"),
+        (
+            r"\\(?:bold|boldsymbol|bm|pmb|underline|uline|emph|mathit|mathsf|mathbf|mathtt|mathnormal|framebox|ensuremath)(?=\s?\{)",
+            "",
+        ),
+        (rf"\{{\s?\\rm{_END}\s?", r"\\mathrm{"),
+        (
+            rf"\\(?:displaystyle|(?:script|text)style|bf|it|rm|sf|tt|bfseries|itshape|[lL]arge|LARGE|[hH]uge|small|normalsize"
+            rf"|centering|hfill|noindent|mathstrut|strut|[bB]igg?[lrm]?){_END}\s?",
+            "",
+        ),
+        (r"\\(?:text\w{0,6}|mathrm|mbox)\s?\{([\d.,;:+/\s-]{0,200})\}", r"\1"),  # numbers, not words
+        (r"(?<=.)\\(?:text\w{0,6}|mathrm|mbox)\s?\{\s?\((?![^(){}]*\bor\b)[^(){}]{2,200}\)[\s.]?\}$", ""),  # a remark
+        (r"(\\(?:text\w{0,6}|mathrm|mbox)\s?\{[^{}]{0,60})\^\{(\d)\}([^{}]{0,60}\})", r"\1^\2\3"),
+        (r"\\(?:text\w{0,6}|mathrm|mbox)\s?\{\s?(\\text\w{0,6}\s?\{[^{}]{0,200}\})\s?\}", r"\1"),
+    )
+)
 _REWRITES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"\\degrees?(?![A-Za-z])", r"^{\\circ}"),
-        (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
-        (r"\\log_(?:\{e\}|e(?![A-Za-z]))", r"\\ln"),
-        (r"(?<=\d)(?:\{,\}|\\[,!; ]|,\\!\s?|~)(?=\d{3}(?!\d))", ""),  # 1{,}000 and 1\,000
+        (rf"\\degrees?{_END}|\^\s?\{{\s?\\circ\s?\}}|\^\s?\\circ{_END}|\^\s?\{{o\}}|(?<=\d)\^o{_END}", r"^{\\circ}"),
+        (r"\\(?:nicefrac|sfrac|xfrac)(?=\s?\{)", r"\\frac"),
+        (rf"\\varnothing{_END}", r"\\emptyset"),
+        (rf"\\log_(?:\{{e\}}|e{_END})", r"\\ln"),
+        (r"(?<=\d)(?:\{,\}|\\[,!; ]|,\\!\s?|~|(?<!\d{4})\s)(?=\d{3}(?!\d))(?!\d{3}\s?/)", ""),  # 1{,}000 and 1\,000
+        (r"\\dot\s?\{?(\d)\}?(\d{0,20})\\dot\s?\{?(\d)\}?", r"\\overline{\1\2\3}"),
         (r"\\(?:bar|dot)(?=\{\d+\})", r"\\overline"),
         (r"_\{\\(max|min)\s?\}", r"_{\1}"),
-        (r"\\langle(?![A-Za-z])", "("),
-        (r"\\rangle(?![A-Za-z])", ")"),
-        (r"\\text\{\s?\}", ""),
+        (rf"\\(?:langle|lbrack){_END}", "("),
+        (rf"\\rangle{_END}", ")"),
         (r"^(?:\\text\{\s?)?[Aa]ll real numbers\.?\s?\}?$", r"(-\\infty, \\infty)"),
-        (r"^\\approx(?![A-Za-z])", ""),
         (r"^([-+]?\d{1,20}(?:\.\d{1,20})?)[eE]([-+]?\d{1,3})$", r"\1 \\times 10^{\2}"),
         (r"^\](.{1,200}),(.{1,200})\[$", r"(\1,\2)"),  # ]0, 1[
         (
@@ -39,137 +59,80 @@ _REWRITES = tuple(
             "",
         ),
         (r"^(?:\\left)?\\\{\s?[a-z](?:\s?\\in\s?\\mathbb\{R\})?\s?(?:\\mid|\||:)(.{1,400}?)(?:\\right)?\\\}$", r"\1"),
-        (r"\\(?:bold|boldsymbol|bm|underline|emph|mathit|mathsf)(?=\s?\{)", ""),
-        (r"^\\text(?:bf|it)?\{\s?([-+]?[\d.,]+)\s[A-Za-z ]+\}$", r"\1"),  # \text{17 students}
+        (r"\\(?:mathrm|text|operatorname|textrm)\s?\{\s?(i|e)\s?\}", r" \1 "),  # the constants, upright
+        (rf"\\imath{_END}", " i "),
+        (rf"\\(?:cis|(?:operatorname|text|mathrm)\s?\{{cis\}})\s?({_ARGUMENT})", r"(\\cos \1 + i \\sin \1)"),
+        (r"(?<=\d)\s?percent\b", r"\\%"),
+        (r"^([a-z])\s?(?:\||\\mid(?![A-Za-z]))\s?(?=.*(?:[<>=]|\\[lg]e))(?=.*\1)", ""),  # {x|x>1}
+        (r"\s?\\(?:text\w{0,6}|mathrm|mbox)\s?\{\s?(?:percent|per cent|\\%)\s?\}", r"\\%"),
+        (r"(?:\\|(?<![A-Za-z\\]))sqrt\s?(\[\d\])?\s?\(([^()]{0,200})\)", r"\\sqrt\1{\2}"),
+        (r"\\sqrt\s?(\d{1,20})(?=\D|$)", r"\\sqrt{\1}"),
     )
 )
+_MIXED = re.compile(
+    rf"(?<![\w.^}}\])/])(?!(?<=,)\d{{3}}(?!\d))(\d{{1,20}}){_SPACE}{{1,9}}(\d{{1,20}})\s?/\s?(\d{{1,20}})(?![\d./])"
+)
 _REPEATING = re.compile(r"(\d{0,20})\.(\d{0,20})\\overline\{(\d{1,20})\}")
-_LEADING_TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\{[^{}]*(?:\bis|[:=])\s*\}(?=.)")  # \text{The answer is }
-_ASSIGNMENT = re.compile(r"([A-Za-z])\s?=([^=]+)")
-_CHOICE = re.compile(r"\\text(?:bf|rm|it)?\s?\{\s?\(?([A-J])[).]\s?\}(?:\\[ ,;]|~|\s)?(?=.)")
-_RESIDUE = re.compile(r"(?:[a-z]\s?\\equiv\s?)?([^\\]{1,40})\\pmod\s?(?:\{[^{}]{1,40}\}|\w{1,9})")
-_TEXT_COMMAND = re.compile(r"\\(?:text\w{0,6}|mathrm|mbox)(?=\s?\{)")
-_WORD = re.compile(r"[^\W_]+|:")
+_LEADING_TEXT = re.compile(
+    r"\\(?:text\w{0,6}|mathrm|mbox)\{(?!\s?\(?[A-J]\)?\s?:)[^{}]*(?:\bis|[:=])\s*\}(?=.)"
+)  # \text{The answer is }
+_TRIGONOMETRY = re.compile(rf"\\(?:sin|cos|tan|cot|sec|csc){_END}")
+_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s?\^\{\\circ\}")
 _EMPTY_SET = re.compile(r"(?:\\left)?\\\{\s*(?:\\right)?\\\}")
 
-_CONNECTIVE = re.compile(
-    r",?\s*\\(?:text|textrm|mathrm|mbox|rm)\s?\{\s{0,9},?\s{0,9}(?:and|or)\s{0,9}\}|,?\s(?:and|or)\s"
+_START = re.compile(
+    rf"(?:{_SPACE}|[=:,;&]|\\(?:therefore|because|implies|Rightarrow|Longrightarrow|rightarrow|to|approx|simeq|sim|equiv)"
+    rf"{_END})*"
 )
-_PREFIX = re.compile(r"\s*[A-Za-z]\w?\s*(?:=|\\in(?![A-Za-z]))\s*(?=(?:\\left)?\\\{)")
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)")
-_TOKEN = re.compile(r"\\[A-Za-z]+|\\.|[()\[\]{},;]")
-_SIGN = re.compile(r"\\(pm|mp)(?![A-Za-z])")
-
-_UNIT = (
-    "mm|cm|dm|km|m|in|ft|yd|mi|mg|kg|g|lb|lbs|oz|ml|mL|L|s|sec|min|h|hr|hrs|kph|mph|km/h|m/s|USD|EUR|dollars?|cents?|inch|"
-    "inches|feet|foot|meters?|centimeters?|miles?|minutes?|hours?|seconds?|days?|degrees?|units?|percent"
+_FINISH = re.compile(
+    rf"(?:{_SPACE}|[,;:&]|(?<!\\right)(?<!\\right )(?<!\.)\.|\\\\|\\(?:blacksquare|square|Box|qed|checkmark){_END}){{1,20}}$"
 )
-_UNIT_SUFFIX = re.compile(
-    rf"(?<=[\d)}}])(?:\s|~|\\[,; ])*(?:(?:sq|square|cubic)\s)?(?:{_UNIT})(?:\s?\^\s?\{{?[23]\}}?)?$"
+_WRAPPERS = (
+    ("**", "**"), ("__", "__"), ("*", "*"), ("``", "``"), ("`", "`"), ("'", "'"), ('"', '"'), ("$$", "$$"), ("$", "$"),
+    ("\\(", "\\)"), ("\\[", "\\]"), ("\\left.", "\\right."),
+)  # fmt: skip
+_ENVIRONMENT = re.compile(
+    r"(?P<brace>(?:\\left\s?)?\\\{\s*)?\\begin\{(?P<name>aligned|align\*?|gathered|gather\*?|split|cases|array)\}"
+    r"(?:\[[^\[\]]{0,9}\])?(?:\{[^{}]{0,20}\})?(?P<rows>.*)\\end\{(?P=name)\}(?:\s*\\right\s?\.)?",
+    re.DOTALL,
 )
-_LETTER = re.compile(r"\\(?:text\w*|mathrm|mbox)\s?\{[^{}]*\}|\\[A-Za-z]+|([A-Za-z])")  # outside words and commands
-_NUMBER_WITH_UNIT = re.compile(rf"[-+]?[\d.,]+\s(?:{_UNIT})(?:\s?\^\{{?[23]\}}?)?")
-
-_MAX_SIGNS = 3  # so many independent signs in one item become 2^3 answers
-_MAX_ITEMS = 64
+_ROW_END = re.compile(r"\\\\(?:\[[^\[\]]{0,9}\])?")
+_RELATION = re.compile(r"\s*(?:[=<>]|\\(?:le|ge|leq|geq|leqslant|geqslant|ne|neq|approx|equiv)(?![A-Za-z]))")
+_TOKEN = re.compile(r"\\[A-Za-z]+|\\.|[{}]")
 
 
 def tidy(answer: str) -> str:
     r"""The answer in characters and commands that Math-Verify knows: `90°`, `1{,}000` or `0.\overline{3}`."""
-    answer = _without_braces(answer.translate(_CHARACTERS))
+    answer = as_latex(answer)
+    if "\\" in answer:
+        for pattern, replacement in _DECORATION:
+            answer = pattern.sub(replacement, answer)
+    answer = _unwrapped(answer)
     for pattern, replacement in _REWRITES:
         answer = pattern.sub(replacement, answer)
-    answer = _without_braces(answer[match.end() :] if (match := _LEADING_TEXT.match(answer)) else answer)
+    answer = _unwrapped(answer[match.end() :] if (match := _LEADING_TEXT.match(answer)) else answer)
     if _EMPTY_SET.fullmatch(answer):
         return r"\emptyset"
-    return _REPEATING.sub(_as_fraction, answer)
+    if _TRIGONOMETRY.search(answer):
+        answer = _DEGREES.sub(r"(\\frac{\1\\pi}{180})", answer)
+    return _MIXED.sub(_as_mixed, _REPEATING.sub(_as_fraction, answer))
 
 
-def has_variables(gold: str) -> bool:
-    """Whether the gold answer has letters that are no unit and no word, so that `m` at its end is a variable."""
-    return any(match[1] for match in _LETTER.finditer(gold)) and not _NUMBER_WITH_UNIT.fullmatch(gold)
-
-
-def without_unit(answer: str) -> str:
-    """The answer without a plainly written unit at its end: `166 cm^2`."""
-    return _UNIT_SUFFIX.sub("", answer)
-
-
-def without_percent(answer: str) -> str:
-    """The answer without percent signs."""
-    return answer.replace("\\%", "").replace("%", "").strip(" ~")
-
-
-def gold_items(gold: str) -> list[str]:
-    """The answers that a gold answer consists of. A comma before three digits without a space is one of a thousand."""
-    return _expanded(_split(_THOUSANDS.sub(_without_commas, gold)), independent=False)
-
-
-def answer_readings(answer: str) -> Iterator[list[str]]:
-    r"""The lists that `answer` can mean: `1,350` is one number or two, `(\pm 1, \pm 2)` two points or four."""
-    seen = []
-    for text in dict.fromkeys((answer, _THOUSANDS.sub(_without_commas, answer))):
-        items = _split(text)
-        for independent in (False, True):
-            reading = _expanded(items, independent=independent)
-            if reading not in seen:
-                seen.append(reading)
-                yield reading
-
-
-def spellings(answer: str) -> Iterator[str]:
-    r"""Other ways to read a single answer: `\{(1, 2)\}`, `\text{(A) } 5` (as 5 and as A), `n \equiv 5 \pmod 7`."""
-    items = _split(answer)
-    if len(items) == 1 and items[0] != answer:
-        yield items[0]
-    if choice := _CHOICE.match(answer):
-        yield from (answer[choice.end() :], choice[1])
-    if residue := _RESIDUE.fullmatch(answer):
-        yield residue[1]
-
-
-def as_point(answer: str) -> str:
-    """`y=1, x=2` as `(2, 1)`: the values in alphabetical order of their names. Any other answer as it is."""
-    named = [_ASSIGNMENT.fullmatch(item) for item in _split(answer)]
-    values = {match[1]: match[2].strip() for match in named if match}
-    if len(values) < 2 or len(values) != len(named):
-        return answer
-    return f"({', '.join(values[name] for name in sorted(values))})"
-
-
-def words_of(answer: str) -> str | None:
-    r"""The letters of an answer in words (`\text{June } 20` as "june20"); None where it is a formula."""
-    text = _TEXT_COMMAND.sub("", answer)
-    if text == answer and not answer.replace(" ", "").isalnum():
-        return None
-    return None if any(mark in text for mark in "\\^_=") else "".join(_WORD.findall(text.casefold()))
-
-
-def union_items(answer: str) -> list[str]:
-    """The parts of a union of intervals, or of conditions joined by "or"."""
-    return [part for piece in answer.split("\\cup") for part in _split(piece)]
-
-
-def is_grouped(answer: str) -> bool:
-    """Whether one pair of brackets holds all of the answer, so that it may be several in the form of a tuple."""
-    return answer.startswith(("(", "[", "\\left", "\\{"))
-
-
-def _split(answer: str) -> list[str]:
-    """At commas, semicolons, "and" and "or" outside of all brackets; the braces around a set are taken off first."""
-    text = _set_content(_CONNECTIVE.sub(",", _PREFIX.sub("", answer, count=1)))
-    items, depth, start = [], 0, 0
-    for token in _TOKEN.finditer(text):
-        mark = token.group()
-        if mark in ("(", "[", "{", "\\{"):
-            depth += 1
-        elif mark in (")", "]", "}", "\\}"):
-            depth = max(0, depth - 1)
-        elif mark in (",", ";") and depth == 0:
-            items.append(text[start : token.start()])
-            start = token.end()
-    items = [item.strip() for item in (*items, text[start:])]
-    return [item for item in items if item] if len(items) <= _MAX_ITEMS else [answer]
+def _unwrapped(answer: str) -> str:
+    """Without what stands around the whole: space, braces, signs such as "therefore", quotes, an environment."""
+    before = None
+    while answer != before and (before is None or len(answer) < len(before)):
+        before = answer
+        answer = answer[_START.match(answer).end() :]  # pyright: ignore[reportOptionalMemberAccess]
+        while finish := _FINISH.search(answer, max(0, len(answer) - 100)):
+            answer = answer[: finish.start()]
+        answer = _without_braces(_rows(answer))
+        for begin, end in _WRAPPERS:
+            inner = answer[len(begin) : -len(end)]
+            if answer.startswith(begin) and answer.endswith(end) and inner.strip() and begin not in inner:
+                answer = inner
+                break
+    return answer
 
 
 def _without_braces(answer: str) -> str:
@@ -184,32 +147,27 @@ def _without_braces(answer: str) -> str:
     return answer
 
 
-def _set_content(text: str) -> str:
-    stripped = text.strip()
-    for begin, end in (("\\{", "\\}"), ("\\left\\{", "\\right\\}")):
-        inner = stripped[len(begin) : -len(end)]
-        if stripped.startswith(begin) and stripped.endswith(end) and "\\{" not in inner and inner.strip():
-            return inner
-    return text
-
-
-def _expanded(items: list[str], *, independent: bool) -> list[str]:
-    r"""Every item with `\pm` becomes one with plus and one with minus; all its signs together, or each for itself."""
-    expanded = []
-    for item in items:
-        signs = _SIGN.findall(item)
-        if not signs or len(signs) > _MAX_SIGNS:
-            expanded.append(item)
-            continue
-        width = len(signs) if independent else 1
-        for chosen in product((True, False), repeat=width):
-            plus = iter(chosen * (1 if independent else len(signs)))
-            expanded.append(_SIGN.sub(lambda sign, plus=plus: "+" if next(plus) == (sign[1] == "pm") else "-", item))
-    return expanded
-
-
-def _without_commas(match: re.Match[str]) -> str:
-    return match.group().replace(",", "")
+def _rows(answer: str) -> str:
+    r"""The lines of `aligned`, or of `cases` that are equations, as a list; a piecewise definition stays as it is."""
+    match = _ENVIRONMENT.fullmatch(answer)
+    if match is None:
+        return answer
+    if match["name"] == "array" and not match["brace"]:  # a matrix, unless it has one entry
+        return answer if "&" in match["rows"] or "\\\\" in match["rows"] else match["rows"].strip()
+    is_system = match["name"] in ("cases", "array") or bool(match["brace"])
+    rows: list[str] = []
+    for row in _ROW_END.split(match["rows"]):
+        parts = [part.strip() for part in row.strip(" \n\t,;.").split("&")]
+        if is_system and any(part and not _RELATION.match(part) for part in parts[1:]) and parts[0]:
+            return answer
+        text = " ".join(part for part in parts if part)
+        if rows and _RELATION.match(text) and not is_system:
+            rows[-1] += " " + text
+        elif text:
+            rows.append(text)
+    if is_system and not all("=" in row and "," not in row for row in rows):
+        return answer
+    return ", ".join(rows) if rows else answer
 
 
 def _as_fraction(match: re.Match[str]) -> str:
@@ -217,3 +175,8 @@ def _as_fraction(match: re.Match[str]) -> str:
     scale = 10 ** len(fixed)
     numerator = int(whole + fixed + repeating) - int((whole + fixed) or 0)
     return rf"\frac{{{numerator}}}{{{scale * (10 ** len(repeating) - 1)}}}"
+
+
+def _as_mixed(match: re.Match[str]) -> str:
+    whole, top, bottom = map(int, match.groups())
+    return rf"\frac{{{whole * bottom + top}}}{{{bottom}}}" if 0 < top < bottom else match.group()

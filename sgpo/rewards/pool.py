@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 from pebble import ProcessExpired, ProcessPool
@@ -53,6 +53,7 @@ class RewardPool:
         memory_mib: address space a worker may use on top of what it has after loading the reward (Linux only).
         max_chars: a longer completion is "too_long" and never reaches a worker.
         require_box: see `verify_answer`.
+        correct_above: what a reward must exceed for its completion to count as correct.
 
     Attributes:
         counts: results so far by status: "ok", "no_answer", "too_long", "timeout", "error".
@@ -71,6 +72,7 @@ class RewardPool:
         memory_mib: int = 1024,
         max_chars: int = 200_000,
         require_box: bool = True,
+        correct_above: float = 0.0,
     ) -> None:
         if workers < 1 or timeout_s <= 0 or memory_mib < 1 or max_chars < 1:
             raise SgpoError(
@@ -84,6 +86,7 @@ class RewardPool:
         self._timeout_s = timeout_s
         self._max_chars = max_chars
         self._require_box = require_box
+        self._correct_above = correct_above
         self._worker_arguments = (reward, require_box, memory_mib)
         self._lock = threading.Lock()  # of the counters; pebble's threads take it
         self._pool_lock = threading.Lock()  # of the pool; never taken by pebble's threads, which closing waits for
@@ -116,7 +119,7 @@ class RewardPool:
                 f"The reward {self._reward!r} failed on all {len(items)} completions; first cause: "
                 f"{item_outcomes[0].cause}"
             )
-        return [outcome.result for outcome in item_outcomes]
+        return [self._result(outcome) for outcome in item_outcomes]
 
     def submit(self, item: RewardItem) -> Future[RewardResult]:
         """The result of one item, to come. The future always gets one, "error" if the workers die or the pool closes.
@@ -128,7 +131,7 @@ class RewardPool:
 
         def resolve(outcome: Outcome) -> None:
             self._count(outcome)
-            result.set_result(outcome.result)
+            result.set_result(self._result(outcome))
 
         task = self._task(item)
         if task is None:
@@ -136,6 +139,15 @@ class RewardPool:
         else:
             self._schedule(task).add_done_callback(lambda future: resolve(self._outcome(future) or _LOST))
         return result
+
+    def explain(self, item: RewardItem) -> Outcome:
+        """The outcome of one item with the steps that led to it, within the same limits; it is not counted."""
+        task = (self._reward, self._require_box, item.completion, item.gold, item.problem)
+        if self._task(item) is None:
+            return _TOO_LONG
+        future = self._schedule(task, run=worker_process.run_explanation)
+        wait([future])
+        return self._outcome(future) or _LOST
 
     def close(self) -> None:
         """Kills the workers, busy or not. Results still to come become "error"."""
@@ -151,6 +163,9 @@ class RewardPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _result(self, outcome: Outcome) -> RewardResult:
+        return replace(outcome.result, correct_above=self._correct_above)
 
     def _task(self, item: RewardItem) -> _Task | None:
         """What the workers need of the item, the same for items that must get the same result; None if too long."""
@@ -189,13 +204,15 @@ class RewardPool:
                     if not self._closed:
                         self._replace_pool()
 
-    def _schedule(self, task: _Task) -> Future[Outcome]:
+    def _schedule(
+        self, task: tuple[object, ...], run: Callable[..., Outcome] = worker_process.run_reward
+    ) -> Future[Outcome]:
         with self._pool_lock:
             if self._closed:
                 raise SgpoError("The reward pool is closed: score before close(), or inside the with block.")
             if not self._pool.active:
                 self._replace_pool()
-            future = self._pool.schedule(worker_process.run_reward, args=task, timeout=self._timeout_s)
+            future = self._pool.schedule(run, args=task, timeout=self._timeout_s)
         with self._lock:
             self._pending.add(future)
         future.add_done_callback(self._finish)

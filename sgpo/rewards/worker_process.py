@@ -23,6 +23,7 @@ from typing import Any
 from pebble.common.process import process_execute
 from pebble.common.types import Result, ResultStatus
 
+from sgpo.rewards.explanation import explain
 from sgpo.rewards.registry import BUILT_IN, load_reward
 from sgpo.types import RewardResult, SgpoError
 
@@ -33,11 +34,15 @@ _SERVER.set_forkserver_preload(["sgpo.rewards.warm"])
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A result, and for "timeout" and "error" the cause; `broken_reward` where the cause is not just an odd answer."""
+    """A result, and for "timeout" and "error" the cause; `broken_reward` where the cause is not just an odd answer.
+
+    `steps` say what led to it, where an explanation was asked for.
+    """
 
     result: RewardResult
     cause: str = ""
     broken_reward: bool = False
+    steps: tuple[str, ...] = ()
 
 
 class _WorkerPopen(popen_forkserver.Popen):
@@ -109,8 +114,20 @@ def run_reward(completion: str, gold: str, problem: str) -> Outcome:
     if _reward.status != ResultStatus.SUCCESS:
         return Outcome(RewardResult(0.0, "error"), load_error(), broken_reward=True)
     result = process_execute(_reward.value, completion, gold, problem)
-    if result.status == ResultStatus.SUCCESS:
-        return Outcome(result.value)
+    return Outcome(result.value) if result.status == ResultStatus.SUCCESS else _failure(result)
+
+
+def run_explanation(spec: str, require_box: bool, completion: str, gold: str, problem: str) -> Outcome:
+    """One result with its steps, for a reward that this worker has loaded."""
+    assert _reward is not None
+    run = partial(explain, spec, _reward.value, completion, gold, problem, require_box=require_box)
+    result = process_execute(run)
+    if result.status != ResultStatus.SUCCESS:
+        return _failure(result)
+    return Outcome(result.value.result, steps=result.value.steps)
+
+
+def _failure(result: Result) -> Outcome:
     error = result.value.exception
     broken = _is_plugin or isinstance(error, SgpoError)
     return Outcome(RewardResult(0.0, "error"), _sentence(error), broken_reward=broken)

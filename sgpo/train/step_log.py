@@ -77,6 +77,7 @@ def _log_samples(s: Session, done: int, group: ScoredGroup, chosen: Guidance) ->
             problem_id=group.problem.id,
             kind=rollout.request.kind,
             reward=result.reward,
+            correct=result.is_correct,
             status=result.status,
             truncated=rollout.truncated,
             is_target=is_teacher_completion(rollout, chosen),

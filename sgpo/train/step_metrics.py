@@ -65,8 +65,8 @@ def record_groups(meter: Meter, groups: Sequence[ScoredGroup]) -> None:
     meter.declare(means=["sampled_nll"])
     for group in groups:
         meter.sum("problems", 1)
-        meter.means("accuracy_auto", [float(reward > 0) for reward in group.auto_rewards])
-        meter.means("accuracy_guided", [float(reward > 0) for reward in group.guided_rewards])
+        meter.means("accuracy_auto", map(float, group.auto_correct))
+        meter.means("accuracy_guided", map(float, group.guided_correct))
         meter.means("zero_variance_share", [float(len(set(group.auto_rewards)) <= 1)])
         for kind, rollouts in (("auto", group.auto), ("guided", group.guided)):
             meter.means(f"length_{kind}", [len(r.completion_ids) for r in rollouts])
@@ -95,6 +95,7 @@ def record_update(meter: Meter, results: Sequence[StepResult], lr: float) -> Non
     meter.sum("loss", sum(result.loss for result in results) / len(results))
     meter.max("lr", lr)
     meter.declare(maxima=["grad_norm"])
+    meter.max("non_finite_steps", sum(result.skipped is not None for result in results))
     for result in results:
         if result.grad_norm is not None:
             meter.max("grad_norm", result.grad_norm)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 # Keys of earlier versions, and what a config that has one is told. The config.yaml of an old run may have them.
 RENAMED = {"algorithm.target": "algorithm.selection", "model.lora.targets": "model.lora.modules"}
@@ -48,6 +51,8 @@ def check_pairs(config: Any) -> None:
     needs_guided = method == "sgpo" and config.algorithm.distillation is not None
     if needs_guided and config.rollout.n_guided == 0:
         raise ValueError("rollout.n_guided = 0 leaves SGPO nothing to distil; raise it or use method: grpo")
+    if needs_guided and config.data.without_strategy == "grpo" and not config.algorithm.autonomous_grpo:
+        raise ValueError("data.without_strategy: grpo needs algorithm.autonomous_grpo: true, or they learn nothing")
     if config.rollout.problems_per_step % config.algorithm.mini_batches:
         raise ValueError("algorithm.mini_batches must divide rollout.problems_per_step")
     if config.rollout.n_auto == 1 and config.algorithm.autonomous_grpo:
@@ -64,3 +69,14 @@ def check_pairs(config: Any) -> None:
         )
     if config.warmup.enabled and config.warmup.data is None:
         raise ValueError("warmup.enabled needs warmup.data")
+    reward, algorithm = config.reward, config.algorithm
+    if ":" not in reward.kind and not 0 <= reward.correct_above < 1:
+        raise ValueError(
+            f"reward.correct_above = {reward.correct_above:g} does not part the rewards 0 and 1 of {reward.kind}; it "
+            "must be at least 0 and below 1"
+        )
+    if needs_guided and algorithm.alpha == "adaptive" and algorithm.alpha_max < algorithm.alpha_0:
+        logger.warning(
+            "warning: algorithm.alpha_max = %g is below alpha_0 = %g: every problem that is solved with the strategy "
+            "alone gets alpha_max", algorithm.alpha_max, algorithm.alpha_0,
+        )  # fmt: skip

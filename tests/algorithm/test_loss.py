@@ -105,8 +105,8 @@ def objective(rows, leaves, *, distillation="forward_kl", over_limit="mask", old
     head, bias, hidden = leaves
     settings = LossSettings(
         distillation=None if distillation == "none" else distillation,
-        max_token_kl=None if over_limit == "off" else DELTA,
-        over_limit="mask" if over_limit == "off" else over_limit,
+        max_token_kl=DELTA,
+        over_limit=over_limit,
         **{**CLIPS, **options},
     )
     teacher = rows.teacher if distillation not in ("sft", "none") else None
@@ -199,6 +199,7 @@ def test_masked_rows_have_no_gradient_and_clamped_rows_only_a_value():
     for over_limit in ("mask", "clamp", "scale", "off"):
         leaves = rows.leaves()
         loss, stats = objective(rows, leaves, over_limit=over_limit)
+        assert torch.equal(stats.divergence.over_limit, stats.divergence.divergence > DELTA)  # counted in any case
         gradients[over_limit], losses[over_limit] = torch.autograd.grad(loss, leaves[2])[0], loss.item()
     over = (stats.divergence[0] > DELTA) & (rows.distill_weight != 0)
     assert 0 < int(over.sum()) < N_TARGET - 1

@@ -1,19 +1,33 @@
 """Which sequences a step consists of, with which weights: hand-made groups, then Eq. 7 recomputed with dense torch."""
 
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+from sgpo.algorithm.dapo import dapo_sequences
 from sgpo.algorithm.grpo import policy_sequences
+from sgpo.algorithm.hpt import hpt_sequences
 from sgpo.algorithm.loss import LossSettings, SgpoLoss
+from sgpo.algorithm.luffy import luffy_sequences
 from sgpo.algorithm.method import all_sequences
 from sgpo.algorithm.sft import sft_sequences
 from sgpo.algorithm.sgpo import SgpoSettings, sgpo_sequences
 from sgpo.data.builtin import make_model, vocabulary
 from sgpo.engine.batching import collate_training
 from sgpo.model.policy import PolicyModel
-from sgpo.types import Problem, PromptPair, RewardResult, Rollout, RolloutRequest, ScoredGroup, TrainSequence
+from sgpo.types import (
+    Problem,
+    PromptPair,
+    RewardResult,
+    Rollout,
+    RolloutRequest,
+    ScoredGroup,
+    SgpoError,
+    TrainSequence,
+)
 
 PLAIN, GUIDED = (10, 11), (20, 21, 22)
 
@@ -23,16 +37,17 @@ def rollout(kind, prompt, completion):
     return Rollout(request, tuple(completion), (0.0,) * len(completion), truncated=False, policy_version=0)
 
 
-def group(auto, guided=(), *, lengths=None, plain=PLAIN, guided_prompt=GUIDED):
-    """Rewards per kind; guided completion i is the token 30 + i, repeated lengths[i] times (default i + 1)."""
+def group(auto, guided=(), *, lengths=None, plain=PLAIN, guided_prompt=GUIDED, above=0.0):
+    """Rewards per kind; guided completion i is the token 30 + i, repeated lengths[i] times (default i + 1). A reward
+    above `above` is correct."""
     lengths = lengths or [i + 1 for i in range(len(guided))]
     return ScoredGroup(
         problem=Problem("p", "?", "1", strategy="s"),
         prompts=PromptPair(plain, guided_prompt),
         auto=tuple(rollout("auto", plain, [40 + i] * (i + 1)) for i in range(len(auto))),
         guided=tuple(rollout("guided", guided_prompt, [30 + i] * n) for i, n in enumerate(lengths)),
-        auto_results=tuple(RewardResult(r) for r in auto),
-        guided_results=tuple(RewardResult(r) for r in guided),
+        auto_results=tuple(RewardResult(r, correct_above=above) for r in auto),
+        guided_results=tuple(RewardResult(r, correct_above=above) for r in guided),
     )
 
 
@@ -250,6 +265,68 @@ def test_alpha_of_a_group(auto, guided, settings, alpha):
 def test_alpha_counts_passes_and_not_reward_sums():
     _, _, guidance, _ = sequences_of([group([0, 5.0], [0.5, 0.5])])
     assert guidance[0].alpha == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("above", "target", "alpha"),
+    [
+        (0.0, 31, 0.5 * (1.0 - 0.75 + 0.1) / 0.85),  # the most reachable of all
+        (0.25, 32, 0.5 * (2 / 4 - 0.5 + 0.1) / 0.6),  # a reward of exactly 0.25 is wrong
+        (0.5, 33, 0.5 * (1 / 4 - 0.25 + 0.1) / 0.35),
+        (1.0, None, 0.0),
+    ],
+)
+def test_correct_is_a_reward_above_the_threshold(above, target, alpha):
+    """In both pass rates, and in what o+ is chosen from."""
+    scorer = FakeScorer({30: -9.0, 31: -0.1, 32: -1.0, 33: -2.0})
+    groups = [group([0, 0.25, 0.5, 1.0], [0.25, 0.1, 0.5, 1.0], above=above)]
+    _, targets, (chosen,), _ = sequences_of(groups, scorer)
+    assert [s.completion_ids[0] for s in targets] == ([] if target is None else [target])
+    assert chosen.alpha == pytest.approx(alpha)
+
+
+@pytest.mark.parametrize("status", ["no_answer", "too_long", "timeout", "error"])
+def test_what_could_not_be_judged_is_correct_for_no_threshold(status):
+    assert not RewardResult(0.0, status, correct_above=-2.0).is_correct
+    assert RewardResult(-1.0, correct_above=-2.0).is_correct
+
+
+@pytest.mark.parametrize(
+    ("selection", "rewards"), [("sum", [0.25]), ("mean", [0.25]), ("all", [1.0, 0.25])], ids=["sum", "mean", "all"]
+)
+def test_group_advantage_is_that_of_the_chosen_rollout_and_not_of_the_best(selection, rewards):
+    auto, chosen = [0.0, 0.125, 0.0, 0.5], sum(rewards) / len(rewards)
+    scorer = FakeScorer({30: -9.0, 31: -0.1})
+    settings = {"alpha": "group_advantage", "alpha_max": 3.0, "selection": selection}
+    _, target, (guidance,), _ = sequences_of([group(auto, [1.0, 0.25])], scorer, **settings)
+    pool = torch.tensor([*auto, chosen], dtype=torch.float64)
+    assert guidance.alpha == pytest.approx(float((chosen - pool.mean()) / pool.std()), rel=1e-4)
+    assert len(target) == len(rewards)
+
+
+@pytest.mark.parametrize(("auto", "guided"), [([0.1] * 9, [0.1]), ([1.0, 1.0], [0.25, 1.0]), ([0.5, 1.0], [1.0, 0.5])])
+def test_an_o_plus_that_is_no_better_than_its_group_is_not_distilled(auto, guided):
+    """Its advantage is 0 or below, also where a correct one that is less reachable has a higher reward."""
+    scorer = FakeScorer({30: -9.0, 31: -0.1})
+    _, target, (guidance,), _ = sequences_of([group(auto, guided)], scorer, alpha="group_advantage")
+    assert target == []
+    assert (guidance.alpha, guidance.teacher_completions, guidance.selection_score) == (0.0, (), None)
+    assert guidance.alpha_uncapped <= 0
+
+
+@pytest.mark.parametrize("kind", ["auto", "guided"])
+@pytest.mark.parametrize("method", ["sgpo", "dapo", "luffy", "hpt"])
+def test_a_completion_without_a_token_is_the_engines_fault(method, kind):
+    empty = replace(group([1, 0], [1, 0]), **{kind: (rollout(kind, PLAIN, ()), rollout(kind, PLAIN, (5,)))})
+    rest = {"problems": 1, "score": FakeScorer({5: -1.0}), "total": float}
+    run = {
+        "sgpo": partial(sgpo_sequences, settings=SgpoSettings()),
+        "dapo": partial(dapo_sequences, max_new_tokens=8),
+        "luffy": partial(luffy_sequences, max_new_tokens=8),
+        "hpt": partial(hpt_sequences, max_new_tokens=8),
+    }[method]
+    with pytest.raises(SgpoError, match=r"engine gave problem 'p' a completion without a token"):
+        run([empty], **rest)
 
 
 def test_every_sequence_is_live():

@@ -12,6 +12,7 @@ import sys
 import pytest
 import sgpo_kernels
 import torch
+from processes import PATIENCE_S, PROMPT_S
 from sgpo_kernels import reference
 
 from benchmarks import measure, ops, plots, run
@@ -150,9 +151,9 @@ import ctypes, sys
 from benchmarks import measure, run
 def hang(runs, **limits):
     print("hangs", flush=True)
-    end = time.monotonic() + 30
+    end = time.monotonic() + {PATIENCE_S}
     while time.monotonic() < end:
-        ctypes.CDLL(None).sleep(30)
+        ctypes.CDLL(None).sleep(int({PATIENCE_S}))
     yield {{}}
 import time
 measure.rounds_of = hang
@@ -168,7 +169,7 @@ sys.exit(run.main(["--quick", "--op", "policy", "--peers", "ours-torch", "--out"
     assert process.stdout is not None
     assert process.stdout.readline() == "hangs\n"
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=20) == 130
+    assert process.wait(timeout=PROMPT_S) == 130
     [row] = rows_of(out)
     assert (row["status"], row["reason"]) == ("cut", "stopped at time")
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from chat_server import ChatServer
 from engine_builders import NO_VLLM
-from processes import PATIENCE_S, start_ranks, wait_until
+from processes import PATIENCE_S, scaled, start_ranks, wait_until
 
 from sgpo.cli import main
 from sgpo.data.problems import load_problems
@@ -88,7 +88,7 @@ def arguments(server, output="out.jsonl", **more):
         "endpoint.model": "strong",
         "endpoint.backoff_s": 0.01,
         "endpoint.max_backoff_s": 0.05,
-        "endpoint.timeout_s": 1.5,
+        "endpoint.timeout_s": scaled(1.5),
         "endpoint.concurrency": 4,
         "max_asks": 4,
         "leaks.workers": 1,
@@ -107,7 +107,7 @@ def report_of(path):
 
 def test_a_run_against_a_server_that_misbehaves(folder, capsys):
     prices = {"endpoint.price_prompt": 0, "endpoint.price_completion": 2.5}
-    with ChatServer(scripted, faults=0.3, slow_s=30.0) as server:
+    with ChatServer(scripted, faults=0.3, slow_s=scaled(30.0)) as server:
         assert main(arguments(server, **prices)) == 0
         outcomes = server.outcomes()
     rows, report = rows_of("out.jsonl"), report_of("out.jsonl")
@@ -169,7 +169,7 @@ def cached_numbers(path):
 def test_killed_and_started_again(folder, how, kill_at):
     with ChatServer(scripted) as server:
         assert main(arguments(server, "straight.jsonl")) == 0
-    with ChatServer(scripted, faults=0.2, delay_s=0.02, slow_s=30.0) as server:
+    with ChatServer(scripted, faults=0.2, delay_s=0.02, slow_s=scaled(30.0)) as server:
         command = ["-m", "sgpo.cli", *arguments(server)]
         # A shell's background job, a CI run for one, ignores SIGINT and hands that down.
         [process] = start_ranks(command, folder=folder, preexec=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
@@ -284,7 +284,7 @@ def test_a_response_that_never_stops_thinking_is_reported(folder):
 
 @pytest.mark.skipif(not TRACES.is_file(), reason="needs ../shared/data")
 def test_the_ten_real_responses(folder):
-    with ChatServer(scripted, faults=0.3, slow_s=30.0) as server:
+    with ChatServer(scripted, faults=0.3, slow_s=scaled(30.0)) as server:
         assert main(arguments(server, input=TRACES)) == 0
         assert not any("<think>" in body["messages"][-1]["content"] for body in server.bodies)
     rows, report = rows_of("out.jsonl"), report_of("out.jsonl")

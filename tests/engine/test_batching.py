@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgpo.data.builtin import make_model, vocabulary
-from sgpo.engine.batching import collate, collate_training, length_sorted
+from sgpo.engine.batching import collate, collate_training, first_fit, grouped, length_sorted
 from sgpo.model.policy import PolicyModel
 from sgpo.types import TrainSequence
 
@@ -105,6 +105,26 @@ def test_groups_by_hand():
     assert length_sorted([4, 4, 4], 8) == [[0, 1], [2]]  # ties keep their order
     assert length_sorted([30, 4], 8) == [[0], [1]]  # longer than the budget: alone
     assert length_sorted([], 8) == []
+
+
+@given(st.lists(st.integers(1, 40), max_size=25), st.integers(1, 100))
+def test_packed_groups_stay_within_the_budget_and_lose_nothing(lengths, budget):
+    groups = first_fit(lengths, budget)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    sums = [sum(lengths[i] for i in group) for group in groups]
+    assert all(total <= budget or len(group) == 1 for total, group in zip(sums, groups, strict=True))
+    for k, group in enumerate(groups):  # nothing that begins a group would have found room in an earlier one
+        earlier = [sum(lengths[i] for i in other if lengths[i] >= lengths[group[0]]) for other in groups[:k]]
+        assert all(total + lengths[group[0]] > budget for total in earlier)
+
+
+def test_packed_groups_by_hand():
+    assert first_fit([2, 5, 5, 3, 2, 9], 10) == [[5], [1, 2], [3, 0, 4]]
+    assert first_fit([4, 4, 4], 8) == [[0, 1], [2]]
+    assert first_fit([6, 3, 4, 7], 10) == [[3, 1], [0, 2]]  # a sum of exactly the budget fits
+    assert first_fit([30, 4], 8) == [[0], [1]]
+    assert grouped([1, 6, 6, 1], 8, packed=True) == [[1, 0, 3], [2]]
+    assert grouped([1, 6, 6, 1], 8, packed=False) == [[1], [2], [0, 3]]
 
 
 def test_the_padded_batch_of_a_group_is_within_the_budget():

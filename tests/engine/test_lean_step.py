@@ -2,10 +2,7 @@
 
 import math
 
-import deepspeed.utils.groups
-import pytest
 import torch
-from processes import PATIENCE_S
 from sgpo_kernels import sizes
 from sgpo_kernels.testing import Peak, cpu_peak
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -19,18 +16,6 @@ from sgpo.types import TrainSequence
 
 HIDDEN, SMALL, LARGE = 32, 1024, 3072
 PROMPT = 8
-
-
-@pytest.fixture(scope="module")
-def device():
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            patch.setenv(name, "0")  # so that what the process group sets is undone
-            patch.delenv(name)
-        # DeepSpeed keeps its copy of a process group that another test of this process has destroyed.
-        patch.setattr(deepspeed.utils.groups, "_WORLD_GROUP", None)
-        yield zero.init_distributed(PATIENCE_S)
-        torch.distributed.destroy_process_group()
 
 
 def sequence(seed: int, tokens: int, **weights) -> TrainSequence:

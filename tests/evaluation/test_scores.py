@@ -40,6 +40,13 @@ def test_a_score_by_hand(tmp_path):
         score(samples, seed=0, leave_out={"p0", "p1", "p2"})
 
 
+def test_a_sample_is_correct_above_the_threshold_of_its_setting(tmp_path):
+    """A reward of exactly 0.5 is wrong there, and right where files of before say nothing of a threshold."""
+    table = [[1.0, 0.5], [0.75, 0.25]]
+    assert score(read_samples(write(tmp_path / "a.jsonl", table, correct_above=0.5)), seed=0).accuracy == 0.5
+    assert score(read_samples(write(tmp_path / "b.jsonl", table)), seed=0).accuracy == 1.0
+
+
 def test_the_nested_interval_is_the_wider_one(tmp_path):
     table = [[int((7 * i + 3 * k) % 5 < 2) for k in range(5)] for i in range(30)]
     found = score(read_samples(write(tmp_path / "a.jsonl", table)), seed=0)

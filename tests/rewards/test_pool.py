@@ -14,7 +14,7 @@ pytest.importorskip("pebble")
 pytest.importorskip("math_verify")
 
 import hostile_answers
-from processes import PATIENCE_S, PROMPT_S, wait_until
+from processes import PATIENCE_S, PROMPT_S, scaled, wait_until
 
 from sgpo.rewards.pool import RewardItem, RewardPool
 from sgpo.types import RewardResult, SgpoError
@@ -22,7 +22,7 @@ from sgpo.types import RewardResult, SgpoError
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and process death are tested on Linux")
 
 REPO = Path(__file__).parents[2]
-TIMEOUT_S = 3.0  # of a result; good ones must be there by then on a busy machine too
+TIMEOUT_S = scaled(3.0)  # of a result; good ones must be there by then on a busy machine too
 MAX_CHARS = 1_100_000
 
 PLUGIN = """

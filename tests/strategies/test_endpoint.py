@@ -8,7 +8,7 @@ from email.utils import formatdate
 import httpx
 import pytest
 from chat_server import FAULTS, ChatServer
-from processes import PATIENCE_S, PROMPT_S
+from processes import PATIENCE_S, PROMPT_S, scaled
 
 from sgpo.strategies.asking import Answer, Failure, Question, Sampling
 from sgpo.strategies.endpoint import EndpointBackend, _completion, _retry_after, _Transient
@@ -48,8 +48,8 @@ def answers(engine, asked):
 
 
 def test_every_fault_is_survived():
-    with ChatServer(echo, faults=0.6, slow_s=30.0) as server:
-        engine = backend(server, timeout_s=2.0, concurrency=8)
+    with ChatServer(echo, faults=0.6, slow_s=scaled(30.0)) as server:
+        engine = backend(server, timeout_s=scaled(2.0), concurrency=8)
         asked = questions(60)
         results = answers(engine, asked)
         assert [result.text for result in results] == [f"re: how? {i}" for i in range(60)]
@@ -69,8 +69,8 @@ def test_every_fault_is_survived():
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_tries_are_bounded(fault):
-    with ChatServer(echo, faults=1.0, slow_s=30.0, only=(fault,)) as server:
-        engine = backend(server, timeout_s=2.0, max_retries=1)
+    with ChatServer(echo, faults=1.0, slow_s=scaled(30.0), only=(fault,)) as server:
+        engine = backend(server, timeout_s=scaled(2.0), max_retries=1)
         [result] = answers(engine, questions(1))
         assert isinstance(result, Failure)
         assert "after 2 tries" in result.reason

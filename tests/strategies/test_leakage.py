@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from processes import scaled
 
 from sgpo.strategies import mathtext
 from sgpo.strategies.formulas import formula_comparer
@@ -161,7 +162,7 @@ CLEAN = [
 
 @pytest.fixture(scope="module")
 def equal():
-    with formula_comparer(LeakConfig(workers=1, timeout_s=30)) as compare:
+    with formula_comparer(LeakConfig(workers=1, timeout_s=scaled(30))) as compare:
         yield compare
 
 
@@ -194,7 +195,7 @@ def test_some_leaks_are_seen_by_math_verify_alone(row, text):
 
 def test_a_comparison_without_end_rejects():
     bomb = "The value is $9^{9^{9^{9^{9}}}}$."
-    with formula_comparer(LeakConfig(workers=1, timeout_s=5)) as soon:
+    with formula_comparer(LeakConfig(workers=1, timeout_s=scaled(5))) as soon:
         assert {leak.kind for leak in find_leaks(bomb, Solution(*CEILING), soon)} == {"undecided"}
     unsure = find_leaks(r"The rows number $2(m + 2)$.", Solution(*BAND), lambda pairs: [None] * len(pairs))
     assert {leak.kind for leak in unsure} == {"undecided"}

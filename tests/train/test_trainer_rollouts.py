@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from engine_builders import NO_VLLM
-from processes import PATIENCE_S
+from processes import PATIENCE_S, scaled
 from tiny_runs import BASE, REWARD, digest, finish, rows, start
 
 STEP_WORKER = str(Path(__file__).with_name("rollout_step_worker.py"))
@@ -129,7 +129,7 @@ def test_an_engine_that_keeps_dying_ends_the_run_with_one_sentence(tmp_path):
 
 
 # A process that is gone is noticed at once, one that stands still after the time limit, which must let the start pass.
-@pytest.mark.parametrize(("blow", "limit_s"), [(signal.SIGKILL, PATIENCE_S), (signal.SIGSTOP, 60)])
+@pytest.mark.parametrize(("blow", "limit_s"), [(signal.SIGKILL, PATIENCE_S), (signal.SIGSTOP, scaled(60))])
 def test_a_lost_process_ends_the_others_with_the_stage_named(tmp_path, blow, limit_s):
     running = start(tmp_path, "--train.max_steps=40", f"--run.timeout_s={limit_s}", processes=2)
     metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
