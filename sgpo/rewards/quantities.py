@@ -41,8 +41,8 @@ _SENTENCE = re.compile(r"(?=.*[A-Za-z]{3})(?=.*\d)[\w.]+(?: [\w.]+){1,20}")  # 1
 _CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d)(?::([0-5]\d))?)?")
 _CHANGES_VALUE = frozenset({
     "or", "not", "than", "least", "most", "if", "unless", "plus", "minus", "times", "except", "nor", "neither",
-    "between", "maybe", "under", "over", "below", "above", "half", "halves", "third", "thirds", "quarter", "quarters", "tenth",
-    "tenths", "hundredth", "hundredths", "squared", "cubed", "negative", "factorial",
+    "between", "maybe", "under", "over", "below", "above", "half", "halves", "third", "thirds", "quarter", "quarters",
+    "tenth", "tenths", "hundredth", "hundredths", "squared", "cubed", "negative", "factorial",
 })  # fmt: skip
 
 
