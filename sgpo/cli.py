@@ -27,7 +27,7 @@ VERBS = {
     "stopped",
     "study": "a grid of variants and seeds, each cell a training run; then one table with intervals and paired tests",
     "report": "rebuild report.html of a run folder, or compare several",
-    "verify": "one verdict step by step, or the verdicts of a file; exit code 0 whatever they are",
+    "verify": "why the reward calls an answer right or wrong, step by step; or the results on a file of pairs",
     "env": "versions, devices, commit",
 }
 

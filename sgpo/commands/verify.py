@@ -1,4 +1,4 @@
-r"""`sgpo verify`: the verdict of the reward on an answer and why, step by step, or the verdicts on a file of pairs."""
+r"""`sgpo verify`: the reward of an answer and why, step by step, or the rewards of a file of pairs."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-require-box", action="store_true", help="the completion as it is: without a box its text is searched"
     )
-    parser.add_argument("--timeout", type=float, default=10.0, metavar="S", help="seconds for one verdict (10)")
+    parser.add_argument("--timeout", type=float, default=10.0, metavar="S", help="seconds for one result (10)")
     parser._negative_number_matcher = re.compile(r"-(?!-)")  # pyright: ignore -- "-\frac12" is an answer, no option
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    """Prints the verdict, or one line per row and the totals."""
+    """Prints the steps to one result, or one line per row and the totals; exit code 0 whatever they say."""
     no_words(words)
     if (arguments.file is None) == (arguments.answer is None) or (arguments.file and arguments.gold):
         raise SgpoError("give GOLD and ANSWER, or --file with pairs: sgpo verify '\\frac12' 0.5")
@@ -81,27 +81,27 @@ def _print_steps(item: RewardItem, outcome: Outcome) -> None:
         print(step)
     if outcome.cause:
         print(outcome.cause)
-    print(f"verdict: {_verdict(outcome)}")
+    print(f"result: {_in_words(outcome)}")
 
 
 def _print_rows(pairs: Sequence[_Pair], pool: RewardPool) -> None:
-    verdicts, disagreements = Counter[str](), 0
+    counts, disagreements = Counter[str](), 0
     for pair in pairs:
         outcome = pool.explain(pair.item)
         is_right = outcome.result.reward > 0
-        verdicts["right" if is_right else "wrong"] += 1
+        counts["right" if is_right else "wrong"] += 1
         differs = pair.label is not None and pair.label != is_right
         disagreements += differs
         answer = last_boxed(pair.item.completion) or pair.item.completion
         reason = outcome.steps[-1] if outcome.steps else outcome.cause
-        shown = " | ".join((_verdict(outcome), _one_line(pair.item.gold), _one_line(answer), reason))
+        shown = " | ".join((_in_words(outcome), _one_line(pair.item.gold), _one_line(answer), reason))
         print(f"{pair.where}: {shown}{' | disagrees with its label' if differs else ''}")
     labels = sum(pair.label is not None for pair in pairs)
     said = f"; {disagreements} of {labels} labels disagree" if labels else ""
-    print(f"{len(pairs)} rows: {verdicts['right']} right, {verdicts['wrong']} wrong{said}")
+    print(f"{len(pairs)} rows: {counts['right']} right, {counts['wrong']} wrong{said}")
 
 
-def _verdict(outcome: Outcome) -> str:
+def _in_words(outcome: Outcome) -> str:
     result = outcome.result
     status = "" if result.status == "ok" else f", status {result.status}"
     return f"{'right' if result.reward > 0 else 'wrong'}, reward {result.reward:g}{status}"

@@ -16,8 +16,9 @@ _COMMANDS = str.maketrans(
         "°": r"^{\circ}", "º": r"^{\circ}", "˚": r"^{\circ}", "∘": r"^{\circ}", "℃": r"^{\circ}\text{C}",
         "℉": r"^{\circ}\text{F}", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}",
         "ℂ": r"\mathbb{C}", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "⟨": r"\langle ",
-        "⟩": r"\rangle ", "〈": r"\langle ", "〉": r"\rangle ", "，": ", ", "、": ", ", "。": ".", "％": r"\%", "＄": r"\$",
-        "～": r"\sim ", "【": "", "】": "", "「": "", "」": "", "“": '"', "”": '"', "‘": "'", "’": "'", "′": "'", "″": '"',
+        "⟩": r"\rangle ", "〈": r"\langle ", "〉": r"\rangle ", "，": ", ", "、": ", ", "。": ".", "％": r"\%",
+        "＄": r"\$", "～": r"\sim ", "【": "", "】": "", "「": "", "」": "", "“": '"', "”": '"', "‘": "'", "’": "'",
+        "′": "'", "″": '"',
     }
 )  # fmt: skip
 _SCRIPTS = {"<super>": "^", "<sub>": "_"}
@@ -28,7 +29,7 @@ _OVERLINED = re.compile("((?:\\d[\u0304\u0305\u0307])+)")
 
 
 def as_latex(text: str) -> str:
-    r"""`１２` as `12`, `x²` as `x^{2}`, `2½` as `2\frac{1}{2}`, `①③` as `1,3`, `√13` as `\sqrt{13}`, without zero width."""
+    r"""`１２` as `12`, `x²` as `x^{2}`, `2½` as `2\frac{1}{2}`, `①③` as `1,3`, `√13` as `\sqrt{13}`, no zero width."""
     if text.isascii():
         return text
     text = _THOUSANDS.sub(",", text)
@@ -47,7 +48,7 @@ def as_latex(text: str) -> str:
 
 
 def _read(character: str) -> tuple[str, str]:
-    """The mark under which a run of such characters stands ("^", "_", "," for circled digits, else ""), and its text."""
+    """The mark under which a run of such characters stands ("^", "_", "," for circled digits or ""), and its text."""
     kind = unicodedata.decomposition(character).partition(" ")[0]
     plain = unicodedata.normalize("NFKC", character)
     if kind in _SCRIPTS:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from math_verify import LatexExtractionConfig, parse, verify
 
+from sgpo.rewards import grading
 from sgpo.rewards.answers import wrap_boxed
 
+grading.install()
 _LATEX = LatexExtractionConfig()
 
 

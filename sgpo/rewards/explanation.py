@@ -1,4 +1,4 @@
-"""A verdict with the steps that led to it, for people: made of the `Finding` that the verdict itself rests on."""
+"""A result with the steps that led to it, for people: made of the `Finding` that the result itself rests on."""
 
 from __future__ import annotations
 

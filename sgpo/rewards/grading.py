@@ -1,8 +1,8 @@
 r"""Two rules of Math-Verify replaced by exact ones, for every comparison that it makes: inside tuples, sets, relations.
 
 Juxtaposed numbers are a product; only an integer before a proper `\frac{a}{b}` is a mixed number. (Math-Verify adds in
-`3(5)`, `(3)(5)` and `2\left(\frac62\right)`.) Exact numbers are compared exactly. (Math-Verify takes any two closer than
-1e-15 for equal, so `\frac{1}{2^{99}}` is `\frac{1}{2^{98}}`.) What has a decimal point is rounded as before.
+`3(5)`, `(3)(5)` and `2\left(\frac62\right)`.) Exact numbers are compared exactly. (Math-Verify takes any two closer
+than 1e-15 for equal, so `\frac{1}{2^{99}}` is `\frac{1}{2^{98}}`.) What has a decimal point is rounded as before.
 """
 
 from __future__ import annotations

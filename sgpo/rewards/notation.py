@@ -85,7 +85,8 @@ _START = re.compile(
     rf"{_END})*"
 )
 _FINISH = re.compile(
-    rf"(?:{_SPACE}|[,;:&]|(?<!\\right)(?<!\\right )(?<!\.)\.|\\\\|\\(?:blacksquare|square|Box|qed|checkmark){_END}){{1,20}}$"
+    rf"(?:{_SPACE}|[,;:&]|(?<!\\right)(?<!\\right )(?<!\.)\.|\\\\|\\(?:blacksquare|square|Box|qed|checkmark){_END})"
+    r"{1,20}$"
 )
 _WRAPPERS = (
     ("**", "**"), ("__", "__"), ("*", "*"), ("``", "``"), ("`", "`"), ("'", "'"), ('"', '"'), ("$$", "$$"), ("$", "$"),

@@ -1,8 +1,8 @@
 r"""Numbers with words: units, money, clock times, `2 \text{ hours } 30 \text{ minutes}`, `3 \text{ red}`.
 
-Math-Verify drops what follows a number in `\text{}`. Here the words are read: they may be missing on one side, but where
-both sides have some they must not contradict each other. Plain text functions on answers that `notation.tidy` has been
-through; the numbers themselves are compared by a function that is given.
+Math-Verify drops what follows a number in `\text{}`. Here the words are read: they may be missing on one side, but
+where both sides have some they must not contradict each other. Plain text functions on answers that `notation.tidy` has
+been through; the numbers themselves are compared by a function that is given.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from sgpo.rewards.units import NAMES, Unit, multiplier, read_unit, same_word
 
 Same = Callable[[str, str], bool]
 
-_POWER = r"(?:\s?\^\s?\{?\s?(?P<%s>-?\d)\s?\}?)?"
 _NAME = "|".join(sorted(NAMES, key=len, reverse=True))
-_BARE_NAME = rf"(?:(?:sq|square|cubic)\.?\s)?(?:{_NAME})(?:e?s)?"
+_BARE = rf"(?:(?:sq|square|cubic)\.?\s)?(?:{_NAME})(?:e?s)?(?:\s?(?:/|\bper)\s?(?:{_NAME}))?"
 _TOKEN = re.compile(
-    rf"(?<![_^])(?<![_^]\{{)\\(?:text\w{{0,6}}|mathrm|mbox|operatorname)\s?\{{(?P<text>[^{{}}]*)\}}{_POWER % 'text_power'}"
+    r"(?<![_^])(?<![_^]\{)\\(?:text\w{0,6}|mathrm|mbox|operatorname)\s?\{(?P<text>[^{}]*)\}"
+    r"(?:\s?\^\s?\{?\s?(?P<text_power>-?\d)\s?\}?)?"
     r"|(?P<degree>\^\{\\circ\}\s?[CF]?(?![A-Za-z]))"
     r"|(?P<currency>\\?\$|[€£¥₹¢₩₽฿₫₱₺₴])"
     r"|(?<![A-Za-z\\])(?P<code>USD|EUR|GBP|CNY|RMB|JPY|INR|Rs\.?)(?=\s?\d)"
     r"|(?<=\d)(?P<prime>['\"])"
-    rf"|(?:(?<=[\d)}}\s~])|(?<=\\[,;:!]))(?P<bare>{_BARE_NAME}(?:\s?(?:/|\bper)\s?(?:{_NAME}))?|[ap]\.?\s?m\b|[AP]\.?\s?M\b)(?![A-Za-z(]){_POWER % 'bare_power'}"
+    rf"|(?:(?<=[\d)}}\s~])|(?<=\\[,;:!]))(?P<bare>{_BARE}|[ap]\.?\s?m\b|[AP]\.?\s?M\b)(?![A-Za-z(])"
+    r"(?:\s?\^\s?\{?\s?(?P<bare_power>-?\d)\s?\}?)?"
     r"|(?P<cjk>[\u4e00-\u9fff]+)"
 )
 _IN_TEXT = re.compile(r"\d+(?:[.,:]\d+)*|[ap]\.\s?m(?![^\W\d_])|[^\W\d_]+(?:\^\d)?|[/$€£¥₹¢]", re.IGNORECASE)
@@ -38,10 +39,11 @@ _EDGE_AT_END = re.compile(rf"{_EDGE.pattern}$")
 _LETTER = re.compile(r"\\(?:text\w*|mathrm|mbox)\s?\{[^{}]*\}|\\[A-Za-z]+|([A-Za-z])")  # outside words and commands
 _SENTENCE = re.compile(r"(?=.*[A-Za-z]{3})(?=.*\d)[\w.]+(?: [\w.]+){1,20}")  # 17 students, June 20
 _CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d)(?::([0-5]\d))?)?")
-_CHANGES_VALUE = frozenset(
-    "or not than least most if unless plus minus times except nor neither between maybe under over below above half "
-    "halves third thirds quarter quarters tenth tenths hundredth hundredths squared cubed negative factorial".split()
-)
+_CHANGES_VALUE = frozenset({
+    "or", "not", "than", "least", "most", "if", "unless", "plus", "minus", "times", "except", "nor", "neither",
+    "between", "maybe", "under", "over", "below", "above", "half", "halves", "third", "thirds", "quarter", "quarters",
+    "tenth", "tenths", "hundredth", "hundredths", "squared", "cubed", "negative", "factorial",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +56,17 @@ class Quantity:
 
     @property
     def words(self) -> tuple[str, ...]:
+        """All of them."""
         return self.before + self.after
 
     @property
     def unit(self) -> Unit | None:
+        """What the words name; None where one of them is no unit."""
         return read_unit(self.words)
 
     @property
     def is_number(self) -> bool:
+        """Whether the formula has no variables."""
         return not any(match[1] for match in _LETTER.finditer(self.number))
 
 
@@ -184,9 +189,9 @@ def _same_sums(golds: list[Quantity], answers: list[Quantity], same: Same, *, se
     gold_sum, answer_sum = _sum(golds), _sum(answers)
     if separated and not (gold_sum and answer_sum) and not all(quantity.words for quantity in (*golds, *answers)):
         return None
-    if gold_sum and answer_sum and golds[0].unit and answers[0].unit:
-        if golds[0].unit.dimensions == answers[0].unit.dimensions:
-            return same(gold_sum, answer_sum)
+    units = golds[0].unit, answers[0].unit
+    if gold_sum and answer_sum and units[0] and units[1] and units[0].dimensions == units[1].dimensions:
+        return same(gold_sum, answer_sum)
     if answer_sum and len(golds) == 1 and not golds[0].words:  # in one of the units
         sizes = {quantity.unit.size for quantity in answers if quantity.unit}
         return any(same(golds[0].number, _scaled(answer_sum, 1 / size)) for size in sizes)

@@ -1,4 +1,4 @@
-"""Units by name: what they measure and how large they are. `mi / h`, `cm^2` and `square centimeters` are put together."""
+"""Units by name: what they measure and how large they are; `mi / h` and `square centimeters` are put together."""
 
 from __future__ import annotations
 

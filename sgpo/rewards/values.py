@@ -55,7 +55,7 @@ def number(text: str) -> Expr | None:
 
 
 def are_equal(gold: tuple, answer: tuple) -> bool:
-    """Math-Verify's verdict on two readings. The gold goes first: it follows its form (equation, set, interval)."""
+    """Math-Verify's result on two readings. The gold goes first: it follows its form (equation, set, interval)."""
     if _has_imaginary_unit(gold):
         gold, answer = (tuple(map(_with_imaginary_unit, reading)) for reading in (gold, answer))
     return verify(

@@ -1,8 +1,8 @@
 r"""The reward of the paper: Math-Verify, and before it what it does not know. Meant for a worker that can be killed.
 
 Options, words, units, lists: each rule is a function of the tidied gold answer and answer that returns a `Finding`, or
-None where it has nothing to say; the first finding is the verdict. What is left is compared by value (`values`). So a
-verdict and the explanation of `sgpo verify` are one thing.
+None where it has nothing to say; the first finding is the result. What is left is compared by value (`values`). So a
+result and the explanation of `sgpo verify` are one thing.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def verify_answer(completion: str, gold: str, *, require_box: bool = True) -> Re
 
 
 def judge(completion: str, gold: str, *, require_box: bool = True) -> Finding:
-    """The verdict of `verify_answer` with its reason; the same arguments and errors."""
+    """The result of `verify_answer` with its reason; the same arguments and errors."""
     answer = condense(completion, require_box)
     if not answer:
         return Finding(False, "there is no box with an answer", status="no_answer")
