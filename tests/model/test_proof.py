@@ -78,6 +78,9 @@ FAMILIES = {
         "afmoe", {**CAPPED, **EXPERTS, "num_shared_experts": 1, "layer_types": ["full_attention"] * 2}, (1, None),
         {"tiled": TILES},
     ),
+    "falcon, of linear layers of its own": (
+        "falcon", {**BERT, "ffn_hidden_size": 96}, (1, None), {"packed": "an attention of its own", "tiled": TILES},
+    ),
     "doge": ("doge", SHAPE, (1, None), {"packed": "DogeAttention has attention_mask of its own"}),
     "bert": ("bert", BERT, None, dict.fromkeys(WAYS, "not its last hidden states times its output matrix")),
     "roberta": ("roberta", BERT, None, dict.fromkeys(WAYS, "not its last hidden states times its output matrix")),
