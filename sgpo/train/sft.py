@@ -61,7 +61,6 @@ def run_warmup(config: Config, model_folder: Path, tokenizer: Any, device: torch
                 pad_id=tokenizer.pad_token_id,
                 lr=lr,
                 non_finite=settings.optim.non_finite,
-                name=lambda sequence: f"the demonstration of a prompt of {len(sequence.prompt_ids)} tokens",
             )
             done = step + 1
             values: dict[str, float | None] = {
