@@ -131,9 +131,9 @@ def _handler(chat: ChatServer) -> type[BaseHTTPRequestHandler]:
                 self.send(200, content)
             elif fault == "trickle":
                 self.send(200, b"", length=len(content))
-                for byte in content[: int(20 * chat.slow_s)]:
+                for byte in content[:-1]:
                     self.wfile.write(bytes([byte]))
-                    time.sleep(0.05)
+                    time.sleep(chat.slow_s / len(content))
                 self.close_connection = True
             elif fault == "429 with Retry-After":
                 self.send(429, b"{}", **{"Retry-After": chat.retry_after})

@@ -1,6 +1,7 @@
 """Which problems a step takes, which completions it asks for, and how they are sorted back into groups."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -133,6 +134,12 @@ def test_groups_hold_their_own_rollouts_and_results_in_order(task):
         assert {r.request.problem_index for r in group.auto + group.guided} == {index}
         assert {v.status for v in group.auto_results} == {"auto"}
         assert [r.request.sample_index for r in group.auto] == [0, 1, 2]
+
+
+def test_a_demonstration_goes_with_its_problem(task):
+    taught = replace(task, demo_ids=[(i, 9) for i in range(4)])
+    assert [group.demo_ids for group in scored_groups(taught, [2, 0], [], lambda _: [])] == [(2, 9), (0, 9)]
+    assert scored_groups(task, [2], [], lambda _: [])[0].demo_ids == ()
 
 
 def test_a_result_stays_with_its_rollout_in_any_order(task):
