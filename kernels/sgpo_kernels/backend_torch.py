@@ -15,7 +15,8 @@ Memory: `sizes.WORK_BLOCKS` tensors of a row block [B, V] in the accumulation dt
 Precision: every divergence is a sum over the vocabulary of terms that are >= 0 in floating point too, so a small value
   keeps its relative accuracy and equal rows give exactly 0. The plain form, sum p_T (log p_T - log p_S), loses 77 % at
   KL = 5e-7. f and g go through their series for small arguments.
-Limits: finite logits (a -inf logit gives NaN).
+Limits: finite logits (but for closed columns, see head.py). A logit that is NaN makes the row's values NaN; such a
+  divergence is over any limit.
 """
 
 from __future__ import annotations
@@ -212,12 +213,14 @@ def pair_row_values(parts_R8C: Tensor, rank: int, rows_C: Tensor, values: Tensor
 
 
 def limited(divergence: Tensor, kl_limit: KlLimit) -> tuple[Tensor, Tensor, Tensor]:
-    """(value, gradient factor, over the limit) per row."""
+    """(value, gradient factor, over the limit) per row. NaN is over any limit, and has no gradient."""
     if kl_limit.max_token_kl is None:
         return divergence, torch.ones_like(divergence), torch.zeros_like(divergence, dtype=torch.bool)
-    over = divergence > kl_limit.max_token_kl
+    over = (divergence <= kl_limit.max_token_kl).logical_not_()
     value_over = 0.0 if kl_limit.over_limit == "mask" else kl_limit.max_token_kl
-    factor_over = kl_limit.max_token_kl / divergence if kl_limit.over_limit == "scale" else torch.zeros_like(divergence)
+    factor_over = torch.zeros_like(divergence)
+    if kl_limit.over_limit == "scale":
+        factor_over = torch.where(divergence.isnan(), factor_over, kl_limit.max_token_kl / divergence)
     return torch.where(over, value_over, divergence), torch.where(over, factor_over, 1.0), over
 
 
@@ -328,6 +331,13 @@ def divergence_core(kind: str, z_S: Tensor, z_T: Tensor, table: Tensor) -> tuple
     return x.sub_(centre_R1).mul_(p_S), size_RK
 
 
+def _times_slope_(core_RK: Tensor, table: Tensor, *, gated: bool) -> Tensor:
+    """SLOPE core, in place. `gated`: rows that a limit has dropped are zeros even where their core is NaN."""
+    slope_R1 = table[SLOPE].unsqueeze(1)
+    dz_RK = core_RK.mul_(slope_R1)
+    return dz_RK.masked_fill_(slope_R1 == 0, 0.0) if gated else dz_RK
+
+
 def _entropy_part(exp_RK: Tensor, table: Tensor) -> Tensor:
     """ENTROPY_SLOPE times the gradient of the entropy, -p (log p + entropy)."""
     logp = exp_RK.clamp(min=torch.finfo(exp_RK.dtype).tiny).log_().sub_(table[LOG_SUM].unsqueeze(1))
@@ -394,7 +404,7 @@ def gradient(
             dz_RV = score_core(exp_RV, block, None if labels_C is None else labels_C[rows], out=z_RV)
         else:
             part_RV, (dz_RV, _) = None, divergence_core(kind, z_RV, teacher.products_CV[rows], block)
-        dz_RV.mul_(block[SLOPE].unsqueeze(1))
+        dz_RV = _times_slope_(dz_RV, block, gated=teacher is not None)
         if part_RV is not None:
             dz_RV.add_(part_RV)
         if chain is not None:
@@ -428,7 +438,7 @@ def gradient_columns(
     else:
         core_CA, size_CA = divergence_core(kind, z_CA, z_T, table)
     kept_C = size_CA.abs().sum(1)
-    dz_CA = core_CA.mul_(table[SLOPE].unsqueeze(1))
+    dz_CA = _times_slope_(core_CA, table, gated=z_T is not None)
     dz_CA = dz_CA if chain is None else dz_CA.mul_(chain)
     return dz_CA.to(dtype), kept_C, dz_CA.sum(1)
 

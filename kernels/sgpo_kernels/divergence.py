@@ -12,7 +12,8 @@ Memory: `sizes.extra_bytes("divergence", ...)`, no term in N·V, + V·H·a for a
   Saved: dH [N, H], dW [V, H] in the input dtype (dW of a float16 head in float32), db [V].
 Precision: float32 logits and dz (float64 for float64 inputs); sums of terms >= 0, so equal states give exactly 0 and a
   zero gradient.
-Limits: finite logits; first derivatives only; on an accelerator one host sync (the count of live rows), with a column
+Limits: finite logits, but for columns that a bias of -inf closes; first derivatives only; on an accelerator one host
+  sync (the count of live rows), with a column
   tolerance two more (vocabulary shards: one per chunk); masked rows of a dense chunk still pay their products.
 """
 

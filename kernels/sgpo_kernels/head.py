@@ -6,7 +6,8 @@ Equation: products = h Wᵀ; the logits z = softcap(products + b) / temperature 
 Gradient: none here; the chunk loop multiplies dz by W and h itself.
 Memory: on the CPU half heads are copied once per call in float32; on CUDA nothing of the head's size.
 Precision: products of half operands accumulate and come out in float32.
-Limits: vocabulary shards (tensor parallel): every rank holds all rows h and the head rows [start, start + V_r); per
+Limits: a bias of -inf closes its column: probability, gradient and every term of a divergence are 0 there;
+  vocabulary shards (tensor parallel): every rank holds all rows h and the head rows [start, start + V_r); per
   chunk one all-gather of the row statistics [STAT_ROWS, C] per context makes the normalisers whole, and for divergences
   one all-reduce of [2, C].
 """
@@ -23,6 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sgpo_kernels import sizes
+
+# What a bias of -inf becomes: e^CLOSED is 0 at any temperature, but CLOSED - CLOSED and 0 * CLOSED are 0 and not NaN.
+CLOSED = -1e20
 
 
 def mm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
@@ -143,9 +147,13 @@ class Head:
     @staticmethod
     def of(head: Tensor, bias: Tensor | None) -> Head:
         """From head [V, H] and bias [V], detached."""
-        acc = sizes.accumulate_dtype(head.dtype)
-        operand = head.dtype if head.is_cuda else acc
-        return Head(head.detach().to(operand), None if bias is None else bias.detach().to(acc))
+        operand = head.dtype if head.is_cuda else sizes.accumulate_dtype(head.dtype)
+        return Head(head.detach().to(operand), None).with_bias(bias)
+
+    def with_bias(self, bias: Tensor | None) -> Head:
+        """The same head with another bias [V], detached."""
+        acc = sizes.accumulate_dtype(self.weight_VH.dtype)
+        return Head(self.weight_VH, None if bias is None else bias.detach().to(acc).clamp(min=CLOSED))
 
     def products(self, hidden_CH: Tensor, out_CV: Tensor) -> Tensor:
         """h Wᵀ in the accumulation dtype, written to `out_CV`."""

@@ -8,7 +8,8 @@ Gradient: d logp / dz = onehot - p; d entropy / dz_j = -p_j (log p_j + entropy).
 Memory: C·V·a in forward; `sizes.extra_bytes("logprob", ...)` in both, no term in N·V. Saved: the inputs.
 Precision: float32 logits and statistics (float64 for float64 inputs); dz is cast to the dtype of hidden for the
   products.
-Limits: finite logits; first derivatives only; on an accelerator one host sync in backward.
+Limits: finite logits, but for columns that a bias of -inf closes; first derivatives only; on an accelerator one host
+  sync in backward.
 """
 
 from __future__ import annotations

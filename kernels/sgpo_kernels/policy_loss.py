@@ -11,7 +11,8 @@ Memory: `sizes.extra_bytes("policy", ...)`, no term in N·V. Saved: dH [N, H], d
   input dtype (dW of a float16 head in float32), db [V].
 Precision: float32 logits, ratio and dz (float64 for float64 inputs); dz is cast to the dtype of hidden for the
   products.
-Limits: finite logits; first derivatives only; on an accelerator one host sync (the count of live rows), with a column
+Limits: finite logits, but for columns that a bias of -inf closes; first derivatives only; on an accelerator one host
+  sync (the count of live rows), with a column
   tolerance two more (vocabulary shards: one per chunk). Advantages, weights and old log-probs are constants.
 """
 

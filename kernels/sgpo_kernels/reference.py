@@ -17,14 +17,15 @@ from sgpo_kernels.stats import DivergenceStats, PolicyStats, SgpoStats
 def _log_softmax(
     hidden: Tensor, head: Tensor, bias: Tensor | None, temperature: float | Tensor, cap: float | None
 ) -> Tensor:
-    """log softmax(softcap(h Wᵀ + b) / temperature), [N, V] float32 (float64 for float64)."""
+    """log softmax(softcap(h Wᵀ + b) / temperature), [N, V] float32 (float64 for float64). A bias of -inf gives -1e20,
+    so that 0 times it is 0."""
     logits = hidden @ head.t()
     logits = logits if logits.dtype == torch.float64 else logits.float()
     logits = logits if bias is None else logits + bias
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     return torch.log_softmax(
         logits / (temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature), dim=1
-    )
+    ).clamp(min=-1e20)
 
 
 def _kl(logp: Tensor, logq: Tensor) -> Tensor:
@@ -122,7 +123,10 @@ def linear_divergence(
         "js": lambda: (_kl(student, middle) + _kl(teacher, middle)) / 2,
     }[kind]()
     limit = math.inf if max_token_kl is None else max_token_kl
-    over, live = divergence > limit, torch.ones_like(divergence).bool() if token_weight is None else token_weight != 0
+    over, live = (
+        ~(divergence <= limit),
+        torch.ones_like(divergence).bool() if token_weight is None else token_weight != 0,
+    )
     beyond = {
         "mask": lambda: torch.zeros_like(divergence),
         "clamp": lambda: torch.full_like(divergence, limit),

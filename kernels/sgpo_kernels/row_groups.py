@@ -179,7 +179,7 @@ class DivergenceRows(RowGroup):
             if teacher_head is not None:
                 head = Head.of(teacher_head, bias)
             elif bias is not None:
-                head = Head(head.weight_VH, bias.detach().to(self.values.dtype))
+                head = head.with_bias(bias)
             self._teacher = self.inputs.teacher_hidden, head
         return self._teacher
 

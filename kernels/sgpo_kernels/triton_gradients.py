@@ -219,11 +219,13 @@ def gradient_tiles(
                            inv_temperature, softcap, HAS_TEACHER_BIAS, HAS_SOFTCAP)  # fmt: skip
     is_label = columns[None, :] == labels[:, None]
     core, _, logp, p = _core(z_S, z_T, is_label, inside, table_ptr, rows, row_inside, C, KIND)
-    dz = core * tl.load(table_ptr + SLOPE * C + rows, mask=row_inside, other=0.0)[:, None]
+    slope = tl.load(table_ptr + SLOPE * C + rows, mask=row_inside, other=0.0)[:, None]
+    # A row that a limit has dropped is zeros even where its core is NaN.
+    dz = tl.where(slope == 0.0, 0.0, core * slope)
     if WITH_ENTROPY:
-        slope = tl.load(table_ptr + ENTROPY_SLOPE * C + rows, mask=row_inside, other=0.0)[:, None]
+        entropy_slope = tl.load(table_ptr + ENTROPY_SLOPE * C + rows, mask=row_inside, other=0.0)[:, None]
         entropy = tl.load(table_ptr + ENTROPY * C + rows, mask=row_inside, other=0.0)[:, None]
-        dz -= slope * p * (logp + entropy)
+        dz -= entropy_slope * p * (logp + entropy)
     if HAS_SOFTCAP:
         dz *= chain
     offsets = rows.to(tl.int64)[:, None] * out_stride + columns.to(tl.int64)[None, :]
@@ -263,7 +265,7 @@ def gradient_column_tiles(
                                teacher_bias_ptr, inv_temperature, softcap, HAS_TEACHER_BIAS, HAS_SOFTCAP)  # fmt: skip
         is_label = inside & (columns[None, :] == labels[:, None])
         core, size, _, _ = _core(z_S, z_T, is_label, inside, table_ptr, rows, row_inside, C, KIND)
-        dz = core * slope
+        dz = tl.where(slope == 0.0, 0.0, core * slope)
         if HAS_SOFTCAP:
             dz *= chain
         dz = tl.where(inside, dz, 0.0)

@@ -233,13 +233,15 @@ def divergence_row_values(
     rows = tl.load(rows_ptr + at, mask=inside, other=0)
     divergence = tl.load(sums_ptr + DIVERGENCE_SUM * C + at, mask=inside, other=0.0)
     weight = tl.load(weight_ptr + rows, mask=inside, other=0.0)
-    over = divergence > limit
-    value_over = 0.0 * divergence
-    gate_over = 0.0 * divergence
+    # NaN is over any limit; infinity, which stands for none, is not one.
+    over = (divergence <= limit) == 0
+    over = over & (limit < float("inf"))
+    value_over = tl.zeros([BLOCK], tl.float32)
+    gate_over = tl.zeros([BLOCK], tl.float32)
     if OVER_LIMIT != MASK:
         value_over += limit
     if OVER_LIMIT == SCALE:
-        gate_over = limit / divergence
+        gate_over = tl.where(divergence == divergence, limit / divergence, 0.0)
     gate = tl.where(over, gate_over, 1.0)
     tl.store(values_ptr + DIVERGENCE * N + rows, divergence, mask=inside)
     tl.store(values_ptr + OVER * N + rows, tl.where(over, 1.0, 0.0), mask=inside)

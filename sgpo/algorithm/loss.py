@@ -7,10 +7,27 @@ be named, printed and stepped into. It is called where the model holds its head 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from sgpo_kernels import DivergenceStats, PolicyStats, linear_logprob, linear_policy_loss, sgpo_loss
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """What a model makes of the products x = h Wᵀ + b of its head: logits = cap tanh(scale x / cap), or scale x."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def options(self, temperature: float) -> dict[str, Any]:
+        """The kernels' arguments for the softmax of logits / temperature. They bend first and divide then:
+        cap tanh(scale x / cap) / T = c tanh(x / c) / t with c = cap / scale and t = T / scale."""
+        cap = None if self.softcap is None else self.softcap / self.scale
+        return {"temperature": temperature / self.scale, "logit_softcap": cap}
+
+
+PLAIN = LogitTransform()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +111,15 @@ class SgpoLoss:
         hidden: torch.Tensor,
         teacher_hidden: torch.Tensor | None,
         rows: LossRows,
+        *,
+        logits: LogitTransform = PLAIN,
     ) -> tuple[torch.Tensor, LossStats]:
         """
         Args:
             head, bias: output weight [V, H] and optional bias [V].
             hidden: [N_p + N_t, H], in the order of `rows`.
             teacher_hidden: [N_t, H] of the same completions after the guided prompt; None: nothing is distilled.
+            logits: what the model makes of the head's products, in both contexts.
 
         Returns: scalar fp32 loss, and row statistics.
 
@@ -124,23 +144,27 @@ class SgpoLoss:
                 kind=chosen.distillation,
                 max_token_kl=chosen.max_token_kl,
                 over_limit=chosen.over_limit,
-                temperature=chosen.temperature,
                 bias=bias,
                 column_tolerance=chosen.column_tolerance,
                 impl=chosen.impl,
+                **logits.options(chosen.temperature),
             )
             stats = LossStats(fused.policy, fused.divergence, fused.policy_loss, fused.distill_loss)
         else:
-            loss, stats = self._without_teacher(head, bias, hidden, rows)
+            loss, stats = self._without_teacher(head, bias, hidden, rows, logits)
         if chosen.entropy_coef is not None:
-            _, entropy = linear_logprob(
-                policy_hidden, head, policy_labels, temperature=chosen.temperature, bias=bias, impl=chosen.impl
-            )
+            options = logits.options(chosen.temperature)
+            _, entropy = linear_logprob(policy_hidden, head, policy_labels, bias=bias, impl=chosen.impl, **options)
             loss = loss - chosen.entropy_coef * (rows.policy_weight * entropy).sum()
         return loss, stats
 
     def _without_teacher(
-        self, head: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor, rows: LossRows
+        self,
+        head: torch.Tensor,
+        bias: torch.Tensor | None,
+        hidden: torch.Tensor,
+        rows: LossRows,
+        logits: LogitTransform,
     ) -> tuple[torch.Tensor, LossStats]:
         """Policy loss, and imitation of the rows behind the policy's."""
         chosen, split = self.settings, len(rows.advantages)
@@ -156,10 +180,10 @@ class SgpoLoss:
             clip_low=chosen.clip_low,
             clip_high=chosen.clip_high,
             dual_clip=chosen.dual_clip,
-            temperature=chosen.temperature,
             bias=bias,
             column_tolerance=chosen.column_tolerance,
             impl=chosen.impl,
+            **logits.options(chosen.temperature),
         )
         imitated, _ = imitation_loss(
             head,
@@ -169,6 +193,7 @@ class SgpoLoss:
             rows.distill_weight,
             temperature=chosen.temperature,
             shaping=chosen.demo_shaping,
+            logits=logits,
             impl=chosen.impl,
         )
         return policy_loss + imitated, LossStats(policy, None, policy_loss.detach(), imitated.detach())
@@ -183,13 +208,14 @@ def imitation_loss(
     *,
     temperature: float = 1.0,
     shaping: float | None = None,
+    logits: LogitTransform = PLAIN,
     impl: Literal["auto", "triton", "triton-nologits", "torch"] = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted negative log-likelihood of given tokens: (sum of weight x nll, nll [N] without gradient).
 
     With `shaping` gamma the row loss is -p / (p + gamma) in place of -log p, p = pi(token) (LUFFY's policy shaping).
     """
-    logprobs, _ = linear_logprob(hidden, head, labels, temperature=temperature, bias=bias, impl=impl)
+    logprobs, _ = linear_logprob(hidden, head, labels, bias=bias, impl=impl, **logits.options(temperature))
     gain = logprobs if shaping is None else logprobs.exp() / (logprobs.exp() + shaping)
     return -(weight * gain).sum(), -logprobs.detach()
 
@@ -207,9 +233,13 @@ class ImitationLoss:
         hidden: torch.Tensor,
         teacher_hidden: torch.Tensor | None,
         rows: LossRows,
+        *,
+        logits: LogitTransform = PLAIN,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(scalar fp32 loss, negative log-likelihood [N] without gradient)."""
-        return imitation_loss(head, bias, hidden, rows.labels, rows.distill_weight, temperature=self.temperature)
+        return imitation_loss(
+            head, bias, hidden, rows.labels, rows.distill_weight, temperature=self.temperature, logits=logits
+        )
 
 
 class ScoredRows(Protocol):
@@ -226,6 +256,7 @@ class LabelLogprobs:
     """log pi(label) of every row, a "loss" that only scores: called as SgpoLoss is."""
 
     temperature: float = 1.0
+    impl: Literal["auto", "triton", "triton-nologits", "torch"] = "auto"
 
     def __call__(
         self,
@@ -234,6 +265,9 @@ class LabelLogprobs:
         hidden: torch.Tensor,
         teacher_hidden: torch.Tensor | None,
         rows: ScoredRows,
+        *,
+        logits: LogitTransform = PLAIN,
     ) -> torch.Tensor:
         """[N], differentiable in head, bias and hidden."""
-        return linear_logprob(hidden, head, rows.labels, temperature=self.temperature, bias=bias)[0]
+        options = logits.options(self.temperature)
+        return linear_logprob(hidden, head, rows.labels, bias=bias, impl=self.impl, **options)[0]

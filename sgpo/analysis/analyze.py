@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from sgpo_kernels import linear_divergence
 
+from sgpo.algorithm.loss import PLAIN, LogitTransform
 from sgpo.analysis.design import Study, load_policy, load_study, make_design
 from sgpo.analysis.report import write_analysis_report
 from sgpo.analysis.results import Results
@@ -112,15 +113,17 @@ class _Divergence:
         hidden: torch.Tensor,
         guided_hidden: torch.Tensor,
         rows: Contexts,
+        *,
+        logits: LogitTransform = PLAIN,
     ) -> torch.Tensor:
         _, stats = linear_divergence(
             hidden,
             guided_hidden,
             head,
             token_weight=torch.ones(len(hidden), device=hidden.device),
-            temperature=self.temperature,
             bias=bias,
             impl=self.impl,
+            **logits.options(self.temperature),
         )
         return stats.divergence
 

@@ -14,7 +14,7 @@ from sgpo.analysis.settings import AnalyzeConfig
 from sgpo.analysis.transfer import Draw
 from sgpo.builders.task import load_task, prompt_builder
 from sgpo.engine.batching import collate, length_sorted
-from sgpo.model.loading import load_causal_lm, positions_of
+from sgpo.model.loading import check_token_ids, load_causal_lm, positions_of
 from sgpo.model.policy import PolicyModel
 from sgpo.types import Problem, PromptPair, SgpoError
 
@@ -119,6 +119,7 @@ def make_design(config: AnalyzeConfig, folder: Path, tokenizer: Any, study: Stud
 
     prompts = {draw: prompt_of(draw) for draw in every}
     _check_lengths(config, folder, max(map(len, prompts.values())))
+    check_token_ids(folder, tokenizer, prompts.values())
     return Design(every, cells, prompts, [excess for _, excess in empty])
 
 
@@ -135,7 +136,7 @@ def load_policy(config: AnalyzeConfig, folder: Path) -> tuple[PolicyModel, torch
     """The model that is analysed, ready for passes without gradient, and its device."""
     lm = load_causal_lm(folder, dtype=config.model.dtype, attn_implementation=config.model.attn_implementation)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return PolicyModel(lm).to(device).eval(), device
+    return PolicyModel(lm.to(device)).eval(), device
 
 
 @torch.no_grad()

@@ -43,11 +43,12 @@ def engine_on(config: Config, lm: Any, optim: OptimConfig, device: torch.device)
     """The engine on a model that is loaded, after a proof that it loses no gradient."""
     if config.model.lora.rank:
         with_adapters(config, lm)
+    lm.to(device)
     size, timeout_s = config.engine.sequence_parallel_size, config.run.timeout_s
     engine = ZeroEngine(
         PolicyModel(
             lm,
-            parallel=SequenceParallel(lm, size, timeout_s=timeout_s) if size > 1 else None,
+            parallel=partial(SequenceParallel, size=size, timeout_s=timeout_s) if size > 1 else None,
             packed=config.engine.packing == "packed",
             gradient_checkpointing=config.model.gradient_checkpointing,
             activation_offload=config.model.activation_offload,

@@ -9,7 +9,7 @@ from sgpo.config import WITH_DEMONSTRATIONS, Config
 from sgpo.data import builtin
 from sgpo.data.problems import check_disjoint, load_problems
 from sgpo.data.prompts import PromptBuilder, PromptTemplate, eos_token_ids
-from sgpo.model.loading import config_of, positions_of
+from sgpo.model.loading import check_token_ids, config_of, positions_of
 from sgpo.planning.architectures import check_sequence_parallel
 from sgpo.strategies.calculator import attach_strategies
 from sgpo.types import Problem, SgpoError, TaskData, TrainSequence
@@ -24,6 +24,9 @@ def load_run_tasks(config: Config, model_folder: Path, tokenizer: Any) -> tuple[
     train = load_task(config, tokenizer, split="train")
     held_out = load_task(config, tokenizer, split="eval") if config.data.eval else None
     check_data(config, model_folder, train, held_out)
+    tasks = [train] if held_out is None else [train, held_out]
+    prompts = [ids for task in tasks for pair in task.prompts for ids in (pair.plain, pair.guided or ())]
+    check_token_ids(model_folder, tokenizer, (*prompts, *(train.demo_ids or ())))
     return train, held_out
 
 

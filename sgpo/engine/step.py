@@ -6,16 +6,18 @@ of them have a teacher pass; a rank without work of its own joins in with an emp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from sgpo.algorithm.loss import LabelLogprobs
 from sgpo.engine.batching import Contexts, MicroBatch, collate, collate_training, grouped
+from sgpo.engine.not_finite import name_not_finite, nan_if_not_finite, prompt_length
 from sgpo.engine.zero import MicroBatchLoss, ZeroEngine
-from sgpo.types import TrainSequence
+from sgpo.types import SgpoError, TrainSequence
 from sgpo.utils import distributed
 
 
@@ -31,11 +33,13 @@ class MicroBatchResult:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`grad_norm` is None where no sequence of any rank was live and the optimizer was not stepped."""
+    """`grad_norm` is None where no sequence of any rank was live and the optimizer was not stepped, or where the step
+    was skipped because something in it was not finite: `skipped` says what."""
 
     passes: list[MicroBatchResult]
     loss: float
     grad_norm: float | None
+    skipped: str | None = None
 
 
 def optimizer_step(
@@ -46,8 +50,16 @@ def optimizer_step(
     token_budget: int,
     pad_id: int,
     lr: float,
+    non_finite: Literal["stop", "skip"] = "stop",
+    name: Callable[[TrainSequence], str] = prompt_length,
 ) -> StepResult:
-    """Accumulates the gradient of all live sequences, micro-batch by micro-batch, and applies it once."""
+    """Accumulates the gradient of all live sequences, micro-batch by micro-batch, and applies it once. Collective.
+
+    Args:
+        non_finite: where a log-prob, the loss or the gradient of any rank is not finite, no rank applies the step:
+            "stop" raises SgpoError that says where, "skip" returns it.
+        name: what a sequence is called there.
+    """
     passes: list[MicroBatchResult] = []
     losses: list[torch.Tensor] = []
     live = [sequence for sequence in sequences if sequence.is_live]
@@ -57,12 +69,24 @@ def optimizer_step(
     ):
         micro = micro.to(engine.device)
         value, stats = engine.loss(loss, micro)
-        engine.backward(value)
+        engine.backward(nan_if_not_finite(value, stats))
         losses.append(value.detach())
         passes.append(MicroBatchResult(chosen, stats, micro.tokens, micro.tokens - _real_tokens(chosen, micro)))
     if not passes:
         return StepResult([], 0.0, None)
-    return StepResult(passes, float(torch.stack(losses).sum()), engine.step(lr))
+    norm = engine.step(lr)
+    if math.isfinite(norm):
+        return StepResult(passes, float(torch.stack(losses).sum()), norm)
+    named = [name_not_finite(done.sequences, done.stats, name) for done in passes]
+    places = [place for part in distributed.gather(named) for found in part for place in found]
+    where = f"{places[0]} ({len(places)} in all)" if places else "no log-prob, but the gradient itself"
+    sentence = f"not finite: {where}; the gradient norm is {norm} and the step was not applied"
+    if non_finite == "stop":
+        raise SgpoError(
+            f"{sentence}. The last checkpoint is whole: resume with a lower learning rate, or set optim.non_finite to "
+            "skip to leave such steps out"
+        )
+    return StepResult([], 0.0, None, sentence)
 
 
 def micro_batches(

@@ -163,14 +163,15 @@ class ZeroEngine:
         self._engine.backward(loss * distributed.world_size())
 
     def step(self, lr: float) -> float:
-        """Applies what has been accumulated and returns the gradient norm before clipping."""
+        """Applies what has been accumulated and returns the gradient norm before clipping, the same on all ranks.
+
+        Where that is not finite nothing was applied: weights, masters and moments are what they were.
+        """
         self.reload_states()
         set_lr(self._optimizer, lr)
-        self._engine.step()
+        self._engine.step()  # DeepSpeed leaves out a step whose norm is not finite, and forgets its gradient
         norm = self._grad_norm if self._bare else self._engine.get_global_grad_norm()
-        if norm is None or not math.isfinite(float(norm)):
-            raise SgpoError(f"the gradient norm is {norm}; the last checkpoint is intact: lower the learning rate")
-        return float(norm)
+        return math.nan if norm is None else float(norm)
 
     def dry_step(self, loss: MicroBatchLoss, micro_batches: Iterable[Any]) -> tuple[float, torch.Tensor]:
         """(gradient norm, sketch of this rank's share of the gradient) of a step that leaves everything as it was.
@@ -182,6 +183,11 @@ class ZeroEngine:
         for micro_batch in micro_batches:
             self.backward(self.loss(loss, micro_batch)[0])
         norm, found = self.step(lr=0.0), sketch_of_first_moments(self.adam)
+        if not math.isfinite(norm):
+            raise SgpoError(
+                f"the gradient norm of a trial step is {norm}: weights of the model are not finite, or its activations "
+                "overflow; check the checkpoint, or take model.dtype: float32"
+            )
         forget(self.adam)
         for name, value in counters.items():
             setattr(self._engine, name, value)
@@ -271,6 +277,9 @@ class ZeroEngine:
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
+        if not math.isfinite(self._grad_norm):
+            for parameter in parameters:
+                parameter.grad = None  # the optimizer leaves it as it is
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from sgpo.types import SgpoError
 
 _PER_SEQUENCE = "sgpo_per_sequence"
+# Arguments of an attention function that SDPA honours, or that say nothing of what attends to what.
+_HARMLESS = ("dropout", "scaling", "position_ids", "cache_position", "use_cache")
 _FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
@@ -45,7 +47,11 @@ def require_full_attention(lm: Any, wish: str, instead: str) -> None:
     """SgpoError, in the words of the knob, for a model whose layers do not all attend to everything before."""
     settings = lm.config.get_text_config()
     kinds = set(getattr(settings, "layer_types", None) or [_only_kind(settings)])
-    if not getattr(lm, "_supports_attention_backend", False) or kinds != {"full_attention"}:
+    if not getattr(lm, "_supports_attention_backend", False):
+        raise SgpoError(
+            f"{wish} needs an attention of its own, which the code of {settings.model_type} does not take; {instead}"
+        )
+    if kinds != {"full_attention"}:
         raise SgpoError(
             f"{wish} needs full causal attention in every layer, which {settings.model_type} does not "
             f"have ({', '.join(sorted(kinds))}); {instead}"
@@ -55,7 +61,9 @@ def require_full_attention(lm: Any, wish: str, instead: str) -> None:
 def _only_kind(settings: Any) -> str:
     """Of a model that does not name its layers' kinds: Mistral and Phi-3 have a window all the same."""
     window = getattr(settings, "sliding_window", None)
-    return "full_attention" if window is None or window >= settings.max_position_embeddings else "sliding_attention"
+    positions = getattr(settings, "max_position_embeddings", None)
+    whole = window is None or (positions is not None and window >= positions)
+    return "full_attention" if whole else "sliding_attention"
 
 
 def attend_per_sequence(lm: Any) -> Callable[..., tuple[torch.Tensor, None]]:
@@ -101,15 +109,29 @@ def _attention_per_sequence(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if across_ranks is not None:
-        return across_ranks(module, query, key, value, None, sequence_lengths=sequence_lengths, **kwargs)
     if sequence_lengths is None:  # the model dropped the argument: tokens would see other sequences
         raise SgpoError(
             f"engine.packing: packed does not work with {type(module).__name__}, which does not hand the lengths to "
             "its attention; set engine.packing to padded"
         )
+    _require_plain_causal(module, sequence_lengths, {"attention_mask": attention_mask, **kwargs})
+    if across_ranks is not None:
+        return across_ranks(module, query, key, value, None, sequence_lengths=sequence_lengths, **kwargs)
     parts = zip(*(tensor.split(sequence_lengths, dim=2) for tensor in (query, key, value)), strict=True)
     return torch.cat([sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in parts], dim=1), None
+
+
+def _require_plain_causal(module: nn.Module, lengths: Sequence[int], arguments: dict[str, Any]) -> None:
+    """SgpoError where the model hands its attention what causal SDPA would drop: a mask, a cap, sinks, a window."""
+    window = arguments.get("sliding_window")
+    wide = isinstance(window, int) and window >= max(lengths)
+    neutral = {"is_causal": True, "sliding_window": window if wide else None}
+    for name, value in arguments.items():
+        if name not in _HARMLESS and value is not None and value is not False and value is not neutral.get(name):
+            raise SgpoError(
+                f"engine.packing: packed and engine.sequence_parallel_size above 1 need plain causal attention, but "
+                f"{type(module).__name__} has {name} of its own; set engine.packing to padded, and the size to 1"
+            )
 
 
 # ---- memory for time -----------------------------------------------------------------------------------------------
@@ -127,19 +149,34 @@ def checkpoint_layers(lm: Any, *, offload: bool) -> None:
         raise SgpoError(
             f"model.gradient_checkpointing: {lm.config.model_type} has no layers that support it; set it to false"
         )
-    lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise SgpoError(
+            f"model.gradient_checkpointing: {lm.config.model_type} does not support it ({error}); set it to false"
+        ) from error
     for layer in layers:
         # transformers checkpoints only in training mode, while a loaded model is in evaluation mode (no dropout). Only
         # the layer's own flag is set, not that of its parts.
         layer.training = True
-        if offload:
-            layer._gradient_checkpointing_func = _offloaded_checkpoint
+        layer._gradient_checkpointing_func = partial(_checkpointed, layer, offload)
 
 
-def _offloaded_checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+def _checkpointed(layer: nn.Module, offload: bool, function: Callable[..., Any], *args: Any) -> Any:
+    """`function` of the layer under a checkpoint: in evaluation mode, or the layer's own dropout would be on."""
+
+    def run(*args: Any) -> Any:
+        layer.training = False
+        try:
+            return function(*args)
+        finally:
+            layer.training = True
+
+    if not offload:
+        return checkpoint(run, *args, use_reentrant=False)
     # Inside, checkpoint's own hooks keep everything from being saved; the outer one sees the inputs alone.
     with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
-        return checkpoint(function, *args, use_reentrant=False)
+        return checkpoint(run, *args, use_reentrant=False)
 
 
 def tile_mlps(lm: Any, tile_tokens: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,8 @@ from safetensors import SafetensorError
 
 from sgpo.types import SgpoError
 
-# Models that change the logits after the head: the fused losses would silently compute something else.
-# Each with the values that change nothing.
-_UNSUPPORTED_LOGITS = {
-    "final_logit_softcapping": (None,),
-    "logit_scale": (None, 1),
-    "logits_scaling": (None, 1),
-    "lm_head_multiplier": (None, 1),
-    "output_multiplier": (None, 1),
-}
+# transformers maps most models' names to the first one; these have kept their own.
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx")
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -64,10 +58,6 @@ def load_causal_lm(path: str | Path, *, dtype: str, attn_implementation: str = "
             f"the model in {path} lacks {', '.join(missing[:3])} ({len(missing)} weights in all), which would be "
             "random numbers; copy the whole checkpoint"
         )
-    settings = model.config.get_text_config()
-    for name, neutral in _UNSUPPORTED_LOGITS.items():
-        if getattr(settings, name, None) not in neutral:
-            raise SgpoError(f"the model in {path} sets {name}, which the fused loss does not support yet")
     return model
 
 
@@ -80,8 +70,37 @@ def eos_ids_of_folder(path: str | Path) -> int | list[int] | None:
 
 
 def positions_of(model_folder: Path) -> int | None:
-    """Longest sequence that the model was made for."""
-    return config_of(model_folder).get("max_position_embeddings")
+    """Longest sequence that the model was made for; None where its config does not say."""
+    settings = _text_settings(model_folder)
+    return next((found for name in _POSITIONS if isinstance(found := settings.get(name), int) and found > 0), None)
+
+
+def check_token_ids(model_folder: Path, tokenizer: Any, sequences: Iterable[Sequence[int]]) -> None:
+    """SgpoError where a token that the run needs has no row in the model's embedding: of these sequences, EOS or
+    padding. The tokenizer is larger than the model then."""
+    rows = _text_settings(model_folder).get("vocab_size")
+    largest = max(max(ids, default=0) for ids in (*sequences, (tokenizer.eos_token_id, tokenizer.pad_token_id)))
+    if isinstance(rows, int) and largest >= rows:
+        raise SgpoError(
+            f"the tokenizer in {model_folder} gives token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), "
+            f"but the model's embedding has {rows} rows: the two do not belong together; take the model's own "
+            "tokenizer, or enlarge its embedding (resize_token_embeddings) and save it"
+        )
+
+
+def _text_settings(model_folder: Path) -> dict[str, Any]:
+    """What the config of the language model says, under the names of transformers and under its own; only the
+    folder's own words where transformers does not know the model."""
+    from transformers import AutoConfig
+
+    raw = config_of(model_folder)
+    try:
+        config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        return raw
+    text = config.get_text_config(decoder=True)
+    known = {name: getattr(text, name, None) for name in (*_POSITIONS, "vocab_size")}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def config_of(model_folder: Path) -> dict[str, Any]:

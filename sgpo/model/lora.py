@@ -30,7 +30,7 @@ def add_adapters(lm: Any, *, rank: int, alpha: float, modules: Sequence[str], do
         raise SgpoError(
             f"model.lora needs peft ({error}); pip install 'sgpo[lora]', or leave model.lora.rank at 0"
         ) from error
-    chosen: str | list[str] = "all-linear" if "all-linear" in modules else list(modules)
+    chosen = _linear_layers(lm) if "all-linear" in modules else list(modules)
     settings = peft.LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=chosen, use_dora=dora, lora_dropout=0.0, task_type="CAUSAL_LM"
     )
@@ -38,11 +38,30 @@ def add_adapters(lm: Any, *, rank: int, alpha: float, modules: Sequence[str], do
         torch.manual_seed(seed)
         try:
             peft.inject_adapter_in_model(settings, lm, adapter_name=_ADAPTER)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise SgpoError(f"model.lora.modules = {list(modules)}: {str(error).splitlines()[0]}") from error
+    for name, module in lm.named_modules():
+        if _is_adapted(module) and type(base := module.get_base_layer()) not in _linear_kinds():
+            raise SgpoError(
+                f"model.lora.modules = {list(modules)}: {name} is a {type(base).__name__} and no linear layer; "
+                "leave it out, or set all-linear, which takes the linear layers alone"
+            )
     for module in (lm.get_output_embeddings(), lm.get_input_embeddings()):
         if _is_adapted(module):  # the fused loss reads the head's own weight: adapters there would learn nothing
             raise SgpoError(f"model.lora.modules = {list(modules)}: head and embedding take no adapters")
+
+
+def _linear_kinds() -> tuple[type, ...]:
+    from transformers.pytorch_utils import Conv1D
+
+    return torch.nn.Linear, Conv1D
+
+
+def _linear_layers(lm: Any) -> list[str]:
+    """Names of all linear layers but the head. peft's own "all-linear" also takes routers and fused experts, which
+    hold their weights as bare parameters or give more than a product: their adapters could not be merged."""
+    head = lm.get_output_embeddings()
+    return [name for name, part in lm.named_modules() if type(part) in _linear_kinds() and part is not head]
 
 
 def _is_adapted(module: Any) -> bool:

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from sgpo.algorithm.loss import PLAIN, LogitTransform
 from sgpo.model.activations import checkpoint_layers, pack_attention, packed_inputs, tile_mlps, use_liger
+from sgpo.model.proof import Proof
 from sgpo.model.sequence_parallel import SequenceParallel
+from sgpo.types import SgpoError
 
 
 class LossHead(nn.Module):
@@ -23,21 +26,41 @@ class LossHead(nn.Module):
         super().__init__()
         self.weight = output.weight
         self.bias = getattr(output, "bias", None)
+        self.logits = PLAIN
+        self.columns = len(self.weight)
+        self.closed: torch.Tensor | None
+        self.register_buffer("closed", None, persistent=False)
+
+    def become(self, logits: LogitTransform, columns: int, closed: torch.Tensor | None) -> None:
+        """What the model makes of the products: a transform, only the first `columns` of the vocabulary [V], and
+        no probability for those of them that are `closed` (bool [columns])."""
+        self.logits, self.columns = logits, columns
+        if closed is not None:
+            self.closed = torch.zeros(columns, device=closed.device).masked_fill_(closed, -torch.inf)
 
     def forward(self, loss: Callable[..., Any], *rows: Any) -> Any:
-        """loss(head weight, head bias or None, *rows): where SgpoLoss is called."""
-        return loss(self.weight, self.bias, *rows)
+        """loss(head weight, head bias or None, *rows): where SgpoLoss is called; with `logits` where the model bends
+        or scales its products."""
+        weight, bias = self.weight, self.bias
+        if self.columns < len(weight):
+            weight, bias = weight[: self.columns], None if bias is None else bias[: self.columns]
+        if self.closed is not None:
+            bias = self.closed if bias is None else bias + self.closed
+        return loss(weight, bias, *rows) if self.logits == PLAIN else loss(weight, bias, *rows, logits=self.logits)
 
 
 class PolicyModel(nn.Module):
     """Backbone and head of `lm`. Every method takes int64 ids [B, T] and flat row indices [N].
+
+    Its log-probs are proven to be the model's own (sgpo.model.proof), as loaded and after each change that is asked
+    for: SgpoError where one is not, or cannot be made. `lm` should be on the device where it will run.
 
     Args:
         packed: rows hold several sequences each ([1, T], with their lengths) in place of one padded sequence.
         activation_offload: checkpoints (which it needs) wait for backward on the host.
         mlp_tile_tokens: tokens that an MLP takes at a time; None: all.
         liger: "auto", "on" or "off", see `sgpo.model.activations.use_liger`.
-        parallel: the ranks that share every forward pass of `lm`; all of its calls are then collective among them.
+        parallel: makes the ranks that share every forward pass of `lm`; all calls are then collective among them.
     """
 
     def __init__(
@@ -49,24 +72,36 @@ class PolicyModel(nn.Module):
         activation_offload: bool = False,
         mlp_tile_tokens: int | None = None,
         liger: str = "off",
-        parallel: SequenceParallel | None = None,
+        parallel: Callable[[Any], SequenceParallel] | None = None,
     ) -> None:
         super().__init__()
+        proof = Proof(lm)
         self.lm = lm
         self.head = LossHead(lm.get_output_embeddings())
-        self.packed = packed
-        self._parallel = parallel
+        self.packed = False
+        self._backbone = [_backbone_of(lm)]  # in a list: lm's parts are not to be listed twice
+        self._parallel: SequenceParallel | None = None
         self._pick: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._knows_last_module = False
         lm.config.use_cache = False
-        if packed and parallel is None:
+        proof.measure_logits(self)
+        if parallel is not None:
+            self._parallel, self.packed = parallel(lm), packed
+            proof.check(self, "engine.sequence_parallel_size above 1", "set it to 1")
+        elif packed:
             pack_attention(lm)
-        use_liger(lm, liger)
+            self.packed = True
+            proof.check(self, "engine.packing: packed", "set engine.packing to padded")
+        else:
+            proof.check(self, "engine.packing: padded", "set engine.packing to packed")
+        if use_liger(lm, liger):
+            proof.check(self, "model.liger", "set it to off")
         if gradient_checkpointing:
             checkpoint_layers(lm, offload=activation_offload)
+            proof.check(self, "model.gradient_checkpointing", "set it to false")
         if mlp_tile_tokens is not None:
             tile_mlps(lm, mlp_tile_tokens)
-        if isinstance(norm := getattr(lm.base_model, "norm", None), nn.Module):
-            norm.register_forward_pre_hook(self._select)
+            proof.check(self, "model.mlp_tile_tokens", "leave it out")
 
     @property
     def shared_by(self) -> int:
@@ -84,12 +119,38 @@ class PolicyModel(nn.Module):
         else:
             arguments = {} if lengths is None else packed_inputs(self.lm, lengths, input_ids.device)
             pick = partial(_selected, rows)
+        arguments = {"input_ids": input_ids, "use_cache": False, **arguments}
+        if not self._knows_last_module:
+            return pick(self._find_last_module(arguments))
         self._pick = pick
         try:
-            states = self.lm.base_model(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state
+            states = self._backbone[0](**arguments).last_hidden_state
             return states if self._pick is None else pick(states)
         finally:
             self._pick = None
+
+    def _find_last_module(self, arguments: dict[str, Any]) -> torch.Tensor:
+        """All last hidden states [B, T, H] of a pass that looks for the module which makes them, row by row: from then
+        on it is given the selected rows alone. Where there is none, rows are selected behind the backbone."""
+        backbone, calls = self._backbone[0], dict[nn.Module, list[Any]]()
+
+        def note(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+            calls.setdefault(module, []).append((given, output))
+
+        leaves = [module for module in backbone.modules() if next(module.children(), None) is None]
+        hooks = [module.register_forward_hook(note) for module in leaves]
+        try:
+            states = backbone(**arguments).last_hidden_state
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for module, found in calls.items():
+            given, output = found[0]
+            if len(found) == 1 and output is states and len(given) == 1 and given[0].shape[:-1] == states.shape[:-1]:
+                module.register_forward_pre_hook(self._select)
+                break
+        self._knows_last_module = True
+        return states
 
     def _select(self, _: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Before the final norm: the selected rows of [B, T, H]."""
@@ -113,3 +174,15 @@ class PolicyModel(nn.Module):
 def _selected(rows: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """Rows [N, H] of [B, T, H]."""
     return states.flatten(0, 1)[rows]
+
+
+def _backbone_of(lm: Any) -> nn.Module:
+    """The part of `lm` that ends with the hidden states: its base model or, where it names none, the model inside."""
+    from transformers import PreTrainedModel
+
+    if lm.base_model is not lm:
+        return lm.base_model
+    inside = [part for part in lm.children() if isinstance(part, PreTrainedModel)]
+    if len(inside) != 1:
+        raise SgpoError(f"{type(lm).__name__} has no single backbone that gives hidden states; take another model")
+    return inside[0]

@@ -17,7 +17,7 @@ from sgpo.reporting.run_logs import MetricsLogger, RolloutTable
 from sgpo.rewards.pool import RewardPool
 from sgpo.train.memory_vs_plan import MemoryTracker
 from sgpo.train.profiler import Profiler
-from sgpo.types import Rollout, TaskData
+from sgpo.types import Rollout, TaskData, TrainSequence
 
 
 @dataclass(slots=True)
@@ -64,6 +64,16 @@ class Session:
     def batching(self) -> dict[str, int]:
         """What forms micro-batches, beside their sequences."""
         return {"token_budget": self.config.engine.micro_batch_tokens, "pad_id": self.tokenizer.pad_token_id}
+
+    @property
+    def not_finite(self) -> dict[str, Any]:
+        """What an optimizer step does about numbers that are not finite, and what it calls a sequence."""
+        return {"non_finite": self.config.optim.non_finite, "name": self._name}
+
+    def _name(self, sequence: TrainSequence) -> str:
+        pairs = zip(self.task.problems, self.task.prompts, strict=True)
+        found = (problem.id for problem, pair in pairs if sequence.prompt_ids in (pair.plain, pair.guided))
+        return f"a completion of problem {next(found, '?')}"
 
 
 def total_steps_of(config: Config, problems: int) -> int:

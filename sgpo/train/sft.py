@@ -19,6 +19,7 @@ from sgpo.engine.checkpoint import Checkpoints, is_whole
 from sgpo.engine.export import export_model
 from sgpo.engine.step import optimizer_step, score_contexts
 from sgpo.engine.zero import ZeroEngine, lr_factor
+from sgpo.model.loading import check_token_ids, positions_of
 from sgpo.reporting.live_display import LiveDisplay
 from sgpo.reporting.run_logs import MetricsLogger
 from sgpo.types import SgpoError, TrainSequence
@@ -32,6 +33,16 @@ def run_warmup(config: Config, model_folder: Path, tokenizer: Any, device: torch
     if finished.exists() and is_whole(best_folder):
         return best_folder
     demos = load_demonstrations(config, tokenizer, eos_token_ids(tokenizer, None)[0])
+    longest, positions = (
+        max(len(demo.prompt_ids) + len(demo.completion_ids) for demo in demos),
+        positions_of(model_folder),
+    )
+    if positions is not None and longest > positions:
+        raise SgpoError(
+            f"{settings.data}: the longest demonstration has {longest} tokens, more than {positions}, the positions of "
+            f"{model_folder}; lower warmup.max_tokens to find those that are too long, and shorten or remove them"
+        )
+    check_token_ids(model_folder, tokenizer, [(*demo.prompt_ids, *demo.completion_ids) for demo in demos])
     train, validation = _split(demos, settings.validation_share, config.run.seed)
     per_epoch = max(1, len(train) // settings.batch_size)
     total_steps = math.ceil(settings.epochs * per_epoch)
@@ -59,6 +70,8 @@ def run_warmup(config: Config, model_folder: Path, tokenizer: Any, device: torch
                 token_budget=config.engine.micro_batch_tokens,
                 pad_id=tokenizer.pad_token_id,
                 lr=lr,
+                non_finite=settings.optim.non_finite,
+                name=lambda sequence: f"the demonstration of a prompt of {len(sequence.prompt_ids)} tokens",
             )
             done = step + 1
             values: dict[str, float | None] = {
@@ -66,6 +79,7 @@ def run_warmup(config: Config, model_folder: Path, tokenizer: Any, device: torch
                 "grad_norm": result.grad_norm,
                 "lr": lr,
                 "epoch": done / per_epoch,
+                "non_finite_steps": float(result.skipped is not None),
             }
             if done % settings.validate_every == 0 or done == total_steps:
                 values["val_loss"] = validation_loss(engine, validation, config, tokenizer.pad_token_id)

@@ -95,6 +95,7 @@ def record_update(meter: Meter, results: Sequence[StepResult], lr: float) -> Non
     meter.sum("loss", sum(result.loss for result in results) / len(results))
     meter.max("lr", lr)
     meter.declare(maxima=["grad_norm"])
+    meter.max("non_finite_steps", sum(result.skipped is not None for result in results))
     for result in results:
         if result.grad_norm is not None:
             meter.max("grad_norm", result.grad_norm)

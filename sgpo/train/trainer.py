@@ -65,7 +65,7 @@ def train(config: Config) -> dict[str, Any]:
                 s.display.stage("train")
                 lr, results = step_lr(s, step), []
                 for sequences in mini_batches:
-                    result = optimizer_step(s.engine, sequences, s.loss, **s.batching, lr=lr)
+                    result = optimizer_step(s.engine, sequences, s.loss, **s.batching, **s.not_finite, lr=lr)
                     results.append(result)
                 clock.stage("train")
                 if with_next:

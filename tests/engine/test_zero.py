@@ -1,6 +1,7 @@
 """The engine against plain autograd, and against itself: any split, any ZeRO stage, any number of processes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ LEAN = [f"3:float32:{WHOLE}:{option}" for option in ("packed", "checkpointed", "
 LEAN_2 = f"3:float32:{SPLIT}:packed:hosted:tiled"
 BF16 = [f"{stage}:bfloat16:{SPLIT}" for stage in STAGES]
 # Of step_cases.py: STAGE:CHECKPOINTED:PACKED.
+BROKEN = [f"broken:{stage}:float32" for stage in STAGES] + ["broken:0:bfloat16", "broken:2:bfloat16"]
+BROKEN_2 = ["broken:0:float32", "broken:2:bfloat16", "broken:3:float32"]
 STEPS = [f"step:{case}" for case in ("0:1:0", "0:1:1", "2:1:0", "3:1:0")]
 
 
@@ -28,13 +31,13 @@ def _run(launcher, tmp_path_factory, folder, cases, processes):
 
 @pytest.fixture(scope="module")
 def one(launcher, tmp_path_factory, builtin_folder):
-    return _run(launcher, tmp_path_factory, builtin_folder, [*FP32, *BF16, *LEAN, *STEPS], 1)
+    return _run(launcher, tmp_path_factory, builtin_folder, [*FP32, *BF16, *LEAN, *STEPS, *BROKEN], 1)
 
 
 @pytest.fixture(scope="module")
 def two(launcher, tmp_path_factory, builtin_folder):
     cases = [f"{stage}:float32:{SPLIT}" for stage in STAGES]
-    cases += [f"2:bfloat16:{SPLIT}", LEAN_2, *STEPS]
+    cases += [f"2:bfloat16:{SPLIT}", LEAN_2, *STEPS, *BROKEN_2]
     return _run(launcher, tmp_path_factory, builtin_folder, cases, 2)
 
 
@@ -210,3 +213,22 @@ def test_only_what_is_learnt_or_decides_goes_through_the_backbone(run, case, mon
 )
 def test_learning_rate_schedule(step, schedule, expected):
     assert lr_factor(step, 100, warmup_ratio=0.1, schedule=schedule) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("processes", "case"), [(1, case) for case in BROKEN] + [(2, case) for case in BROKEN_2])
+def test_a_step_that_is_not_finite_changes_nothing(one, two, processes, case):
+    """On no rank, whichever has it: neither weights nor Adam's moments; all ranks say the same place."""
+    found = (one if processes == 1 else two)[case]
+    alone, with_broken_steps = found["weights"]
+    assert alone == with_broken_steps
+    said = found["said"]
+    assert len(said["stop row"]) == processes
+    assert len(set(said["stop row"])) == len(set(said["stop gradient"])) == 1
+    place = r"not finite: the completion of a prompt of \d+ tokens, token \d+ of \d+ \(\d+\): nan \(\d+ in all\)"
+    assert re.match(place, said["stop row"][0])
+    assert "last checkpoint is whole" in said["stop row"][0]
+    assert "no log-prob, but the gradient itself" in said["stop gradient"][0]
+    for what in ("row", "gradient"):
+        for sentence, norm, passes in said[f"skip {what}"]:
+            assert (norm, passes) == (None, 0)
+            assert sentence.startswith("not finite: " + ("the one, token" if what == "row" else "no log-prob"))

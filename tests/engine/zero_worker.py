@@ -1,7 +1,7 @@
 """One rank of the engine tests: runs every case of the command line in one process and writes what came out.
 
-python zero_worker.py OUT.json MODEL_FOLDER CASE ...    STAGE:DTYPE:TOKEN_BUDGET[:OPTION...], or step:CASE
-(step_cases.py)
+python zero_worker.py OUT.json MODEL_FOLDER CASE ...    STAGE:DTYPE:TOKEN_BUDGET[:OPTION...], step:CASE (step_cases.py)
+or broken:STAGE:DTYPE
 """
 
 import json
@@ -20,8 +20,10 @@ from sgpo.engine.step import micro_batches, optimizer_step, score_contexts
 from sgpo.engine.zero import ZeroEngine, init_distributed
 from sgpo.model.loading import load_causal_lm
 from sgpo.model.policy import PolicyModel
-from sgpo.types import TrainSequence
+from sgpo.types import SgpoError, TrainSequence
 from sgpo.utils import distributed
+
+SPLIT = 100  # token budget of several micro-batches
 
 
 def make_sequences() -> list[TrainSequence]:
@@ -104,6 +106,43 @@ def run_case(case: str, folder: str, device: torch.device) -> dict:
     }
 
 
+class Broken:
+    """The loss, on this rank with one hidden state or its gradient that is not finite."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __call__(self, head, bias, hidden, *rest):
+        if self.what == "row":
+            hidden = torch.where((torch.arange(len(hidden)) == 4)[:, None], torch.nan, hidden)
+        elif self.what == "gradient" and hidden.requires_grad:
+            hidden.register_hook(lambda grad: grad * torch.inf)
+        return loss(head, bias, hidden, *rest)
+
+
+def run_broken_case(case: str, folder: str, device: torch.device) -> dict:
+    """Two steps, and between them steps in which something of the last rank is not finite; against two steps alone."""
+    stage, dtype = case.split(":")
+    mine, last = make_sequences()[distributed.rank() :: distributed.world_size()], distributed.world_size() - 1
+    weights, said = {}, {}
+    for between in ((), ("row", "gradient")):
+        engine = engine_of(PolicyModel(load_causal_lm(folder, dtype=dtype)), device, int(stage), dtype)
+        options = {"token_budget": SPLIT, "pad_id": 0, "lr": 1e-3}
+        optimizer_step(engine, mine, loss, **options)
+        for what in between:
+            broken = Broken(what) if distributed.rank() == last else loss
+            try:
+                optimizer_step(engine, mine, broken, **options)
+            except SgpoError as error:
+                said[f"stop {what}"] = distributed.gather(str(error))
+            result = optimizer_step(engine, mine, broken, **options, non_finite="skip", name=lambda _: "the one")
+            said[f"skip {what}"] = distributed.gather((result.skipped, result.grad_norm, len(result.passes)))
+        optimizer_step(engine, mine, loss, **options)
+        weights[str(between)] = [(n, t.double().sum().item()) for n, t in engine.named_weights()]
+        engine.close()
+    return {"weights": list(weights.values()), "said": said}
+
+
 def main() -> None:
     out, folder, *cases = sys.argv[1:]
     device = init_distributed(PATIENCE_S)
@@ -114,6 +153,8 @@ def main() -> None:
             import step_cases
 
             results[case] = step_cases.run_case(case.removeprefix("step:"), folder, device)
+        elif case.startswith("broken:"):
+            results[case] = run_broken_case(case.removeprefix("broken:"), folder, device)
         else:
             results[case] = run_case(case, folder, device)
     if distributed.is_main():

@@ -7,6 +7,7 @@ take turns with the sequences, or the "last" rank has them all.
 import copy
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ def run_case(case: str, device: torch.device) -> dict:
         gradient_checkpointing=bool(frugal),
         activation_offload=bool(frugal),
         mlp_tile_tokens=7 if frugal else None,
-        parallel=SequenceParallel(lm, size, timeout_s=zero_worker.PATIENCE_S),
+        parallel=partial(SequenceParallel, size=size, timeout_s=zero_worker.PATIENCE_S),
     )
     engine = zero_worker.engine_of(model, device, int(stage), "float32")
     check_gradients(engine, dtype="float32")
@@ -104,7 +105,7 @@ def run_case(case: str, device: torch.device) -> dict:
 def peak_bytes(size: int, *, checkpointed: bool) -> int:
     """Peak of what forward and backward allocate on this rank; the one long micro-batch is the last rank's."""
     lm = make_model(2, hidden_size=128, intermediate_size=384, num_hidden_layers=4, max_position_embeddings=4096)
-    parallel = SequenceParallel(lm, size, timeout_s=zero_worker.PATIENCE_S) if size > 1 else None
+    parallel = partial(SequenceParallel, size=size, timeout_s=zero_worker.PATIENCE_S) if size > 1 else None
     model = PolicyModel(lm, packed=True, gradient_checkpointing=checkpointed, parallel=parallel)
     tokens = tuple(i % 40 + 5 for i in range(1024))
     made = [

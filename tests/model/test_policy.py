@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from sgpo.data.builtin import END, make_model, vocabulary
 from sgpo.engine.batching import Contexts
-from sgpo.model.loading import eos_ids_of_folder, load_causal_lm, load_tokenizer
+from sgpo.model.loading import check_token_ids, eos_ids_of_folder, load_causal_lm, load_tokenizer, positions_of
 from sgpo.model.policy import PolicyModel
 from sgpo.types import SgpoError
 
@@ -138,22 +138,6 @@ def test_a_missing_folder_is_refused(tmp_path, loader):
     assert "does not exist or has no config.json" in refusal(loader, tmp_path / "empty")
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("final_logit_softcapping", 30.0), ("final_logit_softcapping", 1.0), ("logit_scale", 0.06),
-     ("logits_scaling", 8.0), ("lm_head_multiplier", 0.04)],
-)  # fmt: skip
-def test_models_that_change_the_logits_after_the_head_are_refused(folder, name, value):
-    set_config(folder, **{name: value})
-    assert name in refusal(load, folder)
-
-
-@pytest.mark.parametrize(("name", "value"), [("final_logit_softcapping", None), ("logits_scaling", 1.0)])
-def test_a_neutral_logit_setting_is_accepted(folder, name, value):
-    set_config(folder, **{name: value})
-    load(folder)
-
-
 @pytest.mark.parametrize("config", ["{", "{}", '{"model_type": "no_such_model"}', '{"model_type": "vit"}'])
 def test_a_config_of_no_causal_language_model_is_refused(folder, config):
     (folder / "config.json").write_text(config)
@@ -200,6 +184,30 @@ def test_code_of_the_folder_is_not_run(folder):
     (folder / "evil.py").write_text("raise SystemExit('ran')")
     set_config(folder, model_type="evil", auto_map={"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"})
     refusal(load, folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "positions"),
+    [({"max_position_embeddings": 256}, 256), ({"model_type": "gpt2", "n_positions": 40}, 40),
+     ({"model_type": "gemma3", "text_config": {"max_position_embeddings": 77}}, 77), ({"model_type": "bloom"}, None),
+     ({"model_type": "no_such_model", "max_position_embeddings": 9}, 9), ({"model_type": "ctrl", "n_positions": 8}, 8)],
+)  # fmt: skip
+def test_the_positions_have_many_names(folder, values, positions):
+    path = folder / "config.json"
+    own = json.loads(path.read_text())
+    own.pop("max_position_embeddings")
+    path.write_text(json.dumps({**own, **values}))
+    assert positions_of(folder) == positions
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(folder):
+    tokenizer, vocab = load_tokenizer(folder), json.loads((folder / "config.json").read_text())["vocab_size"]
+    check_token_ids(folder, tokenizer, [(3, vocab - 1), ()])
+    for ids in ([(vocab,)], [(1, 2), (5, vocab + 7, 3)]):
+        with pytest.raises(SgpoError, match=rf"gives token {max(map(max, ids))} .* has {vocab} rows"):
+            check_token_ids(folder, tokenizer, ids)
+    set_config(folder, vocab_size=tokenizer.eos_token_id)
+    assert str(tokenizer.eos_token_id) in refusal(lambda path: check_token_ids(path, tokenizer, []), folder)
 
 
 def test_eos_ids_come_from_the_generation_config(folder):
