@@ -1,4 +1,4 @@
-"""Every causal language model of the installed transformers, tiny and random, through the trainer: right, refused, wrong?
+"""Every causal language model of transformers, tiny and random, through the trainer: right, refused or wrong?
 
 python -m benchmarks.families                       all of them; rows into results/families.jsonl
 python -m benchmarks.families --only llama,gemma2   these; their rows are replaced

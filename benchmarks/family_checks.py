@@ -1,8 +1,8 @@
 """One model family through the trainer's own doors, against what transformers computes in float64.
 
-Each mode takes the folder of a model and ends as one `Outcome`: right, refused by a sentence, wrong, or a traceback. The
-truth is `model(...).logits` of the plain model in float64, one sequence at a time, without padding; gradients are those
-of a weighted sum of log-probs.
+Each mode takes the folder of a model and ends as one `Outcome`: right, refused by a sentence, wrong, or a traceback.
+The truth is `model(...).logits` of the plain model in float64, one sequence at a time, without padding; gradients are
+those of a weighted sum of log-probs.
 """
 
 from __future__ import annotations
