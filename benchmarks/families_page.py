@@ -44,7 +44,7 @@ Made by `python -m benchmarks.families`, then `python -m benchmarks.run_tables`,
 | dropout | checkpointed, every dropout of the configuration at 0.2 | the same: nothing may be dropped |
 | bf16 | `model.dtype: bfloat16`, padded | the same; at most twice transformers' own bfloat16 plus 0.05 |
 | LoRA | `model.lora` on all linear layers, adapters not zero; the merged export, loaded by transformers | the same |
-| export | changed weights; the names are the checkpoint's, transformers misses none and loads them | the same, in float64 |
+| export | changed weights; names as `save_pretrained` gives them, nothing missing when transformers loads them | the same, in float64 |
 | sync | changed weights into the HF sampler, all of them | largest gap between its log-probs and the trainer's |
 | sampling | the HF sampler draws from prompts of three lengths at once | error of the log-probs that it reports |
 

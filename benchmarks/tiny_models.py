@@ -77,6 +77,7 @@ _EXTRAS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "doge": {"keep_window_size": 2048},  # beyond it equal tokens tie, and the length of the row decides
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "emu3": {"vocabulary_map": {"<image>": 100}},
     "gemma3n_text": _SHARED | {"activation_sparsity_pattern": [0.95, 0.0, 0.95, 0.0]},
     "gemma4_text": _SHARED,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -110,13 +111,17 @@ def tiny_config(model_type: str) -> Any:
 
 
 def make_tiny(model_type: str, *, seed: int = 0) -> Any:
-    """A causal language model of this type in float32, in evaluation mode, with random weights."""
-    from transformers import AutoModelForCausalLM
+    """A model of this type in float32, in evaluation mode, with random weights: the causal language model, or the one
+    with images and sound of which that is a part."""
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
+    config = tiny_config(model_type)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        lm = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32).eval()
-        randomize(lm)
+        lm: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if type(lm.config) is not type(config):
+            lm = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32)
+        randomize(lm.eval())
     return lm
 
 
@@ -151,7 +156,7 @@ def _saved_buffers(lm: Any) -> Iterator[torch.Tensor]:
 
 def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """`second` over `first`, in nested configurations too."""
-    nested = {k: _merged(first[k], v) for k, v in second.items() if k.endswith("_config") and k in first}
+    nested = {k: _merged(first[k], v) for k, v in second.items() if isinstance(v, dict) and isinstance(first.get(k), dict)}
     return {**first, **second, **nested}
 
 
