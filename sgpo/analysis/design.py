@@ -14,7 +14,7 @@ from sgpo.analysis.settings import AnalyzeConfig
 from sgpo.analysis.transfer import Draw
 from sgpo.builders.task import load_task, prompt_builder
 from sgpo.engine.batching import collate, length_sorted
-from sgpo.model.loading import check_token_ids, load_causal_lm, positions_of
+from sgpo.model.loading import check_length, check_token_ids, load_causal_lm
 from sgpo.model.policy import PolicyModel
 from sgpo.types import Problem, PromptPair, SgpoError
 
@@ -118,18 +118,12 @@ def make_design(config: AnalyzeConfig, folder: Path, tokenizer: Any, study: Stud
         return {"none": pair.plain, "own": pair.guided or (), "placeholder": empty_ids[draw.problem]}[draw.arm]
 
     prompts = {draw: prompt_of(draw) for draw in every}
-    _check_lengths(config, folder, max(map(len, prompts.values())))
+    prompt = max(map(len, prompts.values()))
+    longest = prompt + config.rollout.max_new_tokens
+    sequence = f"a sequence may have {longest} tokens (prompt {prompt} + rollout.max_new_tokens)"
+    check_length(folder, longest, sequence, "lower rollout.max_new_tokens")
     check_token_ids(folder, tokenizer, prompts.values())
     return Design(every, cells, prompts, [excess for _, excess in empty])
-
-
-def _check_lengths(config: AnalyzeConfig, folder: Path, prompt: int) -> None:
-    longest, positions = prompt + config.rollout.max_new_tokens, positions_of(folder)
-    if positions is not None and longest > positions:
-        raise SgpoError(
-            f"a sequence may have {longest} tokens (prompt {prompt} + rollout.max_new_tokens), more than {positions}, "
-            f"the positions of {folder}; lower rollout.max_new_tokens"
-        )
 
 
 def load_policy(config: AnalyzeConfig, folder: Path) -> tuple[PolicyModel, torch.device]:

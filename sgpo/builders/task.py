@@ -9,7 +9,7 @@ from sgpo.config import WITH_DEMONSTRATIONS, Config
 from sgpo.data import builtin
 from sgpo.data.problems import check_disjoint, load_problems
 from sgpo.data.prompts import PromptBuilder, PromptTemplate, eos_token_ids
-from sgpo.model.loading import check_token_ids, config_of, positions_of
+from sgpo.model.loading import check_length, check_token_ids, config_of
 from sgpo.planning.architectures import check_sequence_parallel
 from sgpo.strategies.calculator import attach_strategies
 from sgpo.types import Problem, SgpoError, TaskData, TrainSequence
@@ -88,9 +88,7 @@ def check_data(config: Config, model_folder: Path, train: TaskData, evaluation: 
     if longest > (budget := config.engine.micro_batch_tokens * size):
         of = "engine.micro_batch_tokens" + (" x engine.sequence_parallel_size" if size > 1 else "")
         raise SgpoError(f"{sequence}, more than {of} = {budget}; raise it or lower the other")
-    positions = positions_of(model_folder)
-    if positions is not None and longest > positions:
-        raise SgpoError(f"{sequence}, more than {positions}, the positions of {model_folder}; lower max_new_tokens")
+    check_length(model_folder, longest, sequence, "lower max_new_tokens")
     if evaluation is not None:
         check_disjoint(train.problems, evaluation.problems)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
+from torch.utils.checkpoint import CheckpointError
 
 from sgpo.algorithm.loss import ImitationLoss
 from sgpo.engine.optimizer import is_8bit
@@ -25,14 +26,19 @@ def check_gradients(engine: ZeroEngine, *, dtype: str) -> float:
 
     Collective; for an engine that has made no step yet. Raises SgpoError on every rank where a gradient was lost.
     """
-    vocabulary = engine.model.lm.config.get_text_config().vocab_size
+    vocabulary = engine.model.ordinary_ids
     generator = torch.Generator().manual_seed(distributed.rank())
-    ids = torch.randint(vocabulary, (_SEQUENCES, _TOKENS), generator=generator).to(engine.device)
+    ids = vocabulary[torch.randint(len(vocabulary), (_SEQUENCES, _TOKENS), generator=generator)].to(engine.device)
     devices = [engine.device] if engine.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         packed = engine.model.packed
-        norm, whole = engine.dry_step(ImitationLoss(), [_micro_batch(ids, packed)])
-        split_norm, split = engine.dry_step(ImitationLoss(), [_micro_batch(row, packed) for row in ids.split(1)])
+        try:
+            norm, whole = engine.dry_step(ImitationLoss(), [_micro_batch(ids, packed)])
+            split_norm, split = engine.dry_step(ImitationLoss(), [_micro_batch(row, packed) for row in ids.split(1)])
+        except CheckpointError as error:
+            raise SgpoError(
+                "model.gradient_checkpointing: the layers do not compute the same a second time; set it to false"
+            ) from error
     # Rounding of bf16 products and of 8-bit codes; losing one micro-batch of four is ten times as much.
     limit = 0.1 if is_8bit(engine.adam) else 0.05 if dtype == "bfloat16" else 1e-3
     total = distributed.gather((float((whole - split).square().sum()), float(whole.square().sum()), whole.numel()))

@@ -47,14 +47,14 @@ def require_full_attention(lm: Any, wish: str, instead: str) -> None:
     """SgpoError, in the words of the knob, for a model whose layers do not all attend to everything before."""
     settings = lm.config.get_text_config()
     kinds = set(getattr(settings, "layer_types", None) or [_only_kind(settings)])
-    if not getattr(lm, "_supports_attention_backend", False):
-        raise SgpoError(
-            f"{wish} needs an attention of its own, which the code of {settings.model_type} does not take; {instead}"
-        )
     if kinds != {"full_attention"}:
         raise SgpoError(
             f"{wish} needs full causal attention in every layer, which {settings.model_type} does not "
             f"have ({', '.join(sorted(kinds))}); {instead}"
+        )
+    if not getattr(lm, "_supports_attention_backend", False):
+        raise SgpoError(
+            f"{wish} needs an attention of its own, which the code of {settings.model_type} does not take; {instead}"
         )
 
 

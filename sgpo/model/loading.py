@@ -51,6 +51,10 @@ def load_causal_lm(path: str | Path, *, dtype: str, attn_implementation: str = "
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        if "attention implementation" in str(error):  # transformers goes on with advice that cannot be followed here
+            raise SgpoError(
+                f"the model in {path} has no {attn_implementation} attention; set model.attn_implementation to eager"
+            ) from error
         raise SgpoError(f"no model can be loaded from {path}: {_first_line(error)}") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
@@ -73,6 +77,21 @@ def positions_of(model_folder: Path) -> int | None:
     """Longest sequence that the model was made for; None where its config does not say."""
     settings = _text_settings(model_folder)
     return next((found for name in _POSITIONS if isinstance(found := settings.get(name), int) and found > 0), None)
+
+
+def check_length(model_folder: Path, longest: int, sequence: str, advice: str) -> None:
+    """SgpoError, with the words for the sequence and what to do, where one of `longest` tokens is more than the model
+    was made for, or changes what it computes for the shorter ones beside it."""
+    positions = positions_of(model_folder)
+    if positions is not None and longest > positions:
+        raise SgpoError(f"{sequence}, more than {positions}, the positions of {model_folder}; {advice}")
+    rope = _text_settings(model_folder).get("rope_parameters")
+    original = rope.get("original_max_position_embeddings") if isinstance(rope, dict) else None
+    if original is not None and rope.get("rope_type") == "longrope" and longest > original:
+        raise SgpoError(
+            f"{sequence}, more than {original}: from there on the LongRoPE of {model_folder} turns every sequence of a "
+            f"batch otherwise, the short ones too, so that log-probs depend on what stands beside them; {advice}"
+        )
 
 
 def check_token_ids(model_folder: Path, tokenizer: Any, sequences: Iterable[Sequence[int]]) -> None:
@@ -99,7 +118,7 @@ def _text_settings(model_folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError):
         return raw
     text = config.get_text_config(decoder=True)
-    known = {name: getattr(text, name, None) for name in (*_POSITIONS, "vocab_size")}
+    known = {name: getattr(text, name, None) for name in (*_POSITIONS, "vocab_size", "rope_parameters")}
     return {name: value for name, value in known.items() if value is not None}
 
 

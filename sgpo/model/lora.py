@@ -37,18 +37,20 @@ def add_adapters(lm: Any, *, rank: int, alpha: float, modules: Sequence[str], do
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            peft.inject_adapter_in_model(settings, lm, adapter_name=_ADAPTER)
+            # In a module without a config: of one with it peft turns names of linear layers (those of shared experts)
+            # into those of fused experts, to read adapters of older checkpoints.
+            peft.inject_adapter_in_model(settings, torch.nn.ModuleDict({"lm": lm}), adapter_name=_ADAPTER)
         except (ValueError, TypeError) as error:
             raise SgpoError(f"model.lora.modules = {list(modules)}: {str(error).splitlines()[0]}") from error
+    for module in (lm.get_output_embeddings(), lm.get_input_embeddings()):
+        if _is_adapted(module):  # the fused loss reads the head's own weight: adapters there would learn nothing
+            raise SgpoError(f"model.lora.modules = {list(modules)}: head and embedding take no adapters")
     for name, module in lm.named_modules():
         if _is_adapted(module) and type(base := module.get_base_layer()) not in _linear_kinds():
             raise SgpoError(
                 f"model.lora.modules = {list(modules)}: {name} is a {type(base).__name__} and no linear layer; "
                 "leave it out, or set all-linear, which takes the linear layers alone"
             )
-    for module in (lm.get_output_embeddings(), lm.get_input_embeddings()):
-        if _is_adapted(module):  # the fused loss reads the head's own weight: adapters there would learn nothing
-            raise SgpoError(f"model.lora.modules = {list(modules)}: head and embedding take no adapters")
 
 
 def _linear_kinds() -> tuple[type, ...]:
@@ -58,10 +60,10 @@ def _linear_kinds() -> tuple[type, ...]:
 
 
 def _linear_layers(lm: Any) -> list[str]:
-    """Names of all linear layers but the head. peft's own "all-linear" also takes routers and fused experts, which
-    hold their weights as bare parameters or give more than a product: their adapters could not be merged."""
+    """Names of all linear layers but the head, `lm` being one. peft's own "all-linear" also takes routers and fused
+    experts, which hold bare parameters or give more than a product: their adapters could not be merged."""
     head = lm.get_output_embeddings()
-    return [name for name, part in lm.named_modules() if type(part) in _linear_kinds() and part is not head]
+    return [f"lm.{name}" for name, part in lm.named_modules() if type(part) in _linear_kinds() and part is not head]
 
 
 def _is_adapted(module: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,8 +40,9 @@ class LossHead(nn.Module):
 
     def forward(self, loss: Callable[..., Any], *rows: Any) -> Any:
         """loss(head weight, head bias or None, *rows): where SgpoLoss is called; with `logits` where the model bends
-        or scales its products."""
+        or scales its products. Hidden states get the dtype of the weight: some backbones end in float32."""
         weight, bias = self.weight, self.bias
+        rows = tuple(x.to(weight.dtype) if isinstance(x, torch.Tensor) else x for x in rows)
         if self.columns < len(weight):
             weight, bias = weight[: self.columns], None if bias is None else bias[: self.columns]
         if self.closed is not None:
@@ -77,12 +78,14 @@ class PolicyModel(nn.Module):
         super().__init__()
         proof = Proof(lm)
         self.lm = lm
+        self.ordinary_ids = proof.ordinary_ids
         self.head = LossHead(lm.get_output_embeddings())
         self.packed = False
         self._backbone = [_backbone_of(lm)]  # in a list: lm's parts are not to be listed twice
         self._parallel: SequenceParallel | None = None
         self._pick: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._knows_last_module = False
+        self._selects: Any = None
         lm.config.use_cache = False
         proof.measure_logits(self)
         if parallel is not None:
@@ -125,20 +128,20 @@ class PolicyModel(nn.Module):
         self._pick = pick
         try:
             states = self._backbone[0](**arguments).last_hidden_state
-            return states if self._pick is None else pick(states)
+            return states[0] if self._pick is None else pick(states)
         finally:
             self._pick = None
 
     def _find_last_module(self, arguments: dict[str, Any]) -> torch.Tensor:
-        """All last hidden states [B, T, H] of a pass that looks for the module which makes them, row by row: from then
-        on it is given the selected rows alone. Where there is none, rows are selected behind the backbone."""
+        """All last hidden states [B, T, H] of a pass that looks for the module which makes them, row by row and behind
+        all layers: from then on it is given the selected rows alone. Where there is none, rows are selected behind the
+        backbone."""
         backbone, calls = self._backbone[0], dict[nn.Module, list[Any]]()
 
         def note(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
             calls.setdefault(module, []).append((given, output))
 
-        leaves = [module for module in backbone.modules() if next(module.children(), None) is None]
-        hooks = [module.register_forward_hook(note) for module in leaves]
+        hooks = [module.register_forward_hook(note) for module in _outside_of_layers(backbone)]
         try:
             states = backbone(**arguments).last_hidden_state
         finally:
@@ -147,17 +150,27 @@ class PolicyModel(nn.Module):
         for module, found in calls.items():
             given, output = found[0]
             if len(found) == 1 and output is states and len(given) == 1 and given[0].shape[:-1] == states.shape[:-1]:
-                module.register_forward_pre_hook(self._select)
+                self._selects = module.register_forward_pre_hook(self._select)
                 break
         self._knows_last_module = True
         return states
 
+    @property
+    def selects_early(self) -> bool:
+        """Whether rows are selected before the last module of the backbone, and not behind it."""
+        return self._selects is not None
+
+    def select_behind_backbone(self) -> None:
+        """From now on."""
+        self._selects.remove()
+        self._selects = None
+
     def _select(self, _: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Before the final norm: the selected rows of [B, T, H]."""
+        """Before the last module: the selected rows [1, N, H] of [B, T, H]."""
         if self._pick is None:  # somebody else calls the backbone
             return arguments
         pick, self._pick = self._pick, None
-        return (pick(arguments[0]), *arguments[1:])
+        return (pick(arguments[0])[None], *arguments[1:])
 
     def forward(self, loss: Callable[..., Any], micro_batch: Any) -> Any:
         """loss(head weight [V, H], head bias or None, hidden rows, teacher's hidden rows or None, micro_batch).
@@ -174,6 +187,16 @@ class PolicyModel(nn.Module):
 def _selected(rows: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """Rows [N, H] of [B, T, H]."""
     return states.flatten(0, 1)[rows]
+
+
+def _outside_of_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The parts that have no parts themselves; a list holds layers, which a checkpoint may run a second time."""
+    parts = list(module.children())
+    if not parts:
+        yield module
+    elif not isinstance(module, nn.ModuleList):
+        for part in parts:
+            yield from _outside_of_layers(part)
 
 
 def _backbone_of(lm: Any) -> nn.Module:

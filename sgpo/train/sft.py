@@ -19,7 +19,7 @@ from sgpo.engine.checkpoint import Checkpoints, is_whole
 from sgpo.engine.export import export_model
 from sgpo.engine.step import optimizer_step, score_contexts
 from sgpo.engine.zero import ZeroEngine, lr_factor
-from sgpo.model.loading import check_token_ids, positions_of
+from sgpo.model.loading import check_length, check_token_ids
 from sgpo.reporting.live_display import LiveDisplay
 from sgpo.reporting.run_logs import MetricsLogger
 from sgpo.types import SgpoError, TrainSequence
@@ -33,15 +33,11 @@ def run_warmup(config: Config, model_folder: Path, tokenizer: Any, device: torch
     if finished.exists() and is_whole(best_folder):
         return best_folder
     demos = load_demonstrations(config, tokenizer, eos_token_ids(tokenizer, None)[0])
-    longest, positions = (
-        max(len(demo.prompt_ids) + len(demo.completion_ids) for demo in demos),
-        positions_of(model_folder),
+    longest = max(len(demo.prompt_ids) + len(demo.completion_ids) for demo in demos)
+    sequence = f"{settings.data}: the longest demonstration has {longest} tokens"
+    check_length(
+        model_folder, longest, sequence, "lower warmup.max_tokens to find such ones, and shorten or remove them"
     )
-    if positions is not None and longest > positions:
-        raise SgpoError(
-            f"{settings.data}: the longest demonstration has {longest} tokens, more than {positions}, the positions of "
-            f"{model_folder}; lower warmup.max_tokens to find those that are too long, and shorten or remove them"
-        )
     check_token_ids(model_folder, tokenizer, [(*demo.prompt_ids, *demo.completion_ids) for demo in demos])
     train, validation = _split(demos, settings.validation_share, config.run.seed)
     per_epoch = max(1, len(train) // settings.batch_size)

@@ -174,7 +174,8 @@ def test_the_final_norm_sees_the_selected_rows_alone():
     model, seen = PolicyModel(make()), []
     model.lm.base_model.norm.register_forward_hook(lambda _, args, out: seen.append(out.shape))
     model.hidden(torch.tensor([[1, 2, 3, 4]]), torch.tensor([1, 3]))
-    assert seen == [(2, 32)]
+    model.hidden(torch.tensor([[1, 2, 3, 4]]), torch.tensor([1, 3]))
+    assert seen == [(1, 2, 32)] * 2
 
 
 def test_the_peak_of_a_step_has_no_term_of_tokens_times_vocabulary(monkeypatch):

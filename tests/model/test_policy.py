@@ -9,7 +9,14 @@ from safetensors.torch import load_file, save_file
 
 from sgpo.data.builtin import END, make_model, vocabulary
 from sgpo.engine.batching import Contexts
-from sgpo.model.loading import check_token_ids, eos_ids_of_folder, load_causal_lm, load_tokenizer, positions_of
+from sgpo.model.loading import (
+    check_length,
+    check_token_ids,
+    eos_ids_of_folder,
+    load_causal_lm,
+    load_tokenizer,
+    positions_of,
+)
 from sgpo.model.policy import PolicyModel
 from sgpo.types import SgpoError
 
@@ -215,3 +222,17 @@ def test_eos_ids_come_from_the_generation_config(folder):
     path = folder / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [EOS, 5]}))
     assert eos_ids_of_folder(folder) == [EOS, 5]
+
+
+@pytest.mark.parametrize("kind", ["longrope", "default"])
+def test_a_sequence_longer_than_the_model_takes_is_refused(folder, kind):
+    """Beyond its first length, LongRoPE turns all sequences of a batch otherwise, the short ones too."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 40}
+    factors = {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16} if kind == "longrope" else {}
+    set_config(folder, rope_parameters={**rope, **factors}, max_position_embeddings=80)
+    check_length(folder, 40, "it has 40 tokens", "shorten it")
+    with pytest.raises(SgpoError, match=r"it has 81 tokens, more than 80, the positions of .*; shorten it"):
+        check_length(folder, 81, "it has 81 tokens", "shorten it")
+    if kind == "longrope":
+        with pytest.raises(SgpoError, match=r"it has 41 tokens, more than 40: .*LongRoPE.*; shorten it"):
+            check_length(folder, 41, "it has 41 tokens", "shorten it")
