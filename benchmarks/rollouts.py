@@ -312,12 +312,12 @@ def _default_llm(folder: Path, config: Config) -> Any:
     """The lengths of the run, vLLM's own choice in everything else; the KV cache is ours, since vLLM would take all."""
     from vllm import LLM
 
-    from sgpo.rollout.vllm_engine import _undisturbed
+    from sgpo.rollout.vllm_guest import undisturbed
 
     sizes = vllm_options(config, folder, from_scratch=False)
     memory = (sizes.kv_cache_mib or 512) * 2**20
     options = {"max_model_len": sizes.max_model_len, "dtype": config.model.dtype, "kv_cache_memory_bytes": memory}
-    with _undisturbed():
+    with undisturbed():
         return LLM(str(folder), skip_tokenizer_init=True, generation_config="vllm", **options)
 
 

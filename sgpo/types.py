@@ -219,7 +219,7 @@ class RolloutEngine(Sampler, Protocol):
     def load_weights(
         self, named_tensors: Iterable[tuple[str, Any]], policy_version: int, probe_ids: Sequence[int] = ()
     ) -> SyncReceipt:
-        """Takes over the trainer's weights, tensor by tensor, under their Hugging Face names.
+        """Takes over the trainer's weights, tensor by tensor, under the names and in the shapes of a checkpoint.
 
         An engine may hold a tensor until this returns: whoever yields it must not write into it before. A sleeping
         engine wakes, a dead one is started anew. After an error the engine holds no policy and refuses to sample.

@@ -10,6 +10,7 @@ import torch
 
 from sgpo.config import Config, OptimConfig
 from sgpo.data import builtin
+from sgpo.engine.checkpoint_names import check_round_trip
 from sgpo.engine.gradient_check import check_gradients
 from sgpo.engine.zero import ZeroEngine
 from sgpo.model.loading import load_causal_lm
@@ -36,6 +37,7 @@ def _builtin_model(config: Config) -> Path:
 def build_engine(config: Config, model_folder: Path, optim: OptimConfig, device: torch.device) -> ZeroEngine:
     """The engine on the model in `model_folder`, with the optimizer that `optim` describes."""
     lm = load_causal_lm(model_folder, dtype=config.model.dtype, attn_implementation=config.model.attn_implementation)
+    check_round_trip(lm)
     return engine_on(config, lm, optim, device)
 
 

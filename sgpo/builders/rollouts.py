@@ -107,6 +107,7 @@ def build_policy_sampler(
         token_budget=config.engine.micro_batch_tokens,
         pad_id=tokenizer.pad_token_id,
         adapters=config.syncs_adapters(cuda=torch.cuda.is_available()),
+        checkpoint_names=config.rollout.engine != "hf",  # which is the same transformers model
     )
 
 

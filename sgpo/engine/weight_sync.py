@@ -36,6 +36,7 @@ class PolicySampler:
         tolerance: largest mean |log-prob gap| on it, in nats.
         adapters: the sampler has adapters of its own, and a sync sends these alone. The first sync sends the
             frozen weights as well, and so does one after which a sampler was lost: they are proved as all others are.
+        checkpoint_names: the sampler knows weights as a checkpoint has them; False: as transformers has them in memory.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class PolicySampler:
         token_budget: int,
         pad_id: int,
         adapters: bool = False,
+        checkpoint_names: bool = True,
     ) -> None:
         self._trainer_engine = trainer_engine
         self._sampler = sampler
         self._probe_ids = tuple(probe_ids)
         self._tolerance = tolerance
         self._adapters = adapters
+        self._naming = {"checkpoint_names": checkpoint_names}
         self._batching = {"token_budget": token_budget, "pad_id": pad_id}
         self._ahead: _Ahead | None = None
         self.policy_version: int | None = None
@@ -74,7 +77,8 @@ class PolicySampler:
         try:
             receipt = self._sampler.load_weights(named, version, self._probe_ids)
             gaps = [abs(a - b) for a, b in zip(receipt.probe_logprobs, wanted, strict=True)] or [0.0]
-            problem = _mismatch(sent, receipt, self._trainer_engine.weight_names(parts), gaps, self._tolerance)
+            names = self._trainer_engine.weight_names(parts, **self._naming)
+            problem = _mismatch(sent, receipt, names, gaps, self._tolerance)
         except SgpoError as error:
             problem = str(error)
             for _ in named:  # other ranks wait for this one in the gathers of ZeRO-3
@@ -159,7 +163,7 @@ class PolicySampler:
         return "adapters" if all(held) else "apart"
 
     def _recorded(self, parts: Parts, sent: dict[str, int], size: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._trainer_engine.named_weights(parts):
+        for name, tensor in self._trainer_engine.named_weights(parts, **self._naming):
             sent[name] = checksum(tensor)
             size[0] += tensor.nbytes
             yield name, tensor

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 
+from sgpo.engine.checkpoint_names import CheckpointNames, tied_names
 from sgpo.engine.optimizer import build_optimizer, fit_blocks, forget, is_8bit, set_lr, sketch_of_first_moments
 from sgpo.model.activations import tiled_mlps
 from sgpo.model.lora import merged_weights
@@ -141,6 +142,7 @@ class ZeroEngine:
             for mlp in tiled_mlps(model):  # gathered once per pass: ranks may have different numbers of tiles
                 deepspeed.utils.set_z3_leaf_module(mlp, True)
         self.model = model
+        self._names = CheckpointNames(model.lm)
         self._engine: Any
         self._optimizer: Any
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -198,9 +200,12 @@ class ZeroEngine:
         """score(head, bias, hidden rows, None, batch) without gradient."""
         return self.model(score, batch)
 
-    def named_weights(self, parts: Parts = "merged") -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, full weight) of every parameter and saved buffer; under ZeRO-3 one bucket at a time.
+    def named_weights(
+        self, parts: Parts = "merged", *, checkpoint_names: bool = True
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, full weight) of every parameter and saved buffer; under ZeRO-3 one bucket at a time.
 
+        Names and shapes are those of a checkpoint (sgpo.engine.checkpoint_names), or those that `lm` has in memory.
         Adapters are merged into the weights that they change, one weight at a time; the model itself keeps them apart.
         "apart": the weights as they are, and after all of them the adapters; "adapters": these alone. An adapter's
         name is that of the state dict.
@@ -208,31 +213,46 @@ class ZeroEngine:
         Collective: every rank must exhaust it. A tensor keeps its value for as long as somebody holds it, up to the
         next optimizer step.
         """
-        weights = self._weights(parts)
+        convert = self._names.convert if checkpoint_names else dict
+        groups = self._groups(parts, checkpoint_names)
         if self.zero_stage < 3:
-            yield from ((weight.name, weight.value()) for weight in weights)
+            for group in groups:
+                yield from convert({weight.name: weight.value() for weight in group}).items()
             return
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-        for bucket in _buckets(weights, _BUCKET_BYTES):
-            with GatheredParameters([tensor for weight in bucket for tensor in weight.needs]):
-                yield from ((weight.name, weight.value()) for weight in bucket)
+        for bucket in _buckets(groups, _BUCKET_BYTES):
+            with GatheredParameters([tensor for group in bucket for weight in group for tensor in weight.needs]):
+                for group in bucket:
+                    yield from convert({weight.name: weight.value() for weight in group}).items()
 
-    def weight_names(self, parts: Parts = "merged") -> list[str]:
+    def weight_names(self, parts: Parts = "merged", *, checkpoint_names: bool = True) -> list[str]:
         """The names that named_weights yields, in its order, from no other source than the model itself."""
-        return [weight.name for weight in self._weights(parts)]
+        groups = self._groups(parts, checkpoint_names)
+        if not checkpoint_names:
+            return [weight.name for group in groups for weight in group]
+        shapes = [{weight.name: torch.empty(weight.shape, device="meta") for weight in group} for group in groups]
+        return [name for group in shapes for name in self._names.convert(group)]
+
+    def _groups(self, parts: Parts, checkpoint_names: bool) -> list[list[_Weight]]:
+        """The weights asked for, those together that become those of a checkpoint together."""
+        weights = {weight.name: weight for weight in self._weights(parts)}
+        if not checkpoint_names:
+            return [[weight] for weight in weights.values()]
+        return [[weights[name] for name in group] for group in self._names.groups(weights)]
 
     def _weights(self, parts: Parts) -> list[_Weight]:
         lm = self.model.lm
-        tied = {name for name, _ in lm.named_parameters(remove_duplicate=False)} - {n for n, _ in lm.named_parameters()}
+        tied = tied_names(lm)
         merged = merged_weights(lm) if parts == "merged" else {}
         base, adapters = [], []
         for name, tensor in lm.state_dict(keep_vars=True).items():
+            shape = getattr(tensor, "ds_shape", tensor.shape)  # under ZeRO-3 a rank has a share of it
             if is_adapter(name):
-                adapters.append(_Weight(name, [tensor], tensor.detach))
+                adapters.append(_Weight(name, shape, [tensor], tensor.detach))
             elif name not in tied:
                 needs, value = merged.get(plain_name(name), ([tensor], tensor.detach))
-                base.append(_Weight(plain_name(name), needs, value))
+                base.append(_Weight(plain_name(name), shape, needs, value))
         return {"merged": base, "apart": base + adapters, "adapters": adapters}[parts]
 
     def offload_states(self) -> None:
@@ -287,19 +307,21 @@ class _Weight:
     """A weight for others to have: `value()` gives it where the parameters in `needs` are whole."""
 
     name: str
+    shape: torch.Size
     needs: list[torch.Tensor]
     value: Callable[[], torch.Tensor]
 
 
-def _buckets(weights: Sequence[_Weight], limit: int) -> Iterator[list[_Weight]]:
-    bucket: list[_Weight] = []
+def _buckets(groups: Sequence[list[_Weight]], limit: int) -> Iterator[list[list[_Weight]]]:
+    bucket: list[list[_Weight]] = []
     size = 0
-    for weight in weights:
-        count = sum(getattr(t, "ds_numel", t.numel()) * t.element_size() for t in weight.needs)
+    for group in groups:
+        needs = [tensor for weight in group for tensor in weight.needs]
+        count = sum(getattr(t, "ds_numel", t.numel()) * t.element_size() for t in needs)
         if bucket and size + count > limit:
             yield bucket
             bucket, size = [], 0
-        bucket.append(weight)
+        bucket.append(group)
         size += count
     if bucket:
         yield bucket

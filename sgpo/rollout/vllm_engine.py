@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import gc
 import os
-import random
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -44,6 +41,7 @@ from sgpo.utils.lora_names import is_adapter
 from sgpo.utils.checksums import checksum
 from sgpo.rollout.guards import Watchdog, is_out_of_memory
 from sgpo.rollout.vllm_adapters import VllmAdapters, adapter_options
+from sgpo.rollout.vllm_guest import ClassesKept, keeping_the_process_group, undisturbed
 from sgpo.types import Rollout, RolloutRequest, SamplingParams, SgpoError, SyncReceipt
 
 _PROGRESS_S = 0.5
@@ -89,9 +87,10 @@ class VllmEngine:
         self._is_guest = dist.is_initialized() and not VllmEngine._owns_group
         VllmEngine._owns_group = not self._is_guest
         self.policy_version: int | None = None if options.from_scratch else 0
-        with _undisturbed():
+        with undisturbed(), ClassesKept(folder) as classes:
             self._llm: Any = _build(folder, dtype, options, cuda=self._cuda)
         self._engine: Any = self._llm.llm_engine
+        self._on_model(classes.hand_over)
         self._adapters: Any = VllmAdapters(self._llm, options.lora_rank, options.lora_alpha)
 
     def generate(
@@ -188,7 +187,7 @@ class VllmEngine:
     def close(self) -> None:
         """As RolloutEngine.close."""
         if self._llm is not None:
-            with _keeping_the_process_group() if self._is_guest else nullcontext():
+            with keeping_the_process_group() if self._is_guest else nullcontext():
                 self._engine.engine_core.shutdown()
             VllmEngine._owns_group = False
             self._llm = self._engine = self._adapters = None
@@ -334,6 +333,8 @@ class VllmEngine:
                 yield name, tensor
                 loading.clear()
 
+        if not self._cuda:
+            self._on_model(_forget_kernels)
         self._on_model(initialize_layerwise_reload)
         try:
             self._on_model(lambda model: model.load_weights(arriving()))  # type: ignore[operator]
@@ -374,6 +375,16 @@ def _checked(
         yield name, tensor
 
 
+def _forget_kernels(model: torch.nn.Module) -> None:
+    """vLLM (0.32) has a CPU pad and pack experts only where a layer has no kernel yet: after a reload they would lie
+    there as a checkpoint has them. On a GPU CUDA graphs hold the kernel, and it takes the weights without packing.
+    """
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
 def _finish(model: torch.nn.Module, model_config: Any) -> list[str]:
     """Ends the update; names of the layers that got no new value, or only a part of one."""
     layers = {name: layer for name, layer in model.named_modules() if list(layer.parameters(recurse=False))}
@@ -381,7 +392,11 @@ def _finish(model: torch.nn.Module, model_config: Any) -> list[str]:
     for layer in short.values():  # keeps its old value whole rather than a half of each
         info = get_layerwise_info(layer)
         info.load_numel, info.loaded_weights = 0, []
+    late = [(layer, *found) for layer in layers.values() for found in _registered_late(layer)]
     finalize_layerwise_reload(model, model_config)
+    for layer, name, parameter in late:
+        if layer._parameters.get(name) is None:
+            layer.register_parameter(name, parameter)
     whole = {id(p) for name, layer in layers.items() if name not in short for p in layer.parameters(recurse=False)}
     tied = {name for name, layer in short.items() if all(id(p) in whole for p in layer.parameters(recurse=False))}
     for name in tied:  # the new weight is its partner's too, but what a CPU once packed from the old one is not
@@ -389,10 +404,19 @@ def _finish(model: torch.nn.Module, model_config: Any) -> list[str]:
     return sorted(set(short) - tied)
 
 
-def _is_short(layer: torch.nn.Module) -> bool:
-    """Whether a part of the layer's weights has not arrived. The padding of a vocabulary never does."""
+def _registered_late(layer: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """Parameters that a layer has only since they arrived (an output bias, after a start without weights): the end of a
+    reload puts back those of its beginning, and would lose them."""
     info = get_layerwise_info(layer)
-    if not info.can_load():
+    known = {*(info.kernel_tensors or ({},))[0], *info.restore_metadata[0]}
+    return [(name, p) for name, p in layer.named_parameters(recurse=False) if info.can_load() and name not in known]
+
+
+def _is_short(layer: torch.nn.Module) -> bool:
+    """Whether a part of the layer's weights has not arrived. The padding of a vocabulary never does, and what vLLM does
+    not count (a router's correction bias) is written at once."""
+    info = get_layerwise_info(layer)
+    if not info.can_load() or not info.load_numel_total:
         return False
     return info.load_numel == 0 or not isinstance(layer, VocabParallelEmbedding)
 
@@ -434,35 +458,3 @@ def _build(folder: Path, dtype: str, options: VllmOptions, *, cuda: bool) -> LLM
         )
     except (ValueError, RuntimeError, AssertionError, OSError) as error:
         raise SgpoError(f"vLLM cannot run the model in {folder}: {' '.join(str(error).split())[:600]}") from error
-
-
-@contextmanager
-def _keeping_the_process_group() -> Iterator[None]:
-    """vLLM's shutdown ends all of torch.distributed, the trainer's process group included, which outlives it."""
-    destroy = dist.destroy_process_group
-
-    def destroy_own(group: Any = None) -> None:
-        if group is not None:
-            destroy(group)
-
-    dist.destroy_process_group = destroy_own
-    try:
-        yield
-    finally:
-        dist.destroy_process_group = destroy
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """vLLM seeds every random generator of the process and, on a CPU, replaces torch.set_num_threads."""
-    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # vLLM reads every attribute of torch.distributed
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.set_num_threads = set_num_threads
-        torch.set_num_threads(threads)

@@ -117,7 +117,9 @@ def run_case(case, folder, device):
         if (fault, place) != ("bit", "source"):  # one bit more or less in the trainer itself is no fault of the sync
             version += 1
             if place == "source":
-                engine.named_weights = lambda parts, f=fault, s=seed: faulty(named_weights(parts), f, random.Random(s))
+                engine.named_weights = lambda parts, f=fault, s=seed, **naming: faulty(
+                    named_weights(parts, **naming), f, random.Random(s)
+                )
             elif distributed.rank() == distributed.world_size() - 1:  # on one rank only
                 rollouts.load_weights = lambda named, *rest, f=fault, s=seed: load_weights(
                     faulty(named, f, random.Random(s)), *rest
