@@ -21,14 +21,14 @@ import torch
 
 from sgpo.algorithm.loss import LabelLogprobs
 from sgpo.builders.model_engine import build_engine
-from sgpo.builders.rollouts import build_rollouts
+from sgpo.builders.rollouts import build_policy_sampler
 from sgpo.config import Config
 from sgpo.engine.batching import Contexts, collate
 from sgpo.engine.export import export_model
 from sgpo.engine.weight_sync import PolicySampler
 from sgpo.engine.zero import ZeroEngine, init_distributed
 from sgpo.model.loading import load_tokenizer
-from sgpo.types import RolloutRequest, SamplingParams, SgpoError
+from sgpo.types import PromptPair, RolloutRequest, SamplingParams, SgpoError, TaskData
 from sgpo.utils.config_file import checked
 
 LOGPROB_LIMIT = 1e-4  # nats
@@ -132,7 +132,7 @@ def settings(folder: Path, **model: Any) -> Config:
     raw = {
         "model": {"path": str(folder), "dtype": "float32"} | model,
         "data": {"train": "builtin"},
-        "rollout": {"engine": "hf", "max_new_tokens": 8, "top_p": 1.0},
+        "rollout": {"engine": "hf", "max_new_tokens": 8, "top_p": 1.0, "sync_tolerance": LOGPROB_LIMIT},
         "engine": {"packing": packing, "zero_stage": 0},
     }
     return checked(Config, raw, "families")
@@ -261,14 +261,8 @@ def synced(folder: Path, sequences: Sequences, **model: Any) -> Iterator[tuple[Z
     config = settings(folder, **model)
     with engine_on(config) as engine:
         disturb(engine.model.lm, 0.02)
-        sampler = PolicySampler(
-            engine,
-            build_rollouts(config, folder, from_scratch=True),
-            probe_ids=sequences.prompts[1] + sequences.completions[1],
-            tolerance=LOGPROB_LIMIT,
-            token_budget=256,
-            pad_id=PAD,
-        )
+        probe = PromptPair(tuple(sequences.prompts[1] + sequences.completions[1]), None)
+        sampler = build_policy_sampler(config, engine, folder, TaskData([], [probe]), load_tokenizer(folder))
         yield engine, sampler, sampler.sync(1).sync_gap_max
         sampler.close()
 
