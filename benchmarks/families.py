@@ -63,9 +63,14 @@ def scan(family: str, scratch: Path) -> Iterator[dict[str, Any]]:
             yield {"sdpa": first["message"]}
             attention, modes, first = "eager", eager, again
     yield {"attention": attention, "padded": first}
+    found = {"padded": first}
     for mode, check in list(modes.items())[1:]:
         yield {"stage": mode}
-        yield {mode: _row(check)}
+        if first["status"] == "refused" and mode != "packed":
+            continue  # nothing can be done with it
+        barred = mode == "packed, checkpointed" and found["packed"]["status"] == "refused"
+        found[mode] = found["packed"] if barred else _row(check)
+        yield {mode: found[mode]}
 
 
 def _row(check: Callable[[], Outcome]) -> dict[str, Any]:

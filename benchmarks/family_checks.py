@@ -224,7 +224,7 @@ def check_lora(folder: Path, sequences: Sequences, scratch: Path, **model: Any) 
 
     config = settings(folder, lora=_LORA, **model)
     with engine_on(config) as engine:
-        disturb(engine.model.lm, 0.1, trainable=True)
+        disturb(engine.model.lm, 0.05, trainable=True)
         found = measured(engine, sequences)
         adapters = {n: p.detach().double() for n, p in engine.model.lm.named_parameters() if p.requires_grad}
         export_model(engine, load_tokenizer(folder), scratch / "merged")

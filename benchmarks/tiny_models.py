@@ -2,7 +2,8 @@
 
 The configuration is the family's own default, shrunk by rules on the names of its settings: sizes, heads, experts, one
 layer of each kind, windows short enough to bite, multipliers that are not 1. All weights are random, norms and biases
-too: nothing is neutral that a trained model's would not be.
+too: nothing is neutral that a trained model's would not be. Only what keeps the best tokens by score (`index_topk`,
+`keep_window_size`) has room for all: between equal scores the code of these families decides by the row's length.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _LIMITS: tuple[tuple[str, int], ...] = (
     (r"^(n_routed|num_local|num|moe_num)_experts$|^zero_expert_num$|^num_centroids$", 4),
     (r"experts_per_tok(en)?$|top_?k$|^moe_k$", 2),
     (r"shared_experts$|_group$|n_?groups$", 1),
-    (r"window|^local_attention$|^index_topk|attention_chunk_size|mem_len", 4),
+    (r"(?<!keep_)window|^local_attention$|attention_chunk_size|mem_len", 4),
     (r"chunk_size$|chunk_length$|block_size$", 8),
     (r"state_size$|d_state$", 8),
     (r"position_embeddings|^n_positions$|^n_ctx$|_positions$|max_seq_len|context_length", 64),
@@ -75,7 +76,6 @@ _EXTRAS: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 48},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "doge": {"keep_window_size": 2048},  # beyond it equal tokens tie, and the length of the row decides
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "emu3": {"vocabulary_map": {"<image>": 100}},
     "gemma3n_text": _SHARED | {"activation_sparsity_pattern": [0.95, 0.0, 0.95, 0.0]},
