@@ -294,11 +294,7 @@ class OptimConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_ratio: Share = 0.0
-    non_finite: Literal["stop", "skip"] = Field(
-        default="stop",
-        description="a step with a log-prob, loss or gradient that is NaN or infinite is never applied: stop the run "
-        "and say where, or leave the step out and count it (non_finite_steps)",
-    )
+    non_finite: Literal["stop", "skip"] = Field(default="stop", description="on NaN: end the run, or skip the step")
 
 
 class WarmupOptimConfig(OptimConfig):

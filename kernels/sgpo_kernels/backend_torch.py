@@ -15,8 +15,7 @@ Memory: `sizes.WORK_BLOCKS` tensors of a row block [B, V] in the accumulation dt
 Precision: every divergence is a sum over the vocabulary of terms that are >= 0 in floating point too, so a small value
   keeps its relative accuracy and equal rows give exactly 0. The plain form, sum p_T (log p_T - log p_S), loses 77 % at
   KL = 5e-7. f and g go through their series for small arguments.
-Limits: finite logits (but for closed columns, see head.py). A logit that is NaN makes the row's values NaN; such a
-  divergence is over any limit.
+Limits: finite logits but for closed columns (head.py). NaN makes a row's values NaN, its divergence is over any limit.
 """
 
 from __future__ import annotations
@@ -218,10 +217,8 @@ def limited(divergence: Tensor, kl_limit: KlLimit) -> tuple[Tensor, Tensor, Tens
         return divergence, torch.ones_like(divergence), torch.zeros_like(divergence, dtype=torch.bool)
     over = (divergence <= kl_limit.max_token_kl).logical_not_()
     value_over = 0.0 if kl_limit.over_limit == "mask" else kl_limit.max_token_kl
-    factor_over = torch.zeros_like(divergence)
-    if kl_limit.over_limit == "scale":
-        factor_over = torch.where(divergence.isnan(), factor_over, kl_limit.max_token_kl / divergence)
-    return torch.where(over, value_over, divergence), torch.where(over, factor_over, 1.0), over
+    factor_over = kl_limit.max_token_kl / divergence if kl_limit.over_limit == "scale" else torch.zeros_like(divergence)
+    return torch.where(over, value_over, divergence), torch.where(over, factor_over.nan_to_num_(nan=0.0), 1.0), over
 
 
 def divergence_row_values(
@@ -319,23 +316,17 @@ def score_core(exp_RK: Tensor, table: Tensor, labels_R: Tensor | None, out: Tens
 
 def divergence_core(kind: str, z_S: Tensor, z_T: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """(core, size) on some columns [R, K] of some rows: dz = SLOPE core, see the module's text. |size| >= |core|
-    elementwise, by terms that can be summed over the columns before the centre is known."""
+    elementwise, by terms that can be summed over the columns before the centre is known. Dropped rows are zeros."""
+    dropped_R1 = (table[SLOPE] == 0).unsqueeze(1)  # by a limit; their core may be NaN
     logp_S = log_probs(z_S, table[MAX], table[LOG_SUM])
     logp_T = log_probs(z_T, table[TEACHER_MAX], table[TEACHER_LOG_SUM])
     if kind == "forward_kl":
-        core_RK = logp_S.exp_().sub_(logp_T.exp_())
+        core_RK = logp_S.exp_().sub_(logp_T.exp_()).masked_fill_(dropped_R1, 0.0)
         return core_RK, core_RK
     p_S, centre_R1 = logp_S.exp(), table[CENTRE].unsqueeze(1)
     x = js_parts(logp_S, p_S, logp_T, logp_T.exp())[1] if kind == "js" else logp_S.sub_(logp_T)
     size_RK = x.abs().add_(centre_R1.abs()).mul_(p_S)
-    return x.sub_(centre_R1).mul_(p_S), size_RK
-
-
-def _times_slope_(core_RK: Tensor, table: Tensor, *, gated: bool) -> Tensor:
-    """SLOPE core, in place. `gated`: rows that a limit has dropped are zeros even where their core is NaN."""
-    slope_R1 = table[SLOPE].unsqueeze(1)
-    dz_RK = core_RK.mul_(slope_R1)
-    return dz_RK.masked_fill_(slope_R1 == 0, 0.0) if gated else dz_RK
+    return x.sub_(centre_R1).mul_(p_S).masked_fill_(dropped_R1, 0.0), size_RK
 
 
 def _entropy_part(exp_RK: Tensor, table: Tensor) -> Tensor:
@@ -404,7 +395,7 @@ def gradient(
             dz_RV = score_core(exp_RV, block, None if labels_C is None else labels_C[rows], out=z_RV)
         else:
             part_RV, (dz_RV, _) = None, divergence_core(kind, z_RV, teacher.products_CV[rows], block)
-        dz_RV = _times_slope_(dz_RV, block, gated=teacher is not None)
+        dz_RV.mul_(block[SLOPE].unsqueeze(1))
         if part_RV is not None:
             dz_RV.add_(part_RV)
         if chain is not None:
@@ -438,7 +429,7 @@ def gradient_columns(
     else:
         core_CA, size_CA = divergence_core(kind, z_CA, z_T, table)
     kept_C = size_CA.abs().sum(1)
-    dz_CA = _times_slope_(core_CA, table, gated=z_T is not None)
+    dz_CA = core_CA.mul_(table[SLOPE].unsqueeze(1))
     dz_CA = dz_CA if chain is None else dz_CA.mul_(chain)
     return dz_CA.to(dtype), kept_C, dz_CA.sum(1)
 

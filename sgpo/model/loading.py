@@ -85,8 +85,8 @@ def check_length(model_folder: Path, longest: int, sequence: str, advice: str) -
     positions = positions_of(model_folder)
     if positions is not None and longest > positions:
         raise SgpoError(f"{sequence}, more than {positions}, the positions of {model_folder}; {advice}")
-    rope = _text_settings(model_folder).get("rope_parameters")
-    original = rope.get("original_max_position_embeddings") if isinstance(rope, dict) else None
+    rope = _text_settings(model_folder).get("rope_parameters") or {}
+    original = rope.get("original_max_position_embeddings")
     if original is not None and rope.get("rope_type") == "longrope" and longest > original:
         raise SgpoError(
             f"{sequence}, more than {original}: from there on the LongRoPE of {model_folder} turns every sequence of a "

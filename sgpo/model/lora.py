@@ -46,24 +46,30 @@ def add_adapters(lm: Any, *, rank: int, alpha: float, modules: Sequence[str], do
         if _is_adapted(module):  # the fused loss reads the head's own weight: adapters there would learn nothing
             raise SgpoError(f"model.lora.modules = {list(modules)}: head and embedding take no adapters")
     for name, module in lm.named_modules():
-        if _is_adapted(module) and type(base := module.get_base_layer()) not in _linear_kinds():
+        if _is_adapted(module) and not _is_linear(base := module.get_base_layer()):
             raise SgpoError(
                 f"model.lora.modules = {list(modules)}: {name} is a {type(base).__name__} and no linear layer; "
                 "leave it out, or set all-linear, which takes the linear layers alone"
             )
 
 
-def _linear_kinds() -> tuple[type, ...]:
+@torch.no_grad()
+def _is_linear(part: Any) -> bool:
+    """Whether a layer gives the product with its weight; of a subclass one product tells (a router gives more)."""
     from transformers.pytorch_utils import Conv1D
 
-    return torch.nn.Linear, Conv1D
+    if type(part) is torch.nn.Linear or not isinstance(part, torch.nn.Linear):
+        return type(part) in (torch.nn.Linear, Conv1D)
+    ones = part.weight.new_ones(1, part.in_features)
+    found = part(ones)
+    return isinstance(found, torch.Tensor) and torch.allclose(found, torch.nn.Linear.forward(part, ones), rtol=1e-2)
 
 
 def _linear_layers(lm: Any) -> list[str]:
     """Names of all linear layers but the head, `lm` being one. peft's own "all-linear" also takes routers and fused
     experts, which hold bare parameters or give more than a product: their adapters could not be merged."""
     head = lm.get_output_embeddings()
-    return [f"lm.{name}" for name, part in lm.named_modules() if type(part) in _linear_kinds() and part is not head]
+    return [f"lm.{name}" for name, part in lm.named_modules() if _is_linear(part) and part is not head]
 
 
 def _is_adapted(module: Any) -> bool:

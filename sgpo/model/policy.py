@@ -24,8 +24,8 @@ class LossHead(nn.Module):
 
     def __init__(self, output: nn.Module) -> None:
         super().__init__()
-        self.weight = output.weight
-        self.bias = getattr(output, "bias", None)
+        self.weight: Any = output.weight  # the parameter itself
+        self.bias: Any = getattr(output, "bias", None)
         self.logits = PLAIN
         self.columns = len(self.weight)
         self.closed: torch.Tensor | None

@@ -32,13 +32,7 @@ def run_warmup(config: Config, model_folder: Path, tokenizer: Any, device: torch
     best_folder, finished = folder / "best", folder / "finished"
     if finished.exists() and is_whole(best_folder):
         return best_folder
-    demos = load_demonstrations(config, tokenizer, eos_token_ids(tokenizer, None)[0])
-    longest = max(len(demo.prompt_ids) + len(demo.completion_ids) for demo in demos)
-    sequence = f"{settings.data}: the longest demonstration has {longest} tokens"
-    check_length(
-        model_folder, longest, sequence, "lower warmup.max_tokens to find such ones, and shorten or remove them"
-    )
-    check_token_ids(model_folder, tokenizer, [(*demo.prompt_ids, *demo.completion_ids) for demo in demos])
+    demos = _demonstrations(config, model_folder, tokenizer)
     train, validation = _split(demos, settings.validation_share, config.run.seed)
     per_epoch = max(1, len(train) // settings.batch_size)
     total_steps = math.ceil(settings.epochs * per_epoch)
@@ -67,7 +61,6 @@ def run_warmup(config: Config, model_folder: Path, tokenizer: Any, device: torch
                 pad_id=tokenizer.pad_token_id,
                 lr=lr,
                 non_finite=settings.optim.non_finite,
-                name=lambda sequence: f"the demonstration of a prompt of {len(sequence.prompt_ids)} tokens",
             )
             done = step + 1
             values: dict[str, float | None] = {
@@ -93,6 +86,16 @@ def run_warmup(config: Config, model_folder: Path, tokenizer: Any, device: torch
         finished.touch()
     distributed.barrier()
     return best_folder
+
+
+def _demonstrations(config: Config, model_folder: Path, tokenizer: Any) -> list[TrainSequence]:
+    """All of them, each of which the model can take."""
+    demos = load_demonstrations(config, tokenizer, eos_token_ids(tokenizer, None)[0])
+    longest = max(len(demo.prompt_ids) + len(demo.completion_ids) for demo in demos)
+    sequence = f"{config.warmup.data}: the longest demonstration has {longest} tokens"
+    check_length(model_folder, longest, sequence, "lower warmup.max_tokens to have them named, and shorten them")
+    check_token_ids(model_folder, tokenizer, [(*demo.prompt_ids, *demo.completion_ids) for demo in demos])
+    return demos
 
 
 def _sequences_of_step(train: list[TrainSequence], step: int, per_epoch: int, config: Config) -> list[TrainSequence]:

@@ -5,6 +5,7 @@ The truth is each model's own logits in float64, one sequence at a time.
 
 import copy
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from sgpo.model.policy import PolicyModel
 from sgpo.types import SgpoError, TrainSequence
 
 VOCAB = 99
-SHAPE = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+SHAPE: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256,
          "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 GPT2 = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
@@ -76,6 +77,9 @@ FAMILIES = {
     "afmoe, with shared experts": (
         "afmoe", {**CAPPED, **EXPERTS, "num_shared_experts": 1, "layer_types": ["full_attention"] * 2}, (1, None),
         {"tiled": TILES},
+    ),
+    "falcon, of linear layers of its own": (
+        "falcon", {**BERT, "ffn_hidden_size": 96}, (1, None), {"packed": "an attention of its own", "tiled": TILES},
     ),
     "doge": ("doge", SHAPE, (1, None), {"packed": "DogeAttention has attention_mask of its own"}),
     "bert": ("bert", BERT, None, dict.fromkeys(WAYS, "not its last hidden states times its output matrix")),
@@ -262,8 +266,7 @@ def test_dropout_that_stays_on_is_refused_by_its_name():
 def test_padding_that_changes_other_tokens_is_refused():
     """Attention without a causal mask, for one: what stands behind a sequence must not reach it."""
     lm = changed()
-    mix = lm.model.embed_tokens.forward
-    lm.model.embed_tokens.forward = lambda ids: mix(ids) + 0.1 * ids.shape[1]
+    lm.model.embed_tokens.register_forward_hook(lambda _, given, output: output + 0.1 * given[0].shape[1])
     with pytest.raises(SgpoError, match=r"engine\.packing: padded changes what llama computes.*nats"):
         PolicyModel(lm)
 
@@ -290,7 +293,7 @@ def test_packed_attention_drops_nothing_that_it_is_given(name):
     from sgpo.model.activations import _attention_per_sequence
 
     states = torch.randn(1, 4, 10, 16)
-    module = SimpleNamespace(training=False, num_key_value_groups=1, is_causal=True)
+    module: Any = SimpleNamespace(training=False, num_key_value_groups=1, is_causal=True)
 
     def attend(**given):
         return _attention_per_sequence(
@@ -307,9 +310,9 @@ def test_packed_attention_drops_nothing_that_it_is_given(name):
 
 def test_a_norm_that_is_called_twice_is_not_where_rows_are_picked():
     class Twice(LlamaModel):
-        def forward(self, input_ids, **kwargs):
-            kwargs["inputs_embeds"] = self.norm(self.embed_tokens(input_ids))
-            return super().forward(**kwargs)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            kwargs["inputs_embeds"] = self.norm(self.embed_tokens(kwargs.pop("input_ids")))
+            return super().forward(*args, **kwargs)
 
     lm = family("llama")
     lm.model.__class__ = Twice
@@ -327,7 +330,8 @@ def test_a_bfloat16_model_is_proven_in_float32_and_left_as_it_was():
         assert {parameter.dtype for parameter in lm.parameters()} == {torch.bfloat16}
         assert model.head.logits.softcap == (30.0 if "cap" in name else None)
     lm = changed().bfloat16()
-    lm.model.layers[0].self_attn.forward = _with_a_mask(lm.model.layers[0].self_attn.forward)
+    layer: Any = lm.model.layers[0]
+    layer.self_attn.forward = _with_a_mask(layer.self_attn.forward)
     with pytest.raises(SgpoError, match="attention_mask of its own"):
         PolicyModel(lm, packed=True)
 
