@@ -61,9 +61,11 @@ class CheckpointNames:
 
     def _target(self, name: str) -> tuple[str, bool]:
         """What a name becomes (of several, a pattern for all), and whether more than the name changes."""
-        # An adapter follows the name of its layer; its own tensors are nobody's parts.
-        converters = [] if is_adapter(name) else self._converters
-        target, converter = rename_source_key(name, self._renamings, converters, reverse=True)
+        if is_adapter(name):  # it is called after its layer, and itself nobody's part
+            layer, suffix = name.split(".lora_", 1)
+            target, _ = rename_source_key(f"{layer}.weight", self._renamings, [], reverse=True)
+            return f"{target.removesuffix('.weight')}.lora_{suffix}", False
+        target, converter = rename_source_key(name, self._renamings, self._converters, reverse=True)
         return target, converter is not None
 
 
@@ -79,9 +81,8 @@ def check_round_trip(lm: Any) -> None:
         for group in names.groups(held):
             exported |= names.convert({name: torch.empty(held[name].shape, dtype=lm.dtype) for name in group})
         twin = type(lm)(lm.config)
-    settings = LoadStateDictConfig(
-        device_map={"": "meta"}, dtype=lm.dtype, weight_mapping=get_model_conversion_mapping(twin)
-    )
+    conversions: list[Any] = get_model_conversion_mapping(twin)
+    settings = LoadStateDictConfig(device_map={"": "meta"}, dtype=lm.dtype, weight_mapping=conversions)
     with _without_progress_bar():
         info, _ = convert_and_load_state_dict_in_model(twin, exported, settings)
     lost = (info.missing_keys & held.keys()) | info.unexpected_keys | info.conversion_errors.keys()

@@ -56,9 +56,10 @@ class PolicySampler:
         self._probe_ids = tuple(probe_ids)
         self._tolerance = tolerance
         self._adapters = adapters
-        self._naming = {"checkpoint_names": checkpoint_names}
+        self._checkpoint_names = checkpoint_names
         self._batching = {"token_budget": token_budget, "pad_id": pad_id}
         self._ahead: _Ahead | None = None
+        self._has_synced = False
         self.policy_version: int | None = None
 
     def sync(self, version: int) -> SyncReport:
@@ -77,15 +78,20 @@ class PolicySampler:
         try:
             receipt = self._sampler.load_weights(named, version, self._probe_ids)
             gaps = [abs(a - b) for a, b in zip(receipt.probe_logprobs, wanted, strict=True)] or [0.0]
-            names = self._trainer_engine.weight_names(parts, **self._naming)
+            names = self._trainer_engine.weight_names(parts, checkpoint_names=self._checkpoint_names)
             problem = _mismatch(sent, receipt, names, gaps, self._tolerance)
         except SgpoError as error:
             problem = str(error)
             for _ in named:  # other ranks wait for this one in the gathers of ZeRO-3
                 pass
         if problems := dict.fromkeys(found for found in distributed.gather(problem) if found):
-            raise SgpoError(f"weights of step {version}: {'; '.join(problems)}; the last checkpoint is whole")
-        self.policy_version = version
+            family = self._trainer_engine.model.lm.config.model_type
+            advice = "" if self._has_synced else "; rollout.engine: hf samples from every family that is trained"
+            raise SgpoError(
+                f"weights of step {version} (model family {family}): {'; '.join(problems)}; "
+                f"the last checkpoint is whole{advice}"
+            )
+        self.policy_version, self._has_synced = version, True
         return SyncReport(size[0], sum(gaps) / len(gaps), max(gaps))
 
     def generate(
@@ -163,7 +169,7 @@ class PolicySampler:
         return "adapters" if all(held) else "apart"
 
     def _recorded(self, parts: Parts, sent: dict[str, int], size: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._trainer_engine.named_weights(parts, **self._naming):
+        for name, tensor in self._trainer_engine.named_weights(parts, checkpoint_names=self._checkpoint_names):
             sent[name] = checksum(tensor)
             size[0] += tensor.nbytes
             yield name, tensor

@@ -289,9 +289,13 @@ class VllmEngine:
             temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
         self._engine.add_request("probe", {"prompt_token_ids": list(ids)}, params, lora_request=self._adapters.request)
-        with Watchdog("weight sync: vLLM", self._options.stall_s):
-            while not (outputs := self._engine.step()):
-                pass
+        try:
+            with Watchdog("weight sync: vLLM", self._options.stall_s):
+                while not (outputs := self._engine.step()):
+                    pass
+        except RuntimeError as error:  # shapes that its kernels lack show in the first forward pass
+            self.policy_version = None
+            raise SgpoError(f"vLLM cannot run this model: {' '.join(str(error).split())[:600]}") from error
         rows = outputs[0].prompt_logprobs[1:]
         return tuple(row[token].logprob for row, token in zip(rows, ids[1:], strict=True))
 
@@ -380,8 +384,8 @@ def _forget_kernels(model: torch.nn.Module) -> None:
     there as a checkpoint has them. On a GPU CUDA graphs hold the kernel, and it takes the weights without packing.
     """
     for layer in model.modules():
-        method = getattr(layer, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is not None:
+        method: Any = getattr(layer, "quant_method", None)
+        if hasattr(method, "moe_kernel"):
             method.moe_kernel = None
 
 
