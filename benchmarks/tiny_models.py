@@ -39,7 +39,7 @@ _LIMITS: tuple[tuple[str, int], ...] = (
     (r"_layer_offset$|^first_k_dense_replace$|^num_dense_layers$|^max_window_layers$|^num_nextn_predict_layers$", 1),
     (r"hidden_layers|^n_layers?$|num_layers|(encoder|decoder)_layers$|^depth$|_blocks$", 2),
     (r"^(n_routed|num_local|num|moe_num)_experts$|^zero_expert_num$|^num_centroids$", 4),
-    (r"experts_per_tok(en)?$|top_?k$|^moe_k$", 2),
+    (r"experts_per_tok(en)?$|(?<!index_)top_?k$|^moe_k$", 2),
     (r"shared_experts$|_group$|n_?groups$", 1),
     (r"(?<!keep_)window|^local_attention$|attention_chunk_size|mem_len", 4),
     (r"chunk_size$|chunk_length$|block_size$", 8),
