@@ -3,12 +3,15 @@
 generate does the decoding; a logits processor does the sampling. It draws token t of a request from the inverse of the
 cumulative distribution at a uniform number that only the request's seed and t decide, and leaves generate a certain
 choice. So a completion does not depend on which others share its batch, and its log-probability is known. A prompt
-that several requests share is read once.
+that several requests share is read once, and prompts of several lengths are padded on the left, where the family's
+code lets that be: some count padding as positions, or have a cache that cannot be handed on. A trial before the first
+rollout finds the fastest way that is right (`_WAYS`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +21,22 @@ from sgpo.rollout.guards import Watchdog, is_out_of_memory
 from sgpo.types import Rollout, RolloutRequest, SamplingParams, SgpoError, SyncReceipt
 from sgpo.utils.checksums import checksum
 from sgpo.utils.lora_names import is_adapter, plain_name
+
+_TRIAL_PROMPT, _TRIAL_NEW = 24, 4  # tokens of a trial
+_TRIAL_GAP = {torch.float32: 2e-4}  # mean |log-prob difference| in nats that is rounding; 0.1 in narrower dtypes
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How a batch goes through `generate`."""
+
+    padded: bool  # prompts of several lengths, padded on the left; else of one length
+    shared: bool  # a prompt is read once and its cache handed to each of its requests
+    cached: bool = True  # else everything is computed again for each token
+
+
+_WAYS = (_Way(True, True), _Way(True, False), _Way(False, True), _Way(False, False), _Way(False, False, cached=False))
 
 
 class HfEngine:
@@ -46,6 +65,7 @@ class HfEngine:
         self._pad_id = pad_id
         self._max_batch_tokens = max_batch_tokens
         self._stall_s = stall_s
+        self._way: _Way | None = None  # not tried yet
         self.policy_version: int | None = 0
 
     @torch.no_grad()
@@ -59,6 +79,8 @@ class HfEngine:
         """As Sampler.generate."""
         if self.policy_version is None:
             raise SgpoError("the rollout engine holds no weights (a sync failed): call load_weights first")
+        if self._way is None and requests:
+            self._choose_way(max((request.prompt_ids for request in requests), key=len))
         rollouts: dict[int, Rollout] = {}
         sampled = 0
         batches = self._batches(requests, sampling.max_new_tokens)
@@ -104,12 +126,46 @@ class HfEngine:
         if missing:
             raise SgpoError(f"weight sync: no new value arrived for {', '.join(missing[:3])} ({len(missing)} in all)")
         self._holds_base = any(is_adapter(name) for name in self._weights)
+        if self._way is None and len(probe_ids) > 2:  # a family that cannot be sampled is refused before any rollout
+            self._choose_way(probe_ids)
         self.policy_version = policy_version
         return SyncReceipt(checksums, self._probe(probe_ids))
 
     def holds_base(self) -> bool:
         """As RolloutEngine.holds_base."""
         return self._holds_base
+
+    def _choose_way(self, ids: Sequence[int]) -> None:
+        """Takes the first of `_WAYS` in which sampled tokens have the log-probs that the model gives them without
+        batch, padding and cache. Raises SgpoError where there is none; `ids` is any prompt."""
+        long = tuple(ids[:_TRIAL_PROMPT])
+        short = long[:2]
+        requests = [RolloutRequest(0, "auto", i, prompt, 0) for i, prompt in enumerate((long, short, short))]
+        version, self.policy_version = self.policy_version, 0
+        problem = ""
+        for self._way in _WAYS:
+            try:
+                drawn = self.generate(requests, SamplingParams(temperature=0.0, top_p=1.0, max_new_tokens=_TRIAL_NEW))
+                gaps = [gap for rollout in drawn for gap in self._gaps(rollout)]
+            except _FAILURES as error:
+                problem = f"fails with {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+                continue
+            mean = sum(gaps) / len(gaps)
+            if mean <= _TRIAL_GAP.get(self._lm.dtype, 0.1):
+                self.policy_version = version
+                return
+            problem = f"gives log-probs that differ by {mean:.2g} nats from those of the model without a cache"
+        self._way, self.policy_version = None, None
+        raise SgpoError(
+            f"rollout.engine: hf cannot sample from {self._lm.config.get_text_config().model_type}: transformers' "
+            f"generate {problem}; set rollout.engine to vllm, or take another model"
+        )
+
+    def _gaps(self, rollout: Rollout) -> list[float]:
+        """|sampled log-prob - the model's own| of each token, in nats."""
+        prompt = rollout.request.prompt_ids
+        own = self._probe((*prompt, *rollout.completion_ids))[len(prompt) - 1 :]
+        return [abs(a - b) for a, b in zip(rollout.rollout_logprobs, own, strict=True)]
 
     def _probe(self, ids: Sequence[int]) -> tuple[float, ...]:
         if len(ids) < 2:
@@ -136,9 +192,10 @@ class HfEngine:
         for index in order:
             length = len(requests[index].prompt_ids)
             # Padding costs prefill and cache: a prompt twice as long as the shortest starts a batch of its own.
+            shortest = len(requests[batches[-1][0]].prompt_ids) if batches else 0
             fits = batches and (
                 (len(batches[-1]) + 1) * (length + max_new_tokens) <= self._max_batch_tokens
-                and length <= 2 * len(requests[batches[-1][0]].prompt_ids) + 16
+                and length <= (2 * shortest + 16 if self._way is None or self._way.padded else shortest)
             )
             if fits:
                 batches[-1].append(index)
@@ -147,6 +204,7 @@ class HfEngine:
         return batches
 
     def _generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
+        assert self._way is not None
         prompts = sorted({request.prompt_ids for request in requests})
         row_of = {prompt: row for row, prompt in enumerate(prompts)}
         rows = torch.tensor([row_of[request.prompt_ids] for request in requests], device=self._device)
@@ -157,14 +215,14 @@ class HfEngine:
             output = self._lm.generate(
                 input_ids=input_ids[rows],
                 attention_mask=mask[rows],
-                past_key_values=self._prefill(input_ids, mask, rows),
+                past_key_values=self._prefill(input_ids, mask, rows) if self._way.shared else None,
                 logits_processor=LogitsProcessorList([sampler]),
                 generation_config=GenerationConfig(
                     do_sample=False,
                     max_new_tokens=sampling.max_new_tokens,
                     eos_token_id=self._eos_ids,
                     pad_token_id=self._pad_id,
-                    use_cache=True,
+                    use_cache=self._way.cached,
                 ),
             )
         completions = output[:, width:].tolist()

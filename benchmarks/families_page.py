@@ -1,0 +1,174 @@
+"""docs/families.md, made from the rows of benchmarks.families."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+MODES = (
+    "padded",
+    "packed",
+    "checkpointed",
+    "packed, checkpointed",
+    "dropout",
+    "bfloat16",
+    "LoRA",
+    "export",
+    "sync",
+    "sampling",
+)
+Row = Mapping[str, Any]
+
+INTRODUCTION = """\
+# Model families
+
+Every causal language model that transformers {transformers} can make ({count} model types of `AutoModelForCausalLM`), as a
+tiny model with random weights, through the trainer's own doors: log-probs against `model(...).logits` of the plain model
+in float64, one sequence at a time, and the gradient of a weighted sum of them. On a CPU, in float32 where nothing else is
+said; attention is SDPA (`model.attn_implementation`), or eager where the family has no other. A tiny model shows that
+the arithmetic is the family's own. It says nothing about speed, memory or how well a family learns.
+
+| outcome | families |
+|---|---|
+{outcomes}
+
+Made by `python -m benchmarks.families`, then `python -m benchmarks.run_tables`, from commit {commit}.
+
+| column | what runs | the number |
+|---|---|---|
+| plain | transformers' own float32 | largest error of a log-prob, nats: the yardstick |
+| padded | `engine.packing: padded` | the same of ours, then the relative error of the gradient, of the worst parameter |
+| packed | `engine.packing: packed`, three sequences in one row | the larger log-prob error |
+| checkpointed, both | `model.gradient_checkpointing`, alone and packed | the same |
+| dropout | checkpointed, every dropout of the configuration at 0.2 | the same: nothing may be dropped |
+| bf16 | `model.dtype: bfloat16`, padded | the same; at most twice transformers' own bfloat16 plus 0.05 |
+| LoRA | `model.lora` on all linear layers, adapters not zero; the merged export, loaded by transformers | the same |
+| export | changed weights; names as `save_pretrained` gives them, nothing missing when transformers loads them | the same, in float64 |
+| sync | changed weights into the HF sampler, all of them | largest gap between its log-probs and the trainer's |
+| sampling | the HF sampler draws from prompts of three lengths at once | error of the log-probs that it reports |
+
+Limits: {logprob:g} nats, {gradient:g} of a gradient. A letter is a refusal before the first step; the sentences stand below.
+"""
+
+
+def page(rows: Sequence[Row], *, logprob_limit: float, gradient_limit: float) -> str:
+    """The whole page in Markdown."""
+    groups = {outcome: [row for row in rows if outcome_of(row) == outcome] for outcome in OUTCOMES}
+    reasons = _Reasons()
+    parts = [
+        INTRODUCTION.format(
+            transformers=_only(row["versions"]["transformers"] for row in rows),
+            count=len(rows),
+            outcomes="\n".join(f"| {text} | {len(groups[outcome])} |" for outcome, text in OUTCOMES.items()),
+            commit=_only((row["commit"] or "?")[:12] for row in rows),
+            logprob=logprob_limit,
+            gradient=gradient_limit,
+        )
+    ]
+    for outcome in ("wrong", "right", "partly"):
+        if groups[outcome]:
+            parts.append(f"## {OUTCOMES[outcome]}\n\n{_table(groups[outcome], reasons)}")
+    if reasons.letters:
+        parts.append(f"### Why a mode is refused\n\n{reasons.table()}")
+    if groups["refused"]:
+        parts.append(
+            f"## {OUTCOMES['refused']}\n\n" + _reasons_table((r, r["padded"]["message"]) for r in groups["refused"])
+        )
+    if groups["not run"]:
+        parts.append(f"## {OUTCOMES['not run']}\n\n" + _reasons_table((r, r["not_run"]) for r in groups["not run"]))
+    return "\n\n".join(parts) + "\n"
+
+
+OUTCOMES = {
+    "right": "Right in every mode",
+    "partly": "Right, some modes refused",
+    "refused": "Refused when the model is loaded",
+    "wrong": "Wrong, or a traceback",
+    "not run": "Not run: there is no tiny model, or transformers alone does not compute it",
+}
+
+
+def outcome_of(row: Row) -> str:
+    """The key of OUTCOMES for a family's row."""
+    if "not_run" in row:
+        return "not run"
+    found = {row[mode]["status"] for mode in MODES if mode in row}
+    if found & {"wrong", "traceback"}:
+        return "wrong"
+    return "right" if found == {"right"} else "refused" if row["padded"]["status"] == "refused" else "partly"
+
+
+class _Reasons:
+    """Letters for sentences of refusal, in the order in which they come."""
+
+    def __init__(self) -> None:
+        self.letters: dict[str, str] = {}
+        self._families: dict[str, list[str]] = {}
+
+    def letter(self, row: Row, message: str) -> str:
+        sentence = _without_name(row, message)
+        letter = self.letters.setdefault(sentence, _letters(len(self.letters)))
+        families = self._families.setdefault(sentence, [])
+        if row["family"] not in families:
+            families.append(row["family"])
+        return letter
+
+    def table(self) -> str:
+        lines = ["| | sentence |", "|---|---|"]
+        return "\n".join(lines + [f"| {letter} | {_cell(sentence)} |" for sentence, letter in self.letters.items()])
+
+
+def _table(rows: Iterable[Row], reasons: _Reasons) -> str:
+    lines = [
+        "| model type | plain | padded | gradient | packed | checkpointed | both | dropout | bf16 | LoRA | export | sync | sampling |",
+        "|" + "---|" * 13,
+    ]
+    for row in rows:
+        cells = [_number(row["plain_error"])]
+        for mode in MODES:
+            found = row[mode]
+            if found["status"] == "refused":
+                cells.append(reasons.letter(row, found["message"]))
+            elif found["status"] == "right":
+                cells.append(_number(found["logprob_error"]))
+            else:
+                cells.append(f"**{found['status']}**")
+            if mode == "padded":
+                cells.append(_number(found["gradient_error"]))
+        name = row["family"] if row["attention"] == "sdpa" else f"{row['family']} (eager)"
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _reasons_table(pairs: Iterable[tuple[Row, str]]) -> str:
+    """Families by the sentence that they share."""
+    families: dict[str, list[str]] = {}
+    for row, message in pairs:
+        families.setdefault(_without_name(row, message), []).append(row["family"])
+    lines = ["| model types | reason |", "|---|---|"]
+    return "\n".join(lines + [f"| {', '.join(names)} | {_cell(sentence)} |" for sentence, names in families.items()])
+
+
+def _without_name(row: Row, message: str) -> str:
+    """The sentence without what differs between families that it says the same of: name, class, measured size."""
+    names = sorted({row["family"], row.get("class") or row["family"], f"{row['family']}_text"}, key=len, reverse=True)
+    message = re.sub(rf"\b({'|'.join(map(re.escape, names))})\b", "MODEL_TYPE", message)
+    return re.sub(r"\d\.\d+(e-?\d+)?|\d+e-?\d+", "X", message)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else "0" if value == 0 else f"{value:.0e}".replace("e-0", "e-")
+
+
+def _letters(index: int) -> str:
+    return chr(ord("a") + index) if index < 26 else _letters(index // 26 - 1) + _letters(index % 26)
+
+
+def _only(values: Iterable[str]) -> str:
+    """The one value, or all of them."""
+    return ", ".join(sorted(set(values)))
