@@ -17,7 +17,8 @@ from sympy import Expr, Float
 
 _FRACTION = re.compile(r"\{?\\frac\{?(\d{1,20})\}?\{?(\d{1,20})\}?\}?")
 _NUMERAL = re.compile(r"\{?[\d.,]+\}?")
-_DIGITS = 15  # in which numbers that may be equal agree: the quick look before the exact comparison
+_DIGITS = 15  # of rounded numbers
+_QUICK_DIGITS = 60  # in which exact numbers agree that may be equal (in fewer, sympy says that log(1 + 1e-20) is 0)
 _MAX_DIGITS = 1000  # two exact irrational numbers that agree in so many are equal
 _UNFINISHED = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative)
 
@@ -70,7 +71,7 @@ def _numeric_eq(gold: Any, answer: Any, float_rounding: int, numeric_precision: 
 
 def exactly_equal(gold: Expr, answer: Expr) -> bool:
     """Whether two numbers without decimals are one: far ones told apart by size, rationals compared as such."""
-    if _are_close(gold, answer) is False:
+    if _are_close(gold, answer, _QUICK_DIGITS) is False:
         return False
     difference = (gold - answer).doit()
     if difference.is_Rational:
@@ -79,10 +80,10 @@ def exactly_equal(gold: Expr, answer: Expr) -> bool:
     return all(part == 0 or getattr(part, "_prec", 0) == 1 for part in remainder.as_real_imag())  # no digit is certain
 
 
-def _are_close(gold: Expr, answer: Expr) -> bool | None:
-    """Whether they agree in all digits but the last two of fifteen; None where one has no finite value."""
-    values = [side.evalf(_DIGITS) for side in (gold, answer)]
+def _are_close(gold: Expr, answer: Expr, digits: int = _DIGITS) -> bool | None:
+    """Whether they agree in all of so many digits but the last two; None where one has no finite value."""
+    values = [side.evalf(digits) for side in (gold, answer)]
     sizes = [abs(value) for value in values]
     if not all(size.is_Float or size == 0 for size in sizes):
         return None
-    return bool(abs(values[0] - values[1]) <= max(sizes) * sympy.Float(10) ** (2 - _DIGITS))
+    return bool(abs(values[0] - values[1]) <= max(sizes) * sympy.Float(10, digits) ** (2 - digits))
