@@ -22,7 +22,7 @@ from sgpo.types import RewardResult, SgpoError
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and process death are tested on Linux")
 
 REPO = Path(__file__).parents[2]
-TIMEOUT_S = scaled(3.0)  # of a result; good ones must be there by then on a busy machine too
+TIMEOUT_S = scaled(1.5)  # of a result; good ones must be there by then on a busy machine too
 MAX_CHARS = 1_100_000
 
 PLUGIN = """
