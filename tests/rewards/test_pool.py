@@ -246,8 +246,8 @@ def test_a_reward_of_ones_own_sees_the_whole_completion_and_the_problem(plugin_p
 @pytest.mark.parametrize(
     ("completion", "status", "cause"),
     [
-        ("spin", "timeout", f"no result within {TIMEOUT_S} s"),
-        ("sleep", "timeout", f"no result within {TIMEOUT_S} s"),
+        ("spin", "timeout", "no result within"),
+        ("sleep", "timeout", "no result within"),
         ("exit", "error", "died with exit code 3"),
         ("segfault", "error", "died with exit code -11"),
         ("memory", "error", "MemoryError"),
@@ -263,6 +263,7 @@ def test_what_goes_wrong_is_named_and_counted(plugin_pool, completion, status, c
     ]
     assert plugin_pool.counts[status] == before + 1
     assert cause in plugin_pool.last_cause
+    assert status != "timeout" or f"{TIMEOUT_S} s" in plugin_pool.last_cause
 
 
 def test_a_reward_that_always_fails_stops_the_run(plugin_pool):
