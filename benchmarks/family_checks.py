@@ -28,6 +28,7 @@ from sgpo.engine.export import export_model
 from sgpo.engine.weight_sync import PolicySampler
 from sgpo.engine.zero import ZeroEngine, init_distributed
 from sgpo.model.loading import load_tokenizer
+from sgpo.model.policy import PolicyModel
 from sgpo.types import PromptPair, RolloutRequest, SamplingParams, SgpoError, TaskData
 from sgpo.utils.config_file import checked
 
@@ -91,7 +92,9 @@ def plain_model(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
         folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager", output_loading_info=True
     )
     lm, info = loaded
-    if problems := {kind: sorted(map(str, names)) for kind, names in info.items() if names and "unexpected" not in kind}:
+    if problems := {
+        kind: sorted(map(str, names)) for kind, names in info.items() if names and "unexpected" not in kind
+    }:
         raise ValueError(f"transformers does not find in {folder.name} what the model has: {problems}")
     return lm.eval()
 
@@ -148,12 +151,12 @@ def engine_on(config: Config) -> Iterator[ZeroEngine]:
         engine.close()
 
 
-def measured(engine: ZeroEngine, sequences: Sequences) -> Truth:
+def measured(model: PolicyModel, sequences: Sequences) -> Truth:
     """What `truth_of` gives, by the trainer's forward and backward."""
-    batch = collate(sequences.prompts, sequences.completions, PAD, packed=engine.model.packed)
-    logprobs = engine.model(LabelLogprobs(), Contexts(batch))
+    batch = collate(sequences.prompts, sequences.completions, PAD, packed=model.packed)
+    logprobs = model(LabelLogprobs(), Contexts(batch))
     (logprobs * sequences.weights).sum().backward()
-    return logprobs.detach().double(), _gradients(engine.model.lm)
+    return logprobs.detach().double(), _gradients(model.lm)
 
 
 def errors(found: Truth, truth: Truth) -> tuple[float, float, str]:
@@ -197,13 +200,13 @@ def attempt(check: Callable[[], Outcome]) -> Outcome:
 def check_forward(folder: Path, sequences: Sequences, truth: Any, **model: Any) -> Outcome:
     """Log-probs and gradients under these settings."""
     with engine_on(settings(folder, **model)) as engine:
-        return judged(measured(engine, sequences), truth)
+        return judged(measured(engine.model, sequences), truth)
 
 
 def check_bfloat16(folder: Path, sequences: Sequences, truth: Truth, **model: Any) -> Outcome:
     """As exact as transformers' own bfloat16, which routes tokens to other experts now and then."""
     with engine_on(settings(folder, dtype="bfloat16", **model)) as engine:
-        found = measured(engine, sequences)
+        found = measured(engine.model, sequences)
     logprob_error, gradient_error = plain_errors(folder, sequences, truth, torch.bfloat16)
     return judged(found, truth, (2 * logprob_error + 0.05, 2 * gradient_error + 0.05))
 
@@ -225,7 +228,7 @@ def check_lora(folder: Path, sequences: Sequences, scratch: Path, **model: Any) 
     config = settings(folder, lora=_LORA, **model)
     with engine_on(config) as engine:
         disturb(engine.model.lm, 0.05, trainable=True)
-        found = measured(engine, sequences)
+        found = measured(engine.model, sequences)
         adapters = {n: p.detach().double() for n, p in engine.model.lm.named_parameters() if p.requires_grad}
         export_model(engine, load_tokenizer(folder), scratch / "merged")
     plain = with_adapters(config, plain_model(folder))

@@ -156,7 +156,9 @@ def _saved_buffers(lm: Any) -> Iterator[torch.Tensor]:
 
 def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """`second` over `first`, in nested configurations too."""
-    nested = {k: _merged(first[k], v) for k, v in second.items() if isinstance(v, dict) and isinstance(first.get(k), dict)}
+    nested = {
+        k: _merged(first[k], v) for k, v in second.items() if isinstance(v, dict) and isinstance(first.get(k), dict)
+    }
     return {**first, **second, **nested}
 
 

@@ -22,7 +22,7 @@ from sgpo.types import Rollout, RolloutRequest, SamplingParams, SgpoError, SyncR
 from sgpo.utils.checksums import checksum
 from sgpo.utils.lora_names import is_adapter, plain_name
 
-_TRIAL_PROMPT, _TRIAL_NEW = 24, 4  # tokens of a trial
+_TRIAL_PROMPT, _TRIAL_NEW = 24, 8  # tokens of a trial
 _TRIAL_GAP = {torch.float32: 2e-4}  # mean |log-prob difference| in nats that is rounding; 0.1 in narrower dtypes
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
@@ -140,15 +140,15 @@ class HfEngine:
         batch, padding and cache. Raises SgpoError where there is none; `ids` is any prompt."""
         long = tuple(ids[:_TRIAL_PROMPT])
         short = long[:2]
-        requests = [RolloutRequest(0, "auto", i, prompt, 0) for i, prompt in enumerate((long, short, short))]
+        requests = [RolloutRequest(0, "auto", i, prompt, i) for i, prompt in enumerate((long, short, short))]
+        sampling = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=_TRIAL_NEW)  # the likeliest show little
         version, self.policy_version = self.policy_version, 0
         problem = ""
         for self._way in _WAYS:
             try:
-                drawn = self.generate(requests, SamplingParams(temperature=0.0, top_p=1.0, max_new_tokens=_TRIAL_NEW))
-                gaps = [gap for rollout in drawn for gap in self._gaps(rollout)]
+                gaps = [gap for rollout in self.generate(requests, sampling) for gap in self._gaps(rollout)]
             except _FAILURES as error:
-                problem = f"fails with {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+                problem = f"fails with {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
                 continue
             mean = sum(gaps) / len(gaps)
             if mean <= _TRIAL_GAP.get(self._lm.dtype, 0.1):
