@@ -65,6 +65,10 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
     old = from_earlier_version(old)
     with suppress(SgpoError):  # a key that did not exist then had what is its default now
         old = checked(Config, old, str(path)).model_dump(mode="json")
+    old, new = copy.deepcopy(old), copy.deepcopy(new)
+    for settings in (old, new):  # what to do about a step that is not finite may be decided where it came
+        for path_of in (["optim"], ["warmup", "optim"]):
+            _section(settings, path_of).pop("non_finite", None)
     changed = [
         f"{section}.{key} ({old.get(section, {}).get(key)!r} -> {value!r})"
         for section, values in new.items()

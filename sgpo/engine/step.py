@@ -83,8 +83,8 @@ def optimizer_step(
     sentence = f"not finite: {where}; the gradient norm is {norm} and the step was not applied"
     if non_finite == "stop":
         raise SgpoError(
-            f"{sentence}. The last checkpoint is whole: resume with a lower learning rate, or set optim.non_finite to "
-            "skip to leave such steps out"
+            f"{sentence}. The last checkpoint is whole: go on from it with optim.non_finite: skip, which leaves such "
+            "steps out, or begin anew with a lower learning rate"
         )
     return StepResult([], 0.0, None, sentence)
 

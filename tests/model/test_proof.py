@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from sgpo_kernels.testing import cpu_peak
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
@@ -341,3 +342,10 @@ def _with_a_mask(forward):
         return forward(hidden_states, **{**kwargs, "attention_mask": torch.zeros(1, 1, *[hidden_states.shape[1]] * 2)})
 
     return attend
+
+
+def test_the_proof_makes_no_second_copy_of_a_model():
+    shape = {**SHAPE, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12, "head_dim": 64}
+    lm = randomised(LlamaForCausalLM(LlamaConfig(**shape))).bfloat16()
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in lm.parameters())
+    assert cpu_peak(lambda: PolicyModel(lm, gradient_checkpointing=True)).peak_bytes < weights / 2
