@@ -31,6 +31,7 @@ LONGEST = (
     "benchmarks/test_bench_acceptance.py",
     "rollout/test_process.py",
     "engine/test_weight_sync.py",
+    "engine/test_vllm_families.py",
     "sgpo_kernels/test_aot.py",
     "sgpo_kernels/test_shard_bounds.py",
     "commands/test_extract.py",

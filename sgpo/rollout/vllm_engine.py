@@ -293,9 +293,11 @@ class VllmEngine:
             with Watchdog("weight sync: vLLM", self._options.stall_s):
                 while not (outputs := self._engine.step()):
                     pass
-        except RuntimeError as error:  # shapes that its kernels lack show in the first forward pass
+        except (RuntimeError, AttributeError) as error:  # what its kernels lack shows in the first forward pass
             self.policy_version = None
-            raise SgpoError(f"vLLM cannot run this model: {' '.join(str(error).split())[:600]}") from error
+            advice = "; set model.lora.sync to merged" if self._options.lora_rank else ""
+            reason = " ".join(str(error).split())[:600]
+            raise SgpoError(f"weight sync: vLLM cannot run this model: {reason}{advice}") from error
         rows = outputs[0].prompt_logprobs[1:]
         return tuple(row[token].logprob for row, token in zip(rows, ids[1:], strict=True))
 
