@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,13 +49,12 @@ def scan(family: str, scratch: Path) -> Iterator[dict[str, Any]]:
     yield {"stage": "building"}
     save_tiny(family, folder)
     yield {"stage": "the plain model"}
-    dtype = torch.float64
     try:
         truth = truth_of(plain_model(folder), sequences)
     except RuntimeError:  # code with constants of float32's range or dtype
-        dtype = torch.float32
-        truth = truth_of(plain_model(folder, dtype), sequences)
-    yield {"truth": str(dtype), "plain_error": plain_errors(folder, sequences, truth, torch.float32)[0]}
+        sequences = replace(sequences, dtype=torch.float32)
+        truth = truth_of(plain_model(folder, sequences.dtype), sequences)
+    yield {"truth": str(sequences.dtype), "plain_error": plain_errors(folder, sequences, truth, torch.float32)[0]}
     attention = "sdpa"
     modes = checks(folder, sequences, truth, scratch)
     yield {"stage": "padded"}

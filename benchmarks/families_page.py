@@ -28,10 +28,10 @@ INTRODUCTION = """\
 
 Every causal language model that transformers {transformers} can make ({count} model types of AutoModelForCausalLM), as
 a tiny model with random weights, through the trainer's own doors: log-probs against `model(...).logits` of the plain
-model in float64 (in float32 where its code knows nothing wider), one sequence at a time, and the gradient of a weighted
-sum of them. On a CPU, in float32 where nothing else is said; attention is SDPA (`model.attn_implementation`), or eager
-where the family has no other. A tiny model shows that the arithmetic is the family's own. It says nothing about speed,
-memory or how well a family learns.
+model in float64 (in float32 where its code knows nothing wider; so marked), one sequence at a time, and the gradient
+of a weighted sum of them. On a CPU, in float32 where nothing else is said; attention is SDPA, or where the family has
+no other `model.attn_implementation: eager` (so marked). A tiny model shows that the arithmetic is the family's own. It
+says nothing about speed, memory or how well a family learns.
 
 | outcome | families |
 |---|---|
@@ -128,7 +128,8 @@ def _table(rows: Iterable[Row], reasons: _Reasons) -> str:
             cells.append(shown(row, found))
             if mode == "padded":
                 cells.append(_number(found["gradient_error"]))
-        name = row["family"] if row["attention"] == "sdpa" else f"{row['family']} (eager)"
+        marks = [row["attention"]] * (row["attention"] != "sdpa") + ["float32"] * (row["truth"] != "torch.float64")
+        name = f"{row['family']} ({', '.join(marks)})" if marks else row["family"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

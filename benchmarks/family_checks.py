@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,12 @@ class Fault(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """Prompts and completions, and a weight for each completion token, in order."""
+    """Prompts and completions, and a weight for each completion token, in order; `dtype` is that of the truth."""
 
     prompts: list[list[int]]
     completions: list[list[int]]
     weights: torch.Tensor
+    dtype: torch.dtype = torch.float64
 
 
 def make_sequences(seed: int = 0) -> Sequences:
@@ -99,10 +100,10 @@ def plain_model(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
     except (ValueError, KeyError) as error:
         raise Fault(f"transformers does not load {folder.name}: {error}") from error
     lm, info = loaded
-    if problems := {
-        kind: sorted(map(str, names)) for kind, names in info.items() if names and "unexpected" not in kind
-    }:
-        raise Fault(f"transformers does not find in {folder.name} what the model has: {problems}")
+    for kind, names in info.items():
+        if names and "unexpected" not in kind:
+            first = ", ".join(sorted(map(str, names))[:3])
+            raise Fault(f"transformers does not find all weights in {folder.name}: {len(names)} {kind} ({first})")
     return lm.eval()
 
 
@@ -244,12 +245,12 @@ def check_lora(folder: Path, sequences: Sequences, scratch: Path, **model: Any) 
                 parameter.detach().zero_()
         adapters = {n: p.detach().double() for n, p in engine.model.lm.named_parameters() if p.requires_grad}
         export_model(engine, load_tokenizer(folder), scratch / "merged")
-    plain = with_adapters(config, plain_model(folder))
+    plain = with_adapters(config, plain_model(folder, sequences.dtype))
     plain.load_state_dict(adapters, strict=False)
     outcome = judged(found, truth_of(plain, sequences))
     if outcome.status != "right":
         return outcome
-    merged = truth_of(plain_model(scratch / "merged").requires_grad_(False), sequences)[0]
+    merged = truth_of(plain_model(scratch / "merged", sequences.dtype).requires_grad_(False), sequences)[0]
     export = _within_limit(float((merged - found[0]).abs().max()), "the merged export's log-probs differ")
     return outcome if export.status == "right" else export
 
@@ -267,7 +268,7 @@ def check_export(folder: Path, sequences: Sequences, scratch: Path, **model: Any
     differing = sorted(stored_names(scratch / "saved") ^ stored_names(scratch / "exported"))
     if differing:
         return Outcome("wrong", f"{len(differing)} names are not a checkpoint's: {', '.join(differing[:3])}")
-    reloaded = truth_of(plain_model(scratch / "exported").requires_grad_(False), sequences)[0]
+    reloaded = truth_of(plain_model(scratch / "exported", sequences.dtype).requires_grad_(False), sequences)[0]
     return _within_limit(float((reloaded - found).abs().max()), "the export's log-probs differ")
 
 
@@ -300,7 +301,8 @@ def check_sampling(folder: Path, sequences: Sequences, scratch: Path, **model: A
         drawn = sampler.generate(requests, SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=8))
         export_model(engine, load_tokenizer(folder), scratch / "synced")
     asked, got = [list(r.request.prompt_ids) for r in drawn], [list(r.completion_ids) for r in drawn]
-    wanted = truth_of(plain_model(scratch / "synced").requires_grad_(False), Sequences(asked, got, torch.empty(0)))[0]
+    synced_model = plain_model(scratch / "synced", sequences.dtype).requires_grad_(False)
+    wanted = truth_of(synced_model, replace(sequences, prompts=asked, completions=got))[0]
     said = torch.tensor([value for r in drawn for value in r.rollout_logprobs], dtype=torch.float64)
     return _within_limit(float((said - wanted).abs().max()), "the log-probs of sampled tokens differ")
 

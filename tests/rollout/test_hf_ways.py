@@ -34,6 +34,7 @@ def own_logprobs(lm, rollout):
 def test_the_fastest_way_that_is_right_is_taken(family, padded, shared):
     engine = engine_of(family)
     rollouts = engine.generate(REQUESTS, SAMPLING)
+    assert engine._way is not None
     assert (engine._way.padded, engine._way.shared) == (padded, shared)
     for rollout in rollouts:
         assert rollout.rollout_logprobs == pytest.approx(own_logprobs(engine._lm, rollout), abs=1e-4)
@@ -42,6 +43,7 @@ def test_the_fastest_way_that_is_right_is_taken(family, padded, shared):
 def test_a_sync_finds_the_way_before_any_rollout():
     engine, weights = engine_of("bart"), make_tiny("bart", seed=1).state_dict()
     engine.load_weights(((n, t) for n, t in weights.items() if n in engine._weights), 3, PROMPTS[1])
+    assert engine._way is not None
     assert not engine._way.padded
     assert engine.policy_version == 3
 
