@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.family_checks import GRADIENT_LIMIT, LOGPROB_LIMIT
+
 MODES = (
     "padded",
     "packed",
@@ -18,16 +20,18 @@ MODES = (
     "sync",
     "sampling",
 )
+_HEAD = "model type, plain, padded, gradient, packed, checkpointed, both, dropout, bf16, LoRA, export, sync, sampling"
 Row = Mapping[str, Any]
 
 INTRODUCTION = """\
 # Model families
 
-Every causal language model that transformers {transformers} can make ({count} model types of `AutoModelForCausalLM`), as a
-tiny model with random weights, through the trainer's own doors: log-probs against `model(...).logits` of the plain model
-in float64, one sequence at a time, and the gradient of a weighted sum of them. On a CPU, in float32 where nothing else is
-said; attention is SDPA (`model.attn_implementation`), or eager where the family has no other. A tiny model shows that
-the arithmetic is the family's own. It says nothing about speed, memory or how well a family learns.
+Every causal language model that transformers {transformers} can make ({count} model types of AutoModelForCausalLM), as
+a tiny model with random weights, through the trainer's own doors: log-probs against `model(...).logits` of the plain
+model in float64 (in float32 where its code knows nothing wider; so marked), one sequence at a time, and the gradient
+of a weighted sum of them. On a CPU, in float32 where nothing else is said; attention is SDPA, or where the family has
+no other `model.attn_implementation: eager` (so marked). A tiny model shows that the arithmetic is the family's own. It
+says nothing about speed, memory or how well a family learns.
 
 | outcome | families |
 |---|---|
@@ -38,21 +42,22 @@ Made by `python -m benchmarks.families`, then `python -m benchmarks.run_tables`,
 | column | what runs | the number |
 |---|---|---|
 | plain | transformers' own float32 | largest error of a log-prob, nats: the yardstick |
-| padded | `engine.packing: padded` | the same of ours, then the relative error of the gradient, of the worst parameter |
-| packed | `engine.packing: packed`, three sequences in one row | the larger log-prob error |
-| checkpointed, both | `model.gradient_checkpointing`, alone and packed | the same |
-| dropout | checkpointed, every dropout of the configuration at 0.2 | the same: nothing may be dropped |
-| bf16 | `model.dtype: bfloat16`, padded | the same; at most twice transformers' own bfloat16 plus 0.05 |
-| LoRA | `model.lora` on all linear layers, adapters not zero; the merged export, loaded by transformers | the same |
-| export | changed weights; names as `save_pretrained` gives them, nothing missing when transformers loads them | the same, in float64 |
-| sync | changed weights into the HF sampler, all of them | largest gap between its log-probs and the trainer's |
-| sampling | the HF sampler draws from prompts of three lengths at once | error of the log-probs that it reports |
+| padded | `engine.packing: padded` | the same of ours; then the relative error of the worst parameter's gradient |
+| packed | `engine.packing: packed`, three sequences in one row | log-prob error |
+| checkpointed, both | `model.gradient_checkpointing`, alone and packed | log-prob error |
+| dropout | checkpointed, every dropout of the configuration at 0.2 | log-prob error: nothing may be dropped |
+| bf16 | `model.dtype: bfloat16`, padded | log-prob error, at most twice transformers' own in bfloat16 plus 0.05 |
+| LoRA | `model.lora` on all linear layers, adapters not zero; its merged export too | log-prob error |
+| export | changed weights; named as `save_pretrained` does it, all found by transformers | log-prob error |
+| sync | changed weights into the HF sampler, all of them | gap between its log-probs and the trainer's |
+| sampling | the HF sampler draws from prompts of three lengths at once | error of the log-probs it reports |
 
-Limits: {logprob:g} nats, {gradient:g} of a gradient. A letter is a refusal before the first step; the sentences stand below.
+Limits: {logprob:g} nats, and {gradient:g} of a gradient in every mode that has one; in bf16 it is only finite.
+A letter stands for a refusal before the first step; the sentences are below the tables.
 """
 
 
-def page(rows: Sequence[Row], *, logprob_limit: float, gradient_limit: float) -> str:
+def page(rows: Sequence[Row]) -> str:
     """The whole page in Markdown."""
     groups = {outcome: [row for row in rows if outcome_of(row) == outcome] for outcome in OUTCOMES}
     reasons = _Reasons()
@@ -62,13 +67,12 @@ def page(rows: Sequence[Row], *, logprob_limit: float, gradient_limit: float) ->
             count=len(rows),
             outcomes="\n".join(f"| {text} | {len(groups[outcome])} |" for outcome, text in OUTCOMES.items()),
             commit=_only((row["commit"] or "?")[:12] for row in rows),
-            logprob=logprob_limit,
-            gradient=gradient_limit,
+            logprob=LOGPROB_LIMIT,
+            gradient=GRADIENT_LIMIT,
         )
     ]
-    for outcome in ("wrong", "right", "partly"):
-        if groups[outcome]:
-            parts.append(f"## {OUTCOMES[outcome]}\n\n{_table(groups[outcome], reasons)}")
+    tables = [outcome for outcome in ("wrong", "right", "partly") if groups[outcome]]
+    parts += [f"## {OUTCOMES[outcome]}\n\n{_table(groups[outcome], reasons)}" for outcome in tables]
     if reasons.letters:
         parts.append(f"### Why a mode is refused\n\n{reasons.table()}")
     if groups["refused"]:
@@ -76,7 +80,7 @@ def page(rows: Sequence[Row], *, logprob_limit: float, gradient_limit: float) ->
             f"## {OUTCOMES['refused']}\n\n" + _reasons_table((r, r["padded"]["message"]) for r in groups["refused"])
         )
     if groups["not run"]:
-        parts.append(f"## {OUTCOMES['not run']}\n\n" + _reasons_table((r, r["not_run"]) for r in groups["not run"]))
+        parts.append(f"## {OUTCOMES['not run']}\n\n{_reasons_table([(r, r['not_run']) for r in groups['not run']])}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -104,15 +108,10 @@ class _Reasons:
 
     def __init__(self) -> None:
         self.letters: dict[str, str] = {}
-        self._families: dict[str, list[str]] = {}
 
-    def letter(self, row: Row, message: str) -> str:
-        sentence = _without_name(row, message)
-        letter = self.letters.setdefault(sentence, _letters(len(self.letters)))
-        families = self._families.setdefault(sentence, [])
-        if row["family"] not in families:
-            families.append(row["family"])
-        return letter
+    def letter(self, row: Row, found: Row) -> str:
+        sentence = _without_name(row, found["message"])
+        return self.letters.setdefault(sentence, _letters(len(self.letters)))
 
     def table(self) -> str:
         lines = ["| | sentence |", "|---|---|"]
@@ -120,23 +119,17 @@ class _Reasons:
 
 
 def _table(rows: Iterable[Row], reasons: _Reasons) -> str:
-    lines = [
-        "| model type | plain | padded | gradient | packed | checkpointed | both | dropout | bf16 | LoRA | export | sync | sampling |",
-        "|" + "---|" * 13,
-    ]
+    lines = [f"| {_HEAD.replace(', ', ' | ')} |", "|" + "---|" * 13]
     for row in rows:
         cells = [_number(row["plain_error"])]
         for mode in MODES:
             found = row[mode]
-            if found["status"] == "refused":
-                cells.append(reasons.letter(row, found["message"]))
-            elif found["status"] == "right":
-                cells.append(_number(found["logprob_error"]))
-            else:
-                cells.append(f"**{found['status']}**")
+            shown = {"refused": reasons.letter, "right": _logprob_error}.get(found["status"], _loud)
+            cells.append(shown(row, found))
             if mode == "padded":
                 cells.append(_number(found["gradient_error"]))
-        name = row["family"] if row["attention"] == "sdpa" else f"{row['family']} (eager)"
+        marks = [row["attention"]] * (row["attention"] != "sdpa") + ["float32"] * (row["truth"] != "torch.float64")
+        name = f"{row['family']} ({', '.join(marks)})" if marks else row["family"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -154,11 +147,19 @@ def _without_name(row: Row, message: str) -> str:
     """The sentence without what differs between families that it says the same of: name, class, measured size."""
     names = sorted({row["family"], row.get("class") or row["family"], f"{row['family']}_text"}, key=len, reverse=True)
     message = re.sub(rf"\b({'|'.join(map(re.escape, names))})\b", "MODEL_TYPE", message)
-    return re.sub(r"\d\.\d+(e-?\d+)?|\d+e-?\d+", "X", message)
+    return re.sub(r"\d+(\.\d+)?(e[-+]?\d+)? nats|(?<=rounding: )[\d.e-]+", "X nats", message).replace("X nats)", "X)")
 
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def _logprob_error(_: Row, found: Row) -> str:
+    return _number(found["logprob_error"])
+
+
+def _loud(_: Row, found: Row) -> str:
+    return f"**{found['status']}**"
 
 
 def _number(value: float | None) -> str:

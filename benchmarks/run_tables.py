@@ -1,6 +1,6 @@
-"""Raw rows of finished runs, and the README tables made from them.
+"""Raw rows of finished runs, and the README tables and docs/families.md made from them.
 
-python -m benchmarks.run_tables                               rewrites the tables of README.md from results/
+python -m benchmarks.run_tables                               rewrites these tables from results/
 python -m benchmarks.run_tables --collect NAME RUN [RUN ...]  first replaces results/NAME.jsonl by these runs' summaries
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import families_page
 from sgpo.reporting.study_report import markdown
 from sgpo.utils.statistics import bootstrap_interval
 
@@ -185,6 +186,7 @@ def main() -> None:
         "rollouts": rollouts_table,
         "study": lambda: markdown(load("study"), "grpo"),
     }
+    (ROOT / "docs" / "families.md").write_text(families_page.page(load("families")), encoding="utf-8")
     rewrite_readme({name: make() for name, make in makers.items() if (RESULTS / f"{name}.jsonl").exists()})
 
 

@@ -3,7 +3,8 @@
 The configuration is the family's own default, shrunk by rules on the names of its settings: sizes, heads, experts, one
 layer of each kind, windows short enough to bite, multipliers that are not 1. All weights are random, norms and biases
 too: nothing is neutral that a trained model's would not be. Only what keeps the best tokens by score (`index_topk`,
-`keep_window_size`) has room for all: between equal scores the code of these families decides by the row's length.
+`indexer_budget`, `keep_window_size`) has room for all: between equal scores the code of these families decides by the
+row's length.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ _NEEDED: dict[str, dict[str, Any]] = {
 _SHARED = {
     "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "num_kv_shared_layers": 2
 }  # fmt: skip
-_INDEXED = {
-    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2
+_INDEXED = {"indexer_budget": 64, "indexer_compress_ratio": 2} | {
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8
 }  # fmt: skip
 _ROPE = {
     kind: {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [1, 1, 2]}
@@ -156,7 +157,9 @@ def _saved_buffers(lm: Any) -> Iterator[torch.Tensor]:
 
 def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """`second` over `first`, in nested configurations too."""
-    nested = {k: _merged(first[k], v) for k, v in second.items() if isinstance(v, dict) and isinstance(first.get(k), dict)}
+    nested = {
+        k: _merged(first[k], v) for k, v in second.items() if isinstance(v, dict) and isinstance(first.get(k), dict)
+    }
     return {**first, **second, **nested}
 
 

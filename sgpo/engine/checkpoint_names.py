@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
@@ -73,6 +74,11 @@ def check_round_trip(lm: Any) -> None:
     """Proves, without weights, that transformers reads what `CheckpointNames` makes of `lm` as `lm` again: every name
     and every shape. Raises SgpoError that names the family where it does not.
     """
+    if type(lm.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # part of a larger model that is loaded as a whole only
+        raise SgpoError(
+            f"the weights of model family {lm.config.model_type} cannot leave the trainer: transformers loads a folder "
+            f"with a {type(lm.config).__name__} as no language model of its own; choose another family"
+        )
     tied = tied_names(lm)
     held = {name: tensor for name, tensor in lm.state_dict().items() if name not in tied}
     names = CheckpointNames(lm)

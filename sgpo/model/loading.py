@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from sgpo.types import SgpoError
@@ -23,7 +24,7 @@ def load_tokenizer(path: str | Path) -> Any:
     _require_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise SgpoError(f"no tokenizer can be loaded from {path}: {_first_line(error)}") from error
     if not tokenizer.encode("1", add_special_tokens=False):
         # For some model types transformers makes up an empty tokenizer where the files are missing.
@@ -50,7 +51,7 @@ def load_causal_lm(path: str | Path, *, dtype: str, attn_implementation: str = "
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, StrictDataclassError) as error:
         if "attention implementation" in str(error):  # transformers goes on with advice that cannot be followed here
             raise SgpoError(
                 f"the model in {path} has no {attn_implementation} attention; set model.attn_implementation to eager"
@@ -115,7 +116,7 @@ def _text_settings(model_folder: Path) -> dict[str, Any]:
     raw = config_of(model_folder)
     try:
         config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, StrictDataclassError):
         return raw
     text = config.get_text_config(decoder=True)
     known = {name: getattr(text, name, None) for name in (*_POSITIONS, "vocab_size", "rope_parameters")}
@@ -133,4 +134,6 @@ def _require_folder(path: str | Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """And the second, which says what is wrong where the first one ends with where."""
+    first, *others = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return f"{first} {others[0]}" if first.endswith(":") and others else first

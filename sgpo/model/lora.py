@@ -7,6 +7,7 @@ are.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
@@ -51,6 +52,13 @@ def add_adapters(lm: Any, *, rank: int, alpha: float, modules: Sequence[str], do
                 f"model.lora.modules = {list(modules)}: {name} is a {type(base).__name__} and no linear layer; "
                 "leave it out, or set all-linear, which takes the linear layers alone"
             )
+    bases = {name: module.get_base_layer() for name, module in lm.named_modules() if _is_adapted(module)}
+    uses = Counter(id(base.weight) for base in bases.values())
+    if shared := [name for name, base in bases.items() if uses[id(base.weight)] > 1]:
+        raise SgpoError(
+            f"model.lora.modules = {list(modules)}: {shared[0]} has its weight in common with another layer, and the "
+            "adapters of both could not be merged into it; leave it out, or set all-linear, which does"
+        )
 
 
 @torch.no_grad()
@@ -61,15 +69,21 @@ def _is_linear(part: Any) -> bool:
     if type(part) is torch.nn.Linear or not isinstance(part, torch.nn.Linear):
         return type(part) in (torch.nn.Linear, Conv1D)
     ones = part.weight.new_ones(1, part.in_features)
-    found = part(ones)
+    try:
+        found = part(ones)
+    except RuntimeError:  # it wants more than rows
+        return False
     return isinstance(found, torch.Tensor) and torch.allclose(found, torch.nn.Linear.forward(part, ones), rtol=1e-2)
 
 
 def _linear_layers(lm: Any) -> list[str]:
-    """Names of all linear layers but the head, `lm` being one. peft's own "all-linear" also takes routers and fused
-    experts, which hold bare parameters or give more than a product: their adapters could not be merged."""
+    """Names of all linear layers with a weight of their own but the head, `lm` being one. peft's own "all-linear" also
+    takes routers and fused experts, which hold bare parameters or give more than a product, and layers that share a
+    weight: their adapters could not be merged."""
     head = lm.get_output_embeddings()
-    return [f"lm.{name}" for name, part in lm.named_modules() if _is_linear(part) and part is not head]
+    layers = {name: part for name, part in lm.named_modules() if _is_linear(part) and part is not head}
+    uses = Counter(id(part.weight) for part in layers.values())
+    return [f"lm.{name}" for name, part in layers.items() if uses[id(part.weight)] == 1]
 
 
 def _is_adapted(module: Any) -> bool:

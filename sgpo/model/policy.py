@@ -96,7 +96,9 @@ class PolicyModel(nn.Module):
             self.packed = True
             proof.check(self, "engine.packing: packed", "set engine.packing to padded")
         else:
-            proof.check(self, "engine.packing: padded", "set engine.packing to packed")
+            proof.check(
+                self, "engine.packing: padded", "it sees what follows a token, and only packed rows may be right for it"
+            )
         if use_liger(lm, liger):
             proof.check(self, "model.liger", "set it to off")
         if gradient_checkpointing:

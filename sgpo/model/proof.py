@@ -50,6 +50,8 @@ class Proof:
         self._wide = _knows_float32(lm)
         with self._named("as it is"):
             own = self._own_logits()
+            if lm.dtype in _NARROW:  # some code only fails there
+                self._logits(self._sequences[0][None])
         with self._named("as it is"), self._precision(lm):
             again = self._logits(self._sequences[0].expand(2, -1))[1]
             self._own_NV = torch.cat(own)
@@ -123,8 +125,8 @@ class Proof:
             ids, lengths = torch.cat([long, short])[None], (_LONG, _SHORT)
             rows = torch.arange(_LONG + _SHORT, device=ids.device)
         else:
-            padding = long.new_full((_LONG - _SHORT,), _pad_id(self._lm))
-            ids, lengths = torch.stack([long, torch.cat([short, padding])]), None
+            # Any token may stand where padding stands: what is to be scored must not see it.
+            ids, lengths = torch.stack([long, torch.cat([short, long[_SHORT:]])]), None
             rows = torch.arange(_LONG + _SHORT, device=ids.device)
         with self._named(knob), self._precision(model):
             gap = self._gap(model, model.hidden(ids, rows, lengths), slice(None))
@@ -291,8 +293,3 @@ def _entries(settings: dict[str, Any]) -> Iterator[tuple[str, int]]:
             yield from _entries(value)
         else:
             yield from ((name, v) for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))
-
-
-def _pad_id(lm: Any) -> int:
-    pad = getattr(lm.config.get_text_config(), "pad_token_id", None)
-    return pad if isinstance(pad, int) and 0 <= pad < lm.get_input_embeddings().weight.shape[0] else 0

@@ -122,3 +122,18 @@ def test_dora_adapters_for_vllm_are_refused():
     raw = {"model": {"path": "m", "lora": lora}, "data": {"train": "d"}, "rollout": {"engine": "vllm"}}
     with pytest.raises(SgpoError, match=r"vLLM has no DoRA adapters; set model.lora.sync to merged"):
         checked(Config, raw, "config")
+
+
+def test_layers_that_share_a_weight_take_no_adapters(builtin_folder):
+    """Two adapters could not be merged into one weight: Zamba uses a block at several depths."""
+    lm = load_causal_lm(builtin_folder, dtype="float32")
+    first, second = (layer.mlp.up_proj for layer in lm.model.layers)
+    second.weight = first.weight
+    with pytest.raises(SgpoError, match=r"up_proj has its weight in common with another layer"):
+        add_adapters(lm, rank=4, alpha=8.0, modules=["up_proj"], dora=False, seed=0)
+    lm = load_causal_lm(builtin_folder, dtype="float32")
+    lm.model.layers[1].mlp.up_proj.weight = lm.model.layers[0].mlp.up_proj.weight
+    add_adapters(lm, rank=4, alpha=8.0, modules=["all-linear"], dora=False, seed=0)
+    adapted = {name for name, module in lm.named_modules() if hasattr(module, "lora_A")}
+    assert "model.layers.0.mlp.down_proj" in adapted
+    assert not any("up_proj" in name for name in adapted)
