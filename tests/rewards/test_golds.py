@@ -1,6 +1,7 @@
 """Golds that no completion can reach, by their text and by Math-Verify; and true answers that look odd."""
 
 import pytest
+from processes import scaled
 
 from sgpo.rewards.golds import MAX_GOLD_CHARS, gold_faults, text_fault
 
@@ -91,16 +92,16 @@ def test_a_true_answer(gold):
 
 def test_math_verify_has_the_last_word():
     golds = ["5", "proof", r"\frac{\pi}{2}", "$", r"\text{east}"]
-    faults = gold_faults(golds, reward="math_verify", workers=2, timeout_s=30.0)
+    faults = gold_faults(golds, reward="math_verify", workers=2, timeout_s=scaled(30.0))
     assert faults == {"proof": "stands for no answer", "$": "cannot be read by Math-Verify"}
 
 
 def test_a_gold_that_hangs_math_verify_costs_one_time_out():
-    faults = gold_faults(["9^{9^{9^{9}}}"], reward="math_verify", workers=1, timeout_s=2.0)
+    faults = gold_faults(["9^{9^{9^{9}}}"], reward="math_verify", workers=1, timeout_s=scaled(2.0))
     assert list(faults.values()) == ["cannot be compared with itself by Math-Verify (timeout)"]
 
 
 def test_other_rewards_have_other_golds():
     golds = ["proof", r"\frac{}{", "5", ""]
-    assert gold_faults(golds[:3], reward="exact", workers=1, timeout_s=1.0) == {"proof": "stands for no answer"}
-    assert gold_faults(golds, reward="plugin:even", workers=1, timeout_s=1.0) == {"": "is empty"}
+    assert gold_faults(golds[:3], reward="exact", workers=1, timeout_s=scaled(1.0)) == {"proof": "stands for no answer"}
+    assert gold_faults(golds, reward="plugin:even", workers=1, timeout_s=scaled(1.0)) == {"": "is empty"}
