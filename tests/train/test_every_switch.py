@@ -111,7 +111,7 @@ CELLS = [
     {"model.dtype": "bfloat16"},
     {"model.dtype": "bfloat16", "engine.zero_stage": 2, **ONE},
 ]
-# Keys that the loss does not read: how many batches are sampled.
+# How many batches are sampled; what becomes of a step that breaks.
 ELSEWHERE = {"algorithm.refill_rounds", "optim.non_finite"}
 # They change how a step is computed and nothing of it.
 INVARIANT = ("engine.", "model.")
