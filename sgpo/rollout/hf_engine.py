@@ -86,13 +86,22 @@ class HfEngine:
             raise SgpoError("the rollout engine holds no weights (a sync failed): call load_weights first")
         if self._way is None and requests:
             self._choose_way(max((request.prompt_ids for request in requests), key=len))
+        return self._sample(requests, sampling, on_progress, on_rollout)
+
+    def _sample(
+        self,
+        requests: Sequence[RolloutRequest],
+        sampling: SamplingParams,
+        on_progress: Callable[[int, int], None] | None = None,
+        on_rollout: Callable[[Rollout], None] | None = None,
+    ) -> list[Rollout]:
         rollouts: dict[int, Rollout] = {}
         sampled = 0
         batches = self._batches(requests, sampling.max_new_tokens)
         while batches:
             batch = batches.pop(0)
             try:
-                found = self._generate([requests[i] for i in batch], sampling)
+                found = self._sample_batch([requests[i] for i in batch], sampling)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -152,7 +161,7 @@ class HfEngine:
         problem = ""
         for self._way in _WAYS:
             try:
-                gaps = [gap for rollout in self.generate(requests, sampling) for gap in self._gaps(rollout)]
+                gaps = [gap for rollout in self._sample(requests, sampling) for gap in self._gaps(rollout)]
             except _FAILURES as error:
                 problem = f"fails with {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
                 continue
@@ -211,7 +220,7 @@ class HfEngine:
                 batches.append([index])
         return batches
 
-    def _generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
+    def _sample_batch(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
         assert self._way is not None
         prompts = sorted({request.prompt_ids for request in requests})
         row_of = {prompt: row for row, prompt in enumerate(prompts)}
