@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sgpo.rewards.answers import last_boxed, wrap_boxed
+from sgpo.rewards.golds import text_fault
 from sgpo.rewards.pool import RewardItem, RewardPool
 from sgpo.rewards.worker_process import Outcome
 from sgpo.types import SgpoError
@@ -77,6 +78,8 @@ def _completion(answer: str, arguments: argparse.Namespace) -> str:
 
 
 def _print_steps(item: RewardItem, outcome: Outcome) -> None:
+    if fault := text_fault(item.gold):
+        print(f"the gold answer {fault}: a run would refuse its row (data.bad_golds)")
     for step in outcome.steps:
         print(step)
     if outcome.cause:

@@ -50,6 +50,18 @@ def said(capsys, *words):
             ],
         ),
         (
+            ("proof", "5"),
+            [
+                "the answer has no box: taken as the content of one",
+                "the gold answer stands for no answer: a run would refuse its row (data.bad_golds)",
+                "in the last box: 5",
+                "gold answer, tidied: proof; to sympy: f*o*o*p*r",
+                "answer, tidied: 5; to sympy: 5",
+                "decided by: Math-Verify",
+                "result: wrong, reward 0",
+            ],
+        ),
+        (
             ("-3", "<think>-3", "--reward", "exact"),
             [
                 "the answer has no box: taken as the content of one",
